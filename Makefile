@@ -1,0 +1,66 @@
+# From a bare clone: `make demo` and `make test` do their own set-up in .venv. Needed: Python 3.10 or later
+# with pip and venv, and a C and C++ compiler (cmake and ninja come with pip's build).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.psi-kv-ready
+EXTRAS := llama,plot,dev
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench-quick model clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY) ## Install everything into .venv
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null \
+	  || { echo "make: there is no $(PYTHON): install Python 3.10 or later, or say PYTHON=/path/to/it" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "make: $$($(PYTHON) -V) is too old: 3.10 or later is needed; say PYTHON=/path/to/it" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "make: $(PYTHON) has no venv: install it, e.g. 'apt install python3-venv'" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(READY): pyproject.toml | $(BIN)/python
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 \
+	  || { echo "make: $(VENV) has no pip: remove the folder and run make again" >&2; exit 1; }
+	@$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("llama_cpp") is None)' || { \
+	  command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || test -n "$${CXX-}" \
+	    || { echo "make: there is no C++ compiler: install one, e.g. 'apt install g++'" >&2; exit 1; }; \
+	  echo "make: the first set-up compiles llama-cpp-python, which takes 3 to 8 minutes; pip keeps the result"; }
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[$(EXTRAS)]' \
+	  | { grep --line-buffered -v '^Requirement already satisfied' || true; }
+	@touch $@
+
+model: $(READY) ## Fetch the demo model (98 MB)
+	@$(BIN)/psi-kv model fetch
+
+demo: model ## Run a real model under real memory pressure, ungoverned and governed
+	@$(BIN)/psi-kv demo
+
+lint: $(READY) ## Check format, lint and types
+	$(BIN)/ruff format --check src tests scripts benchmarks
+	$(BIN)/ruff check src tests scripts benchmarks
+	$(BIN)/mypy
+	$(BIN)/mypy $(wildcard scripts/*.py benchmarks/*.py)
+	@if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh .ci/run; fi
+
+test: lint model ## Lint, types and all tests; ends with what was skipped and why
+	$(BIN)/python -m pytest
+
+format: $(READY) ## Format the code, and fix what the linter can fix
+	$(BIN)/ruff check --fix src tests scripts benchmarks
+	$(BIN)/ruff format src tests scripts benchmarks
+
+bench-quick: model ## Measure the governor on this machine, in minutes
+	@for what in trim overhead opening scene; do $(BIN)/psi-kv bench $$what --quick; done
+
+clean: ## Remove .venv and everything made by tools
+	rm -rf $(VENV) build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,35 @@
+"""Every exception of the package. The message is one line and says what to do about it."""
+
+from __future__ import annotations
+
+
+class PsiKvError(Exception):
+    """Base of all errors that the package raises on purpose."""
+
+    exit_status = 1
+
+
+class BadInputError(PsiKvError, ValueError):
+    """An argument, option, file or setting that cannot be used as given."""
+
+    exit_status = 2
+
+
+class SourceLostError(PsiKvError):
+    """A pressure source stopped answering while it was in use."""
+
+
+class StoreError(PsiKvError):
+    """The store could not keep or give back a blob."""
+
+
+class StoreFullError(StoreError):
+    """The blob would pass the store's size limit or eat the disk's reserve."""
+
+
+class BlobCorruptError(StoreError):
+    """A blob came back other than it was written, or belongs to another model."""
+
+
+class EngineError(PsiKvError):
+    """The engine could not do a step that it had announced it can."""

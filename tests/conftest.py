@@ -1,0 +1,61 @@
+"""What every test shares: the demo model, the marks that ask something of the machine, what was skipped."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from psi_kv_governor import model
+from psi_kv_governor.bench.pen import Pen
+from psi_kv_governor.errors import PsiKvError
+from psi_kv_governor.model_fetch import OfflineError
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The real model. It is fetched when absent; only where that is impossible its tests are skipped."""
+    try:
+        return model.demo_model_path()
+    except PsiKvError:
+        pass
+    try:
+        return model.fetch()
+    except OfflineError as error:
+        pytest.skip(f"there is no demo model and no network: {error}")
+
+
+@functools.cache
+def _why_not(mark: str) -> str:
+    """Why tests with `mark` cannot run on this machine; empty when they can."""
+    if mark == "llama":
+        found = importlib.util.find_spec("llama_cpp")
+        return "" if found else "llama-cpp-python is not installed: pip install -e '.[llama]'"
+    able, why = Pen.available("zram" if mark == "swap" else "none")
+    return "" if able else why
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in ("llama", "cgroup", "swap"):
+        if item.get_closest_marker(mark) is not None and (why := _why_not(mark)):
+            pytest.skip(f"{mark}: {why}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says at the end what was skipped and why, each reason once."""
+    reasons = Counter(_reason(report) for report in terminalreporter.stats.get("skipped", []))
+    terminalreporter.section("skipped and why")
+    for reason, count in sorted(reasons.items()):
+        terminalreporter.write_line(f"{count:4} {reason}")
+    if not reasons:
+        terminalreporter.write_line("nothing was skipped")
+
+
+def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """The reason of a skip is the last of (file, line, reason)."""
+    why = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return why.removeprefix("Skipped: ")
