@@ -1,0 +1,142 @@
+"""Which cgroups this process is in, and where in the file system they can be read.
+
+Knows cgroup v2, v1, and the hybrid of both, with and without a cgroup namespace (cgroups(7), proc(5)).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+_DELETED = " (deleted)"  # the kernel appends it to the path of a removed v2 cgroup
+
+
+class Cgroup(NamedTuple):
+    """One cgroup of this process, as a folder that can be read."""
+
+    version: int
+    """1 or 2."""
+    folder: Path
+    mount: Path
+    """Where its hierarchy is mounted; `folder` is it or lies below it."""
+
+    @property
+    def lineage(self) -> tuple[Path, ...]:
+        """The cgroup itself and all its ancestors that can be seen, nearest first."""
+        above = [self.folder, *self.folder.parents]
+        return tuple(above[: above.index(self.mount) + 1])
+
+    @property
+    def is_root(self) -> bool:
+        """Whether it is the root of the whole machine's hierarchy, which has no limits.
+
+        The top of a cgroup namespace looks like a root from inside, yet has `cgroup.events` (v2) as every
+        cgroup but the true root does. In v1 the true root alone has `release_agent`.
+        """
+        if self.version == 2:
+            return not (self.folder / "cgroup.events").exists()
+        return (self.folder / "release_agent").exists()
+
+
+class OwnCgroups(NamedTuple):
+    """The cgroups that matter here; None where this machine has no such hierarchy or hides it."""
+
+    unified: Cgroup | None
+    """The v2 cgroup: its `memory.pressure`, and its limits where v2 has the memory controller."""
+    memory_v1: Cgroup | None
+    """The v1 cgroup with the memory controller: its limits."""
+
+
+class Mount(NamedTuple):
+    """One cgroup line of /proc/self/mountinfo."""
+
+    version: int
+    root: str
+    """The cgroup that is visible at `point`."""
+    point: str
+    options: frozenset[str]
+    """Options of the hierarchy: in v1 the names of its controllers are among them."""
+
+
+def parse_membership(text: str) -> dict[str, str]:
+    """Path of the cgroup by controller from /proc/self/cgroup; the v2 cgroup is under the key ''."""
+    paths: dict[str, str] = {}
+    for line in text.splitlines():
+        number, _, rest = line.partition(":")
+        controllers, colon, path = rest.partition(":")
+        if not colon or not path.startswith("/") or path.endswith(_DELETED):
+            continue
+        if number == "0" and not controllers:
+            paths[""] = path
+        else:
+            paths.update(dict.fromkeys(filter(None, controllers.split(",")), path))
+    return paths
+
+
+def parse_mounts(text: str) -> list[Mount]:
+    """The cgroup mounts of /proc/self/mountinfo, in order; lines of another shape are left out."""
+    mounts = []
+    for line in text.splitlines():
+        before, _, after = line.partition(" - ")
+        left, right = before.split(" "), after.split(" ")
+        if len(left) >= 6 and len(right) >= 3 and right[0] in ("cgroup", "cgroup2"):
+            version = 2 if right[0] == "cgroup2" else 1
+            options = frozenset(right[2].split(","))
+            mounts.append(Mount(version, _unescape(left[3]), _unescape(left[4]), options))
+    return mounts
+
+
+def _unescape(field: str) -> str:
+    """Undo the octal escapes of mountinfo (space, tab, newline and backslash)."""
+    return re.sub(r"\\([0-3][0-7]{2})", lambda match: chr(int(match[1], 8)), field)
+
+
+def find_cgroups(root: Path = Path("/")) -> OwnCgroups:
+    """The cgroups of this process; `root` stands in for the folder that holds /proc and /sys."""
+    try:
+        paths = parse_membership((root / "proc/self/cgroup").read_text(errors="surrogateescape"))
+        mounts = parse_mounts((root / "proc/self/mountinfo").read_text(errors="surrogateescape"))
+    except OSError:
+        return OwnCgroups(None, None)
+    unified = [mount for mount in mounts if mount.version == 2]
+    memory_v1 = [mount for mount in mounts if mount.version == 1 and "memory" in mount.options]
+    return OwnCgroups(
+        _visible(root, paths.get(""), unified),
+        _visible(root, paths.get("memory"), memory_v1),
+    )
+
+
+def _visible(root: Path, path: str | None, mounts: list[Mount]) -> Cgroup | None:
+    """The first mount that shows the cgroup `path`; failing that, the top of the first mount there is.
+
+    In a container, `path` may be the host's name for a folder that the container sees as the top of its
+    mount: that top is then the nearest thing to the own cgroup that can be read (its limits are right).
+    """
+    if path is None:
+        return None
+    for mount in mounts:
+        relative = _below(path, mount.root)
+        if relative is not None:
+            point = _under(root, mount.point)
+            if (point / relative).is_dir():
+                return Cgroup(mount.version, point / relative, point)
+    for mount in mounts:
+        point = _under(root, mount.point)
+        if point.is_dir():
+            return Cgroup(mount.version, point, point)
+    return None
+
+
+def _below(path: str, top: str) -> PurePosixPath | None:
+    """`path` relative to `top`; None where it is not below it (`..` leads out of a cgroup namespace)."""
+    if ".." in PurePosixPath(path).parts or ".." in PurePosixPath(top).parts:
+        return None
+    try:
+        return PurePosixPath(path).relative_to(top)
+    except ValueError:
+        return None
+
+
+def _under(root: Path, absolute: str) -> Path:
+    return root / absolute.lstrip("/")

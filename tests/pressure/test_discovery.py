@@ -1,0 +1,117 @@
+"""The ladder of sources: which one is taken, and what is said about the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from psi_kv_governor.pressure import discover
+
+
+@pytest.fixture
+def v2(tree):
+    tree.membership("0::/app")
+    tree.mounts(("v2", "/", "/sys/fs/cgroup"))
+    tree.v2("sys/fs/cgroup/app")
+    tree.machine_psi()
+    return tree
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def look(tree):
+    discovery = discover(tree.root)
+    if discovery.source is not None:
+        discovery.source.read()
+        discovery.source.close()
+    return discovery
+
+
+def test_the_own_cgroup_comes_first(v2):
+    discovery = look(v2)
+    assert discovery.source.name == str(v2.root / "sys/fs/cgroup/app/memory.pressure")
+    assert [candidate.usable for candidate in discovery.considered] == [True, True, True]
+
+
+def test_a_hybrid_layout_takes_the_own_v2_leaf_and_the_v1_limit(tree):
+    tree.membership("4:memory:/job", "0::/leaf")
+    tree.mounts(("v1", "/", "/sys/fs/cgroup/memory"), ("v2", "/", "/sys/fs/cgroup/unified"))
+    tree.v1("sys/fs/cgroup/memory/job", limit_in_bytes="1000000", usage_in_bytes="400000")
+    tree.v2("sys/fs/cgroup/unified/leaf")
+    discovery = discover(tree.root)
+    assert discovery.source.name.endswith("unified/leaf/memory.pressure")
+    assert discovery.source.read().headroom_bytes == 600_000
+    discovery.source.close()
+
+
+def test_the_root_cgroup_is_passed_over_for_the_machine(tree):
+    tree.membership("0::/")
+    tree.mounts(("v2", "/", "/sys/fs/cgroup"))
+    tree.write("sys/fs/cgroup/memory.pressure", "some\n")
+    tree.machine_psi()
+    discovery = look(tree)
+    assert discovery.source.name == str(tree.root / "proc/pressure/memory")
+    assert "the whole machine's" in discovery.considered[0].why
+
+
+def test_a_kernel_without_psi_says_how_to_turn_it_on(v2):
+    (v2.root / "sys/fs/cgroup/app/memory.pressure").unlink()
+    (v2.root / "proc/pressure/memory").unlink()
+    discovery = look(v2)
+    assert discovery.source.name.startswith("headroom alone")
+    assert [candidate.usable for candidate in discovery.considered] == [False, False, True]
+    assert all("psi=1" in candidate.why for candidate in discovery.considered[:2])
+
+
+def test_psi_switched_off_for_the_cgroup_is_told_apart(v2):
+    (v2.root / "sys/fs/cgroup/app/memory.pressure").unlink()
+    v2.write("sys/fs/cgroup/app/cgroup.pressure", "0\n")
+    assert "write 1 to" in look(v2).considered[0].why
+
+
+def test_a_psi_file_of_another_shape_is_not_used(v2):
+    v2.write("sys/fs/cgroup/app/memory.pressure", "nonsense\n")
+    discovery = look(v2)
+    assert "not a line of a PSI file" in discovery.considered[0].why
+    assert discovery.source.name == str(v2.root / "proc/pressure/memory")
+
+
+def test_a_machine_without_cgroups_uses_the_whole_machine(tree):
+    tree.machine_psi()
+    discovery = look(tree)
+    assert discovery.source.name == str(tree.root / "proc/pressure/memory")
+    assert "no cgroup v2" in discovery.considered[0].why
+
+
+def test_a_machine_that_tells_nothing_has_no_source(tmp_path):
+    discovery = discover(tmp_path)
+    assert discovery.source is None
+    assert not any(candidate.usable for candidate in discovery.considered)
+
+
+def test_every_reason_is_one_line(v2, tmp_path):
+    for discovery in (look(v2), discover(tmp_path / "none"), discover()):
+        for candidate in discovery.considered:
+            assert candidate.why
+            assert "\n" not in candidate.why
+
+
+def test_only_the_source_keeps_a_descriptor(v2):
+    before = open_descriptors()
+    source = discover(v2.root).source
+    assert open_descriptors() == before + 1
+    source.close()
+    assert open_descriptors() == before
+
+
+@pytest.mark.skipif(
+    not Path("/proc/pressure/memory").exists(), reason="this kernel keeps no PSI: boot with psi=1"
+)
+def test_this_machine_has_a_source_with_stall():
+    source = discover().source
+    source.read()
+    assert source.name.endswith(("memory.pressure", "/proc/pressure/memory"))
+    source.close()

@@ -1,0 +1,185 @@
+"""The PSI parser, the file that stays open, and shares from counters."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from psi_kv_governor.errors import BadInputError, SourceLostError
+from psi_kv_governor.pressure.psi import MIN_INTERVAL_S, PsiFile, PsiTotals, StallMeter, parse_psi
+
+COUNTERS = st.integers(min_value=0, max_value=2**64 - 1)
+KERNEL_PSI = Path("/proc/pressure/memory")
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def psi_text(some_us: int, full_us: int | None) -> bytes:
+    text = f"some avg10=1.25 avg60=0.00 avg300=100.00 total={some_us}\n"
+    if full_us is not None:
+        text += f"full avg10=0.00 avg60=0.00 avg300=0.00 total={full_us}\n"
+    return text.encode()
+
+
+@given(COUNTERS, COUNTERS)
+def test_what_the_kernel_writes_is_read(some_us, full_us):
+    assert parse_psi(psi_text(some_us, full_us)) == PsiTotals(some_us, full_us)
+
+
+def test_a_file_without_a_full_line_counts_no_full_stall():
+    assert parse_psi(psi_text(7, None)) == PsiTotals(7, 0)
+
+
+@given(st.binary())
+def test_garbage_is_refused_and_nothing_else_is_raised(data):
+    with pytest.raises(BadInputError):
+        parse_psi(data)
+
+
+@given(COUNTERS, COUNTERS, st.data())
+def test_a_cut_file_never_gives_a_smaller_number(some_us, full_us, data):
+    text = psi_text(some_us, full_us)
+    cut = text[: data.draw(st.integers(0, len(text) - 1))]
+    try:
+        totals = parse_psi(cut)
+    except BadInputError:
+        return
+    assert totals == PsiTotals(some_us, 0)  # cut exactly between the two lines
+
+
+@given(COUNTERS, COUNTERS, st.data())
+def test_a_changed_byte_gives_numbers_in_range_or_is_refused(some_us, full_us, data):
+    text = bytearray(psi_text(some_us, full_us))
+    text[data.draw(st.integers(0, len(text) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        totals = parse_psi(bytes(text))
+    except BadInputError:
+        return
+    assert 0 <= totals.some_us < 2**64
+    assert 0 <= totals.full_us < 2**64
+
+
+@pytest.mark.parametrize("total", ["-5", "1e3", "0x10", "", str(2**64), "9" * 5000, "٣"])
+def test_a_counter_that_the_kernel_cannot_mean_is_refused(total):
+    text = f"some avg10=0.00 avg60=0.00 avg300=0.00 total={total}\n".encode()
+    with pytest.raises(BadInputError, match="PSI"):
+        parse_psi(text)
+
+
+def test_the_first_look_gives_nothing():
+    assert StallMeter().add(5.0, PsiTotals(10**9, 10**9)) == (0.0, 0.0, 0.0)
+
+
+def test_shares_are_stall_by_wall_time():
+    meter = StallMeter()
+    meter.add(10.0, PsiTotals(1_000_000, 500_000))
+    assert meter.add(10.5, PsiTotals(1_100_000, 550_000)) == pytest.approx((0.5, 0.2, 0.1))
+
+
+def test_a_counter_that_goes_back_is_no_stall():
+    meter = StallMeter()
+    meter.add(1.0, PsiTotals(900_000, 900_000))
+    assert meter.add(2.0, PsiTotals(0, 0)) == pytest.approx((1.0, 0.0, 0.0))
+    assert meter.add(3.0, PsiTotals(250_000, 0)) == pytest.approx((1.0, 0.25, 0.0))
+
+
+def test_a_look_too_soon_after_the_first_gives_nothing_yet():
+    meter = StallMeter()
+    meter.add(1.0, PsiTotals(0, 0))
+    assert meter.add(1.0 + MIN_INTERVAL_S / 10, PsiTotals(800, 0)) == (0.0, 0.0, 0.0)
+
+
+def test_a_look_too_soon_is_measured_from_further_back():
+    meter = StallMeter()
+    meter.add(1.0, PsiTotals(0, 0))
+    meter.add(2.0, PsiTotals(100_000, 0))
+    interval_s, some, _ = meter.add(2.001, PsiTotals(101_000, 0))  # 1 ms of 1 ms alone would read as 1.0
+    assert interval_s == pytest.approx(1.001)
+    assert some == pytest.approx(0.1009, abs=1e-4)
+    assert meter.add(3.0, PsiTotals(200_000, 0)) == pytest.approx((1.0, 0.1, 0.0))
+
+
+@given(st.lists(st.tuples(st.floats(0, 10), COUNTERS, COUNTERS), min_size=1))
+def test_shares_stay_shares_whatever_comes_in(looks):
+    meter = StallMeter()
+    time_s = 0.0
+    for number, (pause_s, some_us, full_us) in enumerate(looks):
+        time_s += pause_s
+        interval_s, some, full = meter.add(time_s, PsiTotals(some_us, full_us))
+        assert 0.0 <= some <= 1.0
+        assert 0.0 <= full <= 1.0
+        assert interval_s >= 0.0
+        if number == 0 or interval_s == 0.0:
+            assert (some, full) == (0.0, 0.0)
+        else:
+            assert interval_s >= MIN_INTERVAL_S
+
+
+@given(st.lists(st.integers(0, 10**9), min_size=2, max_size=6))
+def test_the_shares_of_a_steady_clock_add_up_to_the_stall(steps):
+    """The sum of share times interval is the stall that the counters saw."""
+    meter = StallMeter()
+    total_us, seen_s = 0, 0.0
+    meter.add(0.0, PsiTotals(0, 0))
+    for number, step_us in enumerate(steps, start=1):
+        total_us += step_us
+        stall = meter.add(number * 1000.0, PsiTotals(total_us, 0))
+        seen_s += stall.some * stall.interval_s
+    assert seen_s == pytest.approx(total_us / 1e6)
+
+
+def test_the_file_stays_open_and_shows_what_is_new(tmp_path):
+    path = tmp_path / "memory.pressure"
+    path.write_bytes(psi_text(1, 1))
+    file = PsiFile(path)
+    assert file.read() == PsiTotals(1, 1)
+    path.unlink()  # the open file goes on answering
+    assert file.read() == PsiTotals(1, 1)
+    file.close()
+    file.close()
+
+
+def test_a_lost_file_is_opened_again_once(tmp_path):
+    path = tmp_path / "memory.pressure"
+    path.write_bytes(psi_text(1, 1))
+    file = PsiFile(path)
+    path.write_bytes(b"")  # what a file answers that is on its way out
+    path.unlink()
+    path.write_bytes(psi_text(2, 2))
+    assert file.read() == PsiTotals(2, 2)
+    file.close()
+
+
+def test_a_file_that_is_gone_is_lost_and_leaves_no_descriptor(tmp_path):
+    path = tmp_path / "memory.pressure"
+    path.write_bytes(psi_text(1, 1))
+    file = PsiFile(path)
+    path.write_bytes(b"")
+    path.unlink()
+    before = open_descriptors()
+    for _ in range(3):
+        with pytest.raises(SourceLostError, match=r"memory\.pressure no longer answers: No such file"):
+            file.read()
+    assert open_descriptors() == before - 1
+
+
+def test_a_fifo_in_its_place_does_not_block(tmp_path):
+    fifo = tmp_path / "memory.pressure"
+    os.mkfifo(fifo)
+    with pytest.raises(OSError, match="Illegal seek"):
+        PsiFile(fifo)
+
+
+@pytest.mark.skipif(not KERNEL_PSI.exists(), reason="this kernel keeps no PSI: boot with psi=1")
+def test_this_kernel_is_read_and_counts_upwards():
+    file = PsiFile(KERNEL_PSI)
+    first, second = file.read(), file.read()
+    file.close()
+    assert second.some_us >= first.some_us
+    assert second.full_us >= first.full_us

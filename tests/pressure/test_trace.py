@@ -1,0 +1,97 @@
+"""Traces: written, read back the same, refused by line where they are broken."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from psi_kv_governor.errors import BadInputError, SourceLostError
+from psi_kv_governor.pressure.reading import Reading
+from psi_kv_governor.pressure.trace import TraceSource, read_trace, write_trace
+
+SHARES = st.floats(0, 1)
+BYTES = st.none() | st.integers(0, 2**62)
+HEADER = '{"psi_kv_trace":1}\n'
+GOOD = '{"time_s":1.0,"interval_s":0.5,"some":0.1,"full":0.0}\n'
+
+
+def readings():
+    reading = st.builds(
+        Reading,
+        time_s=st.floats(0, 1e9),
+        interval_s=st.floats(0, 100),
+        some=SHARES,
+        full=SHARES,
+        headroom_bytes=BYTES,
+        limit_bytes=BYTES,
+        source=st.text(),
+    )
+    return st.lists(reading, max_size=5).map(lambda found: sorted(found, key=lambda one: one.time_s))
+
+
+@given(readings())
+def test_what_is_written_is_read_back_the_same(tmp_path_factory, trace):
+    path = tmp_path_factory.mktemp("trace") / "t.jsonl"
+    write_trace(path, trace)
+    assert read_trace(path) == trace
+    assert [entry.name for entry in path.parent.iterdir()] == ["t.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "line 1 .* not the header"),
+        ("hello\n", "line 1 .* not the header"),
+        (GOOD, "line 1 .* not the header"),
+        ('{"psi_kv_trace":2}\n', "version 2 .* not known"),
+        (HEADER + GOOD + '{"time_s":2', "line 3 .* broken"),
+        (HEADER + GOOD + "\n" + GOOD, "line 3 .* broken"),
+        (HEADER + '{"time_s":1.0}\n', "line 2 .* broken.*interval_s"),
+        (HEADER + GOOD.replace("0.1", '"high"'), "line 2 .* broken"),
+        (HEADER + GOOD.replace("0.1", "1.5"), "line 2 .* some = 1.5"),
+        (HEADER + GOOD.replace("0.1", "NaN"), "line 2 .* broken"),
+        (HEADER + GOOD.replace("0.5", "-1"), "line 2 .* interval_s"),
+        (HEADER + GOOD + GOOD.replace("1.0", "0.5"), "line 3 .* goes back"),
+        (HEADER + GOOD.replace("}", ',"headroom_bytes":-1}'), "line 2 .* headroom_bytes"),
+    ],
+)
+def test_a_broken_trace_names_the_line(tmp_path, text, message):
+    path = tmp_path / "t.jsonl"
+    path.write_text(text)
+    with pytest.raises(BadInputError, match=message) as caught:
+        read_trace(path)
+    assert "\n" not in str(caught.value)
+
+
+@given(st.binary())
+def test_any_bytes_give_readings_or_bad_input(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("trace") / "t.jsonl"
+    path.write_bytes(HEADER.encode() + data)
+    try:
+        found = read_trace(path)
+    except BadInputError:
+        return
+    assert len(found) == len(data.splitlines())
+
+
+def test_a_missing_trace_and_a_folder_in_the_way_are_bad_input(tmp_path):
+    with pytest.raises(BadInputError, match="No such file"):
+        read_trace(tmp_path / "none")
+    with pytest.raises(BadInputError, match="cannot write"):
+        write_trace(tmp_path / "none" / "t.jsonl", [])
+
+
+def test_a_trace_is_replayed_once_and_then_lost(tmp_path):
+    trace = [
+        Reading(time_s=float(time_s), interval_s=1.0, some=0.2, full=0.0, source="here")
+        for time_s in range(3)
+    ]
+    path = tmp_path / "t.jsonl"
+    write_trace(path, trace)
+    for source in (TraceSource(trace), TraceSource(path)):
+        assert [source.read() for _ in trace] == trace
+        with pytest.raises(SourceLostError, match="is over"):
+            source.read()
+        source.close()
+        source.close()
