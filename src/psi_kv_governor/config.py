@@ -1,0 +1,227 @@
+"""The one schema of the configuration, and `load_config`: arguments, environment, file, defaults."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from psi_kv_governor._nearest import nearest
+from psi_kv_governor.errors import BadInputError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
+
+ENVIRONMENT_PREFIX = "PSI_KV_"
+"""PSI_KV_HIGH=0.2 sets `high`."""
+
+_NO_SETTINGS = frozenset({"PSI_KV_MODELS"})
+"""Variables with the prefix that are not the governor's: the folder of models (model.py)."""
+
+OTHER_VARIABLES = frozenset({"PSI_KV_MODELS"})
+"""Variables with that prefix which are no settings of the governor."""
+
+DEFAULT_FILE = Path("psi-kv.toml")
+"""Read from the working directory when no file is named."""
+
+
+class GovernorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Thresholds and limits, with defaults for a laptop or an 8 GB board.
+
+    Raises BadInputError on creation when a value is out of its range or contradicts another.
+    """
+
+    # -- when ------------------------------------------------------------------------------------------
+    high: float = 0.10
+    """Stall (`some`, 0 to 1) at which trimming begins. systemd-oomd kills at 0.6 and lmkd wakes at 0.07:
+    a tenth of the time lost is felt, and is far above the noise of a healthy machine."""
+    low: float = 0.02
+    """Stall under which the machine counts as quiet. Between low and high nothing is done either way."""
+    headroom_low: float = 0.04
+    """Share of the limit under which headroom alone counts as pressure: without swap a neighbour can take
+    the rest before any stall shows."""
+    headroom_plenty: float = 0.30
+    """Share of the limit above which stall alone is no reason to trim: it comes from zram or a burst of
+    file reads, and giving memory back would not help."""
+    poll_s: float = 0.5
+    """Time between two readings on a calm machine: two reads of 4 us a second cost nothing."""
+    poll_busy_s: float = 0.1
+    """Time between readings under pressure, or while cells are away. PSI totals get coarse below 0.1 s."""
+
+    # -- how much --------------------------------------------------------------------------------------
+    step_min: float = 0.10
+    """Share of what may go that one trim takes when pressure just passed the threshold."""
+    step_max: float = 0.20
+    """Share of what may go that one trim takes at full stall."""
+    cooldown_s: float = 0.3
+    """Least time between two trims: a trim takes about 0.1 s, and its effect shows in the next readings."""
+    floor_cells: int = 256
+    """Never fewer live cells than this ..."""
+    floor_share: float = 0.20
+    """... nor less than this share of the context (arXiv 2605.18053: quality collapses below a fifth)."""
+    budget_per_min: float = 2.0
+    """Cells that may be given up in any 60 s, as a multiple of the context: bounds what a hostile
+    neighbour can force. Two whole contexts leave room for an honest spike after a restore."""
+
+    spill_deadline_s: float = 2.0
+    """Longest that writing one trim to the store may take, by the speed it has shown; else cells are evicted
+    and recomputed later. A kill by the kernel follows the first stall within seconds."""
+
+    # -- back again ------------------------------------------------------------------------------------
+    quiet_s: float = 5.0
+    """Quiet time before anything comes back: longer than the pause between two bursts of a build."""
+    restore_share: float = 0.5
+    """Share of the headroom above the low line that one restore may fill."""
+
+    # -- which -----------------------------------------------------------------------------------------
+    policy: str = "window"
+    sink_cells: int = 64
+    """First tokens, never given up: attention sinks, and the head of a system prompt."""
+    window_cells: int = 256
+    """Recent tokens, never given up."""
+    block_cells: int = 64
+    """Unit of eviction. 64 rows of the smallest model here (384 bytes) are six whole pages."""
+
+    # -- where to --------------------------------------------------------------------------------------
+    store: Literal["disk", "none"] = "disk"
+    store_dir: str = ""
+    """Folder of the disk store; empty for the user's cache directory."""
+    store_limit_bytes: int = 8 << 30
+    """Most that spilled ranges may take on disk."""
+    store_reserve_bytes: int = 512 << 20
+    """Free space that is always left on the disk."""
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+_SHARES = (
+    "high",
+    "low",
+    "headroom_low",
+    "headroom_plenty",
+    "step_min",
+    "step_max",
+    "floor_share",
+    "restore_share",
+)
+_POSITIVE_S = ("poll_s", "poll_busy_s", "spill_deadline_s")
+_NOT_NEGATIVE = ("cooldown_s", "quiet_s", "budget_per_min", "floor_cells", "sink_cells", "window_cells",
+                 "store_limit_bytes", "store_reserve_bytes")  # fmt: skip
+
+
+class _RefusedError(BadInputError):
+    """A setting out of its range. `names` are the settings that contradict each other."""
+
+    def __init__(self, message: str, *names: str) -> None:
+        super().__init__(message)
+        self.names = names
+
+
+def _check(config: GovernorConfig) -> None:
+    def refuse(rule: str, name: str, *others: str) -> None:
+        raise _RefusedError(f"{name} = {getattr(config, name)} is not usable: {rule}", name, *others)
+
+    for name in _SHARES:
+        if not 0.0 <= getattr(config, name) <= 1.0:  # also refuses NaN
+            refuse("give a share from 0 to 1", name)
+    for name in _POSITIVE_S:
+        if not 0.0 < getattr(config, name) < math.inf:
+            refuse("give seconds above 0", name)
+    for name in _NOT_NEGATIVE:
+        if not 0 <= getattr(config, name) < math.inf:
+            refuse("give 0 or more", name)
+    if config.block_cells < 1:
+        refuse("give 1 or more", "block_cells")
+    if config.high <= 0.0:
+        refuse("give a share above 0, or every reading would trim", "high")
+    if config.low <= 0.0:
+        refuse("give a share above 0, or nothing would ever come back", "low")
+    for lower, upper in (("low", "high"), ("step_min", "step_max"), ("headroom_low", "headroom_plenty")):
+        if getattr(config, lower) > getattr(config, upper):
+            refuse(f"it must not be above {upper} ({getattr(config, upper)})", lower, upper)
+
+
+# -- loading -----------------------------------------------------------------------------------------------
+
+
+class _Setting(NamedTuple):
+    """A value as it was given, and where."""
+
+    value: object
+    where: str
+    """In words by which the user finds it."""
+    typed: bool
+    """Whether its origin has types of its own, so that a string is meant as one."""
+
+
+def load_config(
+    path: Path | None = None, environ: Mapping[str, str] | None = None, **overrides: object
+) -> GovernorConfig:
+    """The configuration by precedence: `overrides`, `environ`, the file, defaults.
+
+    `path` is a TOML file with the fields of GovernorConfig as its keys; without it `psi-kv.toml` in the
+    working directory is read if it is there. `environ` is the process's environment unless given; its
+    keys are the fields in capitals after PSI_KV_. An override that is None counts as not given. Strings
+    in the environment and in overrides are read as the type of their field.
+
+    Raises BadInputError on an unknown key, a wrong type or a value out of its range, saying where it
+    came from.
+    """
+    arguments = {key: value for key, value in overrides.items() if value is not None}
+    settings = {
+        **_from_file(path),
+        **_from_environment(os.environ if environ is None else environ),
+        **{key: _Setting(value, f"argument {key}", typed=False) for key, value in arguments.items()},
+    }
+    values: dict[str, Any] = {name: _convert(name, setting) for name, setting in settings.items()}
+    try:
+        return GovernorConfig(**values)
+    except _RefusedError as error:
+        given = [settings[name].where for name in error.names if name in settings]
+        raise BadInputError(f"{error} (from {' and '.join(given)})") from None
+
+
+def _from_file(path: Path | None) -> dict[str, _Setting]:
+    if path is None:
+        if not DEFAULT_FILE.is_file():
+            return {}
+        path = DEFAULT_FILE
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInputError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except ValueError as error:  # not TOML, or not UTF-8
+        raise BadInputError(f"{path} is not TOML: {error}".replace("\n", " ")) from error
+    return {key: _Setting(value, f"{key} in {path}", typed=True) for key, value in table.items()}
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, _Setting]:
+    return {
+        key.removeprefix(ENVIRONMENT_PREFIX).lower(): _Setting(
+            value, f"environment variable {key}", typed=False
+        )
+        for key, value in environ.items()
+        if key.startswith(ENVIRONMENT_PREFIX) and key not in _NO_SETTINGS
+    }
+
+
+def _convert(name: str, setting: _Setting) -> object:
+    fields = {field.name: field.type for field in msgspec.structs.fields(GovernorConfig)}
+    if name not in fields:
+        near = nearest(name, fields)
+        hint = f"did you mean {near}?" if near else f"known are {', '.join(fields)}"
+        raise BadInputError(f"unknown setting {name!r} (from {setting.where}): {hint}")
+    read_string = isinstance(setting.value, str) and not setting.typed
+    try:
+        return msgspec.convert(setting.value, fields[name], strict=not read_string)
+    except msgspec.ValidationError as error:
+        told = f"{name} = {setting.value!r} is not usable: {error}".replace("`", "")
+        raise BadInputError(f"{told} (from {setting.where})") from None

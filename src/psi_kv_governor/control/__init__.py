@@ -1,0 +1,15 @@
+"""What to do about a reading: pure functions and small frozen dataclasses."""
+
+from psi_kv_governor.control.decision import Action, CacheSnapshot, Decision, Mode
+from psi_kv_governor.control.law import LawState, budget_of, decide, floor_of
+
+__all__ = [
+    "Action",
+    "CacheSnapshot",
+    "Decision",
+    "LawState",
+    "Mode",
+    "budget_of",
+    "decide",
+    "floor_of",
+]

@@ -1,0 +1,90 @@
+"""What happened, as dataclasses. Every subscriber and every sink gets the same ones."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+
+from psi_kv_governor.control.decision import Mode
+from psi_kv_governor.errors import BadInputError
+
+
+class _Event(msgspec.Struct, frozen=True, kw_only=True, tag=True, tag_field="event"):
+    time_s: float
+    """Monotonic time, the same clock as in Reading."""
+
+
+class ModeChanged(_Event, frozen=True, kw_only=True):
+    """The governor went from one mode to another."""
+
+    old: Mode
+    new: Mode
+    reason: str
+
+
+class Trimmed(_Event, frozen=True, kw_only=True):
+    """Cells were given up and their memory returned."""
+
+    cells: int
+    spilled: int
+    bytes_returned: int
+    seconds: float
+    reason: str
+
+
+class Restored(_Event, frozen=True, kw_only=True):
+    """Spilled cells are back where they were."""
+
+    cells: int
+    seconds: float
+    missing: int
+
+
+class Recomputed(_Event, frozen=True, kw_only=True):
+    """Lost tokens were decoded again."""
+
+    cells: int
+    seconds: float
+
+
+class Released(_Event, frozen=True, kw_only=True):
+    """Pages of cells nobody used went back."""
+
+    bytes_returned: int
+
+
+class Degraded(_Event, frozen=True, kw_only=True):
+    """A step can't be done here (any more). Said once for each cause."""
+
+    what: str
+    why: str
+
+
+class SourceChanged(_Event, frozen=True, kw_only=True):
+    """The governor reads the machine's pressure from another place now."""
+
+    source: str
+    why: str
+
+
+Event = ModeChanged | Trimmed | Restored | Recomputed | Released | Degraded | SourceChanged
+
+
+class JsonLinesSink:
+    """Appends each event to a file, a line each, as it happens. Use it as a subscriber."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            # 0600: which ranges of a conversation went when is nobody else's matter.
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise BadInputError(f"cannot write events to {path}: {error.strerror}") from error
+        self._file = os.fdopen(descriptor, "ab", buffering=0)
+
+    def __call__(self, event: Event) -> None:
+        self._file.write(msgspec.json.encode(event) + b"\n")
+
+    def close(self) -> None:
+        self._file.close()

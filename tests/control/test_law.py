@@ -1,0 +1,298 @@
+"""The law on single readings: what it asks for, in which mode, and for which reason."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+import pytest
+
+from psi_kv_governor.config import GovernorConfig
+from psi_kv_governor.control import (
+    Action,
+    CacheSnapshot,
+    Decision,
+    LawState,
+    Mode,
+    budget_of,
+    decide,
+    floor_of,
+)
+from psi_kv_governor.pressure.reading import Reading
+
+LIMIT_BYTES = 1_000_000_000
+CELL_BYTES = 1_000
+CONFIG = GovernorConfig()
+
+
+def reading(time_s: float = 100.0, some: float = 0.0, headroom: float | None = None, interval_s: float = 0.1):
+    """`headroom` is a share of the limit; None leaves headroom and limit unknown."""
+    return Reading(
+        time_s=time_s,
+        interval_s=interval_s,
+        some=some,
+        full=some / 2,
+        headroom_bytes=None if headroom is None else round(headroom * LIMIT_BYTES),
+        limit_bytes=None if headroom is None else LIMIT_BYTES,
+    )
+
+
+def snapshot(live: int = 4096, spilled: int = 0, lost: int = 0, trimmable: int | None = None):
+    return CacheSnapshot(
+        live_cells=live,
+        spilled_cells=spilled,
+        lost_cells=lost,
+        trimmable_cells=max(0, live - 320) if trimmable is None else trimmable,
+        cell_bytes=CELL_BYTES,
+    )
+
+
+def first(look: Reading, cache: CacheSnapshot, config: GovernorConfig = CONFIG, **more) -> Decision:
+    return decide(config, LawState(), look, cache, **more)[0]
+
+
+def replay(looks: list[Reading], cache: CacheSnapshot, config: GovernorConfig = CONFIG) -> list[Decision]:
+    state, decisions = LawState(), []
+    for look in looks:
+        decision, state = decide(config, state, look, cache)
+        decisions.append(decision)
+    return decisions
+
+
+# -- when --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("some", "headroom", "action", "mode"),
+    [
+        (0.00, None, Action.NONE, Mode.CALM),
+        (0.019, 0.15, Action.NONE, Mode.CALM),
+        (0.02, 0.15, Action.NONE, Mode.WATCHING),
+        (0.099, None, Action.NONE, Mode.WATCHING),
+        (0.10, None, Action.TRIM, Mode.TRIMMING),
+        (0.10, 0.30, Action.TRIM, Mode.TRIMMING),  # plenty begins above its line, not on it
+        (0.90, 0.31, Action.NONE, Mode.WATCHING),
+        (0.00, 0.04, Action.NONE, Mode.CALM),  # so does shortage: below its line
+        (0.00, 0.039, Action.TRIM, Mode.TRIMMING),
+        (0.05, 0.0, Action.TRIM, Mode.TRIMMING),
+    ],
+)
+def test_the_thresholds_divide_the_readings(some, headroom, action, mode):
+    decision = first(reading(some=some, headroom=headroom), snapshot())
+    assert (decision.action, decision.mode) == (action, mode)
+
+
+def test_stall_without_shortage_says_why_it_is_left_alone():
+    assert "stall without shortage" in first(reading(some=0.5, headroom=0.6), snapshot()).reason
+
+
+def test_the_first_reading_of_a_source_never_acts_on_stall():
+    decision = first(reading(some=1.0, interval_s=0.0), snapshot())
+    assert (decision.action, decision.mode) == (Action.NONE, Mode.CALM)
+    assert "first reading" in decision.reason
+
+
+def test_the_first_reading_of_a_source_acts_on_headroom():
+    assert first(reading(interval_s=0.0, headroom=0.01), snapshot()).action is Action.TRIM
+
+
+def test_headroom_without_its_limit_is_not_known():
+    look = msgspec.structs.replace(reading(some=0.5, headroom=0.9), limit_bytes=None)
+    assert first(look, snapshot()).action is Action.TRIM
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"time_s": math.nan},
+        {"time_s": math.inf},
+        {"time_s": 99.0},
+        {"interval_s": math.nan},
+        {"interval_s": -1.0},
+        {"interval_s": math.inf},
+        {"some": math.nan},
+        {"some": 1.01},
+        {"some": -0.01},
+        {"full": math.nan},
+        {"full": 2.0},
+        {"headroom_bytes": -1},
+        {"limit_bytes": 0},
+    ],
+    ids=str,
+)
+def test_a_reading_that_makes_no_sense_changes_nothing_and_says_so(change):
+    before = decide(CONFIG, LawState(), reading(some=0.5, headroom=0.1), snapshot())[1]
+    assert before.mode is Mode.TRIMMING
+    broken = msgspec.structs.replace(reading(time_s=101.0, some=1.0, headroom=0.0), **change)
+    decision, after = decide(CONFIG, before, broken, snapshot())
+    assert (decision.action, decision.mode) == (Action.NONE, Mode.TRIMMING)
+    assert decision.reason.startswith("reading not used: ")
+    assert after == before
+
+
+# -- how much ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("some", "headroom", "share"),
+    [
+        (0.10, None, 0.10),  # just passed
+        (0.55, None, 0.15),  # half way from high to 1
+        (1.00, None, 0.20),
+        (0.00, 0.02, 0.15),  # half way from the low line to nothing
+        (0.00, 0.00, 0.20),
+        (0.55, 0.01, 0.175),  # the larger of both
+    ],
+)
+def test_the_step_grows_with_the_excess(some, headroom, share):
+    cache = snapshot(live=101_000, trimmable=100_000)
+    config = GovernorConfig(block_cells=1)
+    cells = first(reading(some=some, headroom=headroom), cache, config).cells
+    assert cells == pytest.approx(share * 100_000, abs=1)
+
+
+def test_a_step_is_rounded_up_to_whole_blocks():
+    assert first(reading(some=0.1), snapshot(live=1320, trimmable=1000)).cells == 128  # 100 cells wanted
+
+
+def test_the_least_step_is_a_block():
+    assert first(reading(some=0.1), snapshot(live=1320, trimmable=70)).cells == 64
+
+
+def test_less_than_a_block_goes_where_no_more_is_trimmable():
+    assert first(reading(some=0.1), snapshot(live=1320, trimmable=40)).cells == 40
+
+
+@pytest.mark.parametrize(
+    ("cache", "config", "said"),
+    [
+        (snapshot(live=320), CONFIG, "nothing is trimmable"),
+        (snapshot(live=0), CONFIG, "the floor of 256 cells holds"),
+        (snapshot(live=319, trimmable=200), CONFIG, "the floor of 256 cells holds"),  # 63 above: no block
+        (snapshot(live=1000, spilled=4000, trimmable=600), CONFIG, "the floor of 1000 cells holds"),
+        (snapshot(), GovernorConfig(budget_per_min=0.0), "the budget holds"),
+    ],
+    ids=["protected", "empty", "floor_cells", "floor_share", "budget"],
+)
+def test_pressure_without_a_way_to_trim_holds_and_says_why(cache, config, said):
+    decision = first(reading(some=1.0), cache, config)
+    assert (decision.action, decision.cells, decision.mode) == (Action.NONE, 0, Mode.HOLDING)
+    assert said in decision.reason
+
+
+def test_the_floor_cuts_a_step_to_whole_blocks():
+    cache = snapshot(live=1000, spilled=3000, trimmable=900)  # the floor is 800, the step 180 -> 192
+    assert first(reading(some=1.0), cache).cells == 192
+    assert (
+        first(reading(some=1.0), msgspec.structs.replace(cache, live_cells=980, lost_cells=20)).cells == 128
+    )
+
+
+def test_the_budget_is_that_of_any_60_seconds():
+    config = GovernorConfig(budget_per_min=0.25, step_min=0.2)  # 1,024 of 4,096 cells
+    looks = [reading(time_s=100.0 + t, some=1.0) for t in (0, 1, 59, 60, 60.5, 61.5)]
+    cells = [decision.cells for decision in replay(looks, snapshot(), config)]
+    assert cells == [768, 256, 0, 0, 768, 256]  # the trim of 0 s has left the window after 60 s, not at 60 s
+
+
+def test_trims_keep_the_cooldown():
+    looks = [reading(time_s=100.0 + t, some=1.0) for t in (0.0, 0.125, 0.25, 0.375)]
+    decisions = replay(looks, snapshot())
+    assert [decision.action.value for decision in decisions] == ["trim", "none", "none", "trim"]
+    assert {decision.mode for decision in decisions} == {Mode.TRIMMING}
+    assert "cooldown" in decisions[1].reason
+
+
+# -- the cache limit ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("limit", "cells"),
+    [
+        (0.5, 2048),
+        (0.0, 3200),
+        (0.95, 384),
+    ],  # 2,000 in whole blocks; down to the floor of 800; the usual step
+)
+def test_a_cache_limit_is_reached_in_one_trim(limit, cells):
+    assert first(reading(some=0.1), snapshot(live=4000), cache_limit=limit).cells == cells
+
+
+def test_a_cache_limit_says_nothing_on_a_calm_machine():
+    assert first(reading(some=0.05), snapshot(), cache_limit=0.1).action is Action.NONE
+
+
+# -- back again --------------------------------------------------------------------------------------------
+
+
+def quiet_run(
+    headroom: float | None, cache: CacheSnapshot, seconds: int = 6, config=CONFIG
+) -> list[Decision]:
+    return replay([reading(time_s=100.0 + t, headroom=headroom) for t in range(seconds)], cache, config)
+
+
+def test_spilled_cells_come_back_after_the_quiet_time():
+    decisions = quiet_run(0.5, snapshot(live=2000, spilled=2000))
+    assert [decision.mode for decision in decisions] == [*[Mode.HOLDING] * 5, Mode.RESTORING]
+    assert [decision.cells for decision in decisions] == [0, 0, 0, 0, 0, 2000]
+
+
+def test_a_moment_before_the_quiet_time_is_over_nothing_comes_back():
+    looks = [reading(time_s=100.0 + t) for t in (0.0, 4.9375, 5.0)]
+    actions = [decision.action for decision in replay(looks, snapshot(live=2000, spilled=2000))]
+    assert actions == [Action.NONE, Action.NONE, Action.RESTORE]
+
+
+@pytest.mark.parametrize("some", [0.02, 0.5, math.nan], ids=["between", "pressure", "broken"])
+def test_anything_but_quiet_starts_the_quiet_time_anew(some):
+    cache = snapshot(live=1000, spilled=3000, trimmable=0)
+    looks = [reading(time_s=100.0 + t, some=some if t == 4 else 0.0) for t in range(11)]
+    actions = [decision.action for decision in replay(looks, cache)]
+    assert actions.index(Action.RESTORE) == 10
+
+
+def test_low_headroom_is_never_quiet():
+    cache = snapshot(live=1000, spilled=3000, trimmable=0)
+    assert {decision.action for decision in quiet_run(0.03, cache, 20)} == {Action.NONE}
+
+
+def test_a_restore_fits_in_its_share_of_the_headroom_above_the_line():
+    config = GovernorConfig(headroom_low=0.04, restore_share=0.5)
+    cache = snapshot(live=50_000, spilled=50_000)  # 1 KB a cell, 1 GB limit: half of 1 % above is 5,000 cells
+    assert quiet_run(0.05, cache, config=config)[-1].cells == 4992  # 78 whole blocks
+
+
+def test_headroom_for_less_than_the_smallest_trim_holds():
+    cache = snapshot(live=2000, spilled=2000)  # the smallest trim takes 168 -> 192 cells
+    decision = quiet_run(0.04038, cache)[-1]
+    assert (decision.action, decision.mode) == (Action.NONE, Mode.HOLDING)
+    assert "holds 190 cells, fewer than the 192" in decision.reason
+    assert quiet_run(0.04039, cache)[-1].cells == 192
+    assert quiet_run(0.04038, snapshot(live=3990, spilled=10))[-1].cells == 10  # all that is left
+
+
+def test_unknown_headroom_restores_a_small_step():
+    assert (
+        quiet_run(None, snapshot(live=2096, spilled=2000))[-1].cells == 384
+    )  # a tenth of 4,096, whole blocks
+    assert quiet_run(None, snapshot(live=300, spilled=100))[-1].cells == 64  # at least a block
+    assert quiet_run(None, snapshot(live=300, spilled=10))[-1].cells == 10
+
+
+def test_each_restore_is_watched_for_a_quiet_time():
+    cache = snapshot(live=50_000, spilled=50_000)
+    decisions = quiet_run(0.05, cache, 16)
+    assert [t for t, decision in enumerate(decisions) if decision.action is Action.RESTORE] == [5, 10, 15]
+    assert {decision.mode for decision in decisions[5:]} == {Mode.RESTORING}
+
+
+def test_lost_cells_are_left_to_the_next_request():
+    decision = quiet_run(0.5, snapshot(live=3000, lost=1000))[-1]
+    assert (decision.action, decision.mode) == (Action.NONE, Mode.HOLDING)
+    assert "recomputed at the next request" in decision.reason
+
+
+def test_floor_and_budget_follow_the_length_of_the_context():
+    assert floor_of(CONFIG, snapshot(live=1001, spilled=1000)) == 401
+    assert floor_of(CONFIG, snapshot(live=100)) == 256
+    assert budget_of(CONFIG, snapshot(live=1001, lost=1000)) == 4002

@@ -1,0 +1,159 @@
+"""Where a setting comes from, which one wins, and what is said about one that cannot be used."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from psi_kv_governor.config import GovernorConfig, load_config
+from psi_kv_governor.errors import BadInputError
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch) -> Path:
+    """A working directory without psi-kv.toml, so that the tests see only what they write."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def written(folder: Path, text: str, name: str = "psi-kv.toml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+# -- precedence --------------------------------------------------------------------------------------------
+
+
+def test_without_anything_the_defaults_hold():
+    assert load_config(environ={}) == GovernorConfig()
+
+
+def test_arguments_go_before_environment_before_file_before_defaults(tmp_path):
+    path = written(tmp_path, "high = 0.3\nlow = 0.05\nquiet_s = 7\n")
+    config = load_config(path, {"PSI_KV_HIGH": "0.4", "PSI_KV_LOW": "0.06"}, high=0.5)
+    assert (config.high, config.low, config.quiet_s) == (0.5, 0.06, 7.0)
+    assert config.cooldown_s == GovernorConfig().cooldown_s
+
+
+def test_the_file_in_the_working_directory_is_read_unless_another_is_named(tmp_path):
+    written(tmp_path, "high = 0.3\n")
+    assert load_config(environ={}).high == 0.3
+    assert load_config(written(tmp_path, "low = 0.01\n", "other.toml"), {}).high == GovernorConfig().high
+
+
+def test_the_process_environment_is_the_default(monkeypatch):
+    monkeypatch.setenv("PSI_KV_FLOOR_CELLS", "77")
+    assert load_config().floor_cells == 77
+
+
+def test_other_variables_are_not_ours():
+    assert (
+        load_config(environ={"PSI_HIGH": "x", "psi_kv_high": "y", "PSI_KV_MODELS": "/z"}) == GovernorConfig()
+    )
+
+
+def test_an_argument_that_is_none_counts_as_not_given():
+    assert load_config(environ={"PSI_KV_HIGH": "0.4"}, high=None).high == 0.4
+
+
+def test_strings_are_read_as_the_type_of_their_field():
+    config = load_config(
+        environ={"PSI_KV_STORE": "none", "PSI_KV_STORE_DIR": "7"}, block_cells="32", high="0.5"
+    )
+    assert (config.store, config.store_dir, config.block_cells, config.high) == ("none", "7", 32, 0.5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(0.02, 1.0), st.integers(0, 10**6), st.floats(0.0, 1e6))
+def test_a_value_is_the_same_from_each_origin(high, floor_cells, quiet_s):
+    values = {"high": high, "floor_cells": floor_cells, "quiet_s": quiet_s}
+    folder = Path.cwd()
+    path = written(folder, "".join(f"{name} = {value!r}\n" for name, value in values.items()), "same.toml")
+    environ = {f"PSI_KV_{name.upper()}": repr(value) for name, value in values.items()}
+    assert load_config(path, {}) == load_config(None, environ) == load_config(None, {}, **values)
+
+
+# -- what cannot be used -----------------------------------------------------------------------------------
+
+
+def refusal(*args, **overrides) -> str:
+    with pytest.raises(BadInputError) as caught:
+        load_config(*args, **overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert caught.value.exit_status == 2
+    return message
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "told"),
+    [
+        ("PSI_KV_HIHG", "1", "unknown setting 'hihg' (from environment variable PSI_KV_HIHG): did"),
+        ("PSI_KV_HIGH", "much", "high = 'much' is not usable: Expected float, got str"),
+        ("PSI_KV_HIGH", "nan", "high = nan is not usable: give a share from 0 to 1"),
+        ("PSI_KV_QUIET_S", "inf", "quiet_s = inf is not usable: give 0 or more"),
+        ("PSI_KV_FLOOR_CELLS", "1.5", "floor_cells = '1.5' is not usable: Expected int"),
+        ("PSI_KV_STORE", "tape", "store = 'tape' is not usable: Invalid enum value 'tape'"),
+    ],
+)  # fmt: skip
+def test_a_bad_variable_is_named(variable, text, told):
+    assert f"(from environment variable {variable})" in refusal(None, {variable: text})
+    assert told in refusal(None, {variable: text})
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("blok_cells = 8", "'blok_cells' (from blok_cells in {path}): did you mean block_cells?"),
+        ("zzz = 8", "known are high, low, headroom_low"),
+        ('high = "0.2"', "high = '0.2' is not usable: Expected float, got str (from high in {path})"),
+        ("high = true", "Expected float, got bool"),
+        ("sink_cells = nan", "sink_cells = nan is not usable: Expected int, got float"),
+        ("[high]\nx = 1", "Expected float, got object"),
+        ("high = ", "{path} is not TOML: "),
+        ("high = 0.2\nhigh = 0.3", "{path} is not TOML: "),
+        ("low = 0.5", "low = 0.5 is not usable: it must not be above high (0.1) (from low in {path})"),
+        ("low = 0", "or nothing would ever come back"),
+        ("poll_s = 0", "poll_s = 0.0 is not usable: give seconds above 0"),
+        ("floor_cells = -1", "floor_cells = -1 is not usable: give 0 or more"),
+        ("block_cells = 0", "block_cells = 0 is not usable: give 1 or more"),
+        ("high = 0.0\nlow = 0.0", "or every reading would trim"),
+    ],
+)  # fmt: skip
+def test_a_bad_line_of_the_file_is_named(tmp_path, text, told):
+    path = written(tmp_path, text)
+    assert told.format(path=path) in refusal(path, {})
+
+
+def test_a_contradiction_names_both_origins(tmp_path):
+    path = written(tmp_path, "high = 0.05")
+    told = refusal(path, {"PSI_KV_LOW": "0.06"})
+    assert told.endswith(f"(from environment variable PSI_KV_LOW and high in {path})")
+
+
+def test_a_bad_argument_is_named():
+    assert refusal(None, {}, step_min=0.9).endswith("(from argument step_min)")
+    assert "(from argument step_max)" in refusal(None, {}, step_max=math.nan)
+    assert "unknown setting 'hi' (from argument hi): did you mean high?" in refusal(None, {}, hi=1)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    assert refusal(tmp_path / "no.toml", {}).endswith("no.toml: No such file or directory")
+    assert "Is a directory" in refusal(tmp_path, {})
+    (tmp_path / "latin.toml").write_bytes(b"policy = '\xff'")
+    assert "latin.toml is not TOML" in refusal(tmp_path / "latin.toml", {})
+
+
+@pytest.mark.parametrize("field", msgspec.structs.fields(GovernorConfig), ids=lambda field: field.name)
+def test_every_number_refuses_nan_and_less_than_nothing(field):
+    if field.type not in (float, int):
+        assert field.name in {"policy", "store", "store_dir"}
+        return
+    for value in ("nan", "-1"):
+        assert field.name in refusal(None, {f"PSI_KV_{field.name.upper()}": value})
