@@ -1,0 +1,20 @@
+"""Which blocks of tokens to give up: the policies, and the selection by their scores."""
+
+from __future__ import annotations
+
+from psi_kv_governor.policy.base import Evidence, Kind, Policy, Range, Values
+from psi_kv_governor.policy.registry import POLICIES, all_policies, get_policy
+from psi_kv_governor.policy.select import select, trimmable
+
+__all__ = [
+    "POLICIES",
+    "Evidence",
+    "Kind",
+    "Policy",
+    "Range",
+    "Values",
+    "all_policies",
+    "get_policy",
+    "select",
+    "trimmable",
+]

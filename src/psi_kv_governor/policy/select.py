@@ -1,0 +1,138 @@
+"""From a number of cells to ranges of positions: protection, blocks, and the policy's order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from psi_kv_governor.policy.base import Evidence, Policy, Range, Values
+
+
+@dataclass(frozen=True)
+class Protection:
+    """What no policy may give up, in positions of the context."""
+
+    sink_cells: int
+    """The first tokens."""
+    window_cells: int
+    """The last tokens."""
+    marked: tuple[Range, ...] = ()
+    """Ranges anywhere: the system prompt, and what the caller marks. They may overlap."""
+
+    def free(self, live: Sequence[Range], next_position: int) -> list[Range]:
+        """The parts of `live` that may go, when the context has `next_position` tokens."""
+        start = min(self.sink_cells, next_position)
+        zone = Range(start, max(start, next_position - self.window_cells))
+        parts = [part for run in live if (part := _clip(run, zone)).cells]
+        for mark in self.marked:
+            parts = [rest for part in parts for rest in without(part, mark)]
+        return parts
+
+
+def trimmable(live: Sequence[Range], next_position: int, protection: Protection) -> int:
+    """Number of live cells that are not protected: what `select` can give up at most."""
+    return sum(part.cells for part in protection.free(live, next_position))
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Blocks that may go, and what the policy thinks of each, shape (len(blocks),)."""
+
+    blocks: list[Range]
+    scores: Values
+
+    def lowest(self, cells: int, most: int) -> list[Range]:
+        """The ranges to give up for `cells` cells, lowest score first: sorted, disjoint, adjacent merged.
+
+        The last block is cut where more than `most` cells would go. Fewer go only when no more are there.
+        """
+        chosen: list[Range] = []
+        taken = 0
+        for index in np.argsort(self.scores, kind="stable"):  # stable: equal scores go oldest first
+            if taken >= cells:
+                break
+            block = self.blocks[index]
+            part = Range(block.start, min(block.stop, block.start + most - taken))
+            chosen.append(part)
+            taken += part.cells
+        return _merge(chosen)
+
+
+def score(
+    policy: Policy,
+    live: Sequence[Range],
+    next_position: int,
+    evidence: Evidence,
+    *,
+    protection: Protection,
+    block_cells: int,
+) -> Scored:
+    """What `policy` thinks of every block of `live` that is not protected.
+
+    Blocks begin at multiples of `block_cells`, so a block is the same tokens at every call however far the
+    context has grown; at the edge of what is protected, of a hole or of a former cut a block is shorter.
+
+    Raises ValueError when the policy's scores are not finite, or not of the shape (number of blocks,).
+    """
+    free = protection.free(live, next_position)
+    blocks = [block for part in free for block in _cut(part, block_cells)]
+    if not blocks:
+        return Scored([], np.empty(0))
+    scores = policy.score(blocks, next_position, evidence)
+    if scores.shape != (len(blocks),):
+        raise ValueError(f"policy {policy.name} scored {len(blocks)} blocks with shape {scores.shape}")
+    if not np.isfinite(scores).all():
+        raise ValueError(f"policy {policy.name} gave a score that is not finite")
+    return Scored(blocks, scores)
+
+
+def select(
+    policy: Policy,
+    live: Sequence[Range],
+    next_position: int,
+    evidence: Evidence,
+    *,
+    cells: int,
+    protection: Protection,
+    block_cells: int,
+) -> list[Range]:
+    """The ranges of `live` to give up for `cells` cells; see `score` and `Scored.lowest`.
+
+    No more go than `cells` rounded up to whole blocks: the law counts on that for its floor and budget.
+    """
+    if cells <= 0:
+        return []
+    scored = score(policy, live, next_position, evidence, protection=protection, block_cells=block_cells)
+    return scored.lowest(cells, -(-cells // block_cells) * block_cells)
+
+
+def _clip(part: Range, zone: Range) -> Range:
+    start = min(max(part.start, zone.start), zone.stop)
+    return Range(start, max(start, min(part.stop, zone.stop)))
+
+
+def without(part: Range, gone: Range) -> Iterator[Range]:
+    """What is left of `part` without `gone`: none, one or two ranges."""
+    for rest in (Range(part.start, min(part.stop, gone.start)), Range(max(part.start, gone.stop), part.stop)):
+        if rest.cells > 0:
+            yield rest
+
+
+def _cut(part: Range, block_cells: int) -> Iterator[Range]:
+    start = part.start
+    while start < part.stop:
+        stop = min(part.stop, (start // block_cells + 1) * block_cells)
+        yield Range(start, stop)
+        start = stop
+
+
+def _merge(ranges: Sequence[Range]) -> list[Range]:
+    merged: list[Range] = []
+    for part in sorted(ranges):
+        if merged and merged[-1].stop == part.start:
+            merged[-1] = Range(merged[-1].start, part.stop)
+        else:
+            merged.append(part)
+    return merged
