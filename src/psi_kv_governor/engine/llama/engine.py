@@ -1,0 +1,313 @@
+"""The engine for llama.cpp: trim, release, restore and recompute on a live context."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from llama_cpp import _internals
+
+from psi_kv_governor.engine.base import Capabilities, Capability, RestoreResult, TrimResult, Worth
+from psi_kv_governor.engine.llama.cells import Cells
+from psi_kv_governor.engine.llama.context import Sequences
+from psi_kv_governor.engine.llama.evidence import LlamaEvidence
+from psi_kv_governor.engine.llama.parking import Parked, ParkingLot
+from psi_kv_governor.engine.llama.rows import Rows
+from psi_kv_governor.engine.llama.safepoint import SafePoint
+from psi_kv_governor.engine.llama.tap import Tap
+from psi_kv_governor.engine.llama.track import Track
+from psi_kv_governor.errors import EngineError, StoreError
+from psi_kv_governor.ledger import LIVE, LOST, Ledger
+from psi_kv_governor.policy.base import Range
+from psi_kv_governor.store.base import BlobTag, Store
+
+# One blob: small enough that its pages go back while the next is written (16 MiB take about 15 ms), large
+# enough that a store of 8 GiB needs no more than the usual 1,024 file descriptors.
+_BLOB_BYTES = 16 << 20
+
+
+class LlamaEngine:
+    """Gives memory of one llama.cpp context back. Made by `GovernedLlama`, and proven by the self-test.
+
+    `origin` names the model and the library in the tags of what it spills.
+    """
+
+    name = "llama.cpp"
+
+    def __init__(
+        self, context: _internals.LlamaContext, tap: Tap, rows: Rows, able: Capabilities, origin: BlobTag
+    ) -> None:
+        self.guard = SafePoint()
+        self.cell_bytes = rows.cell_bytes
+        self.row_bytes = rows.smallest_row_bytes
+        self.track = Track(Sequences(context), tap, rows, context.n_ctx())
+        self.evidence = LlamaEvidence(tap, rows, self.track.map)
+        self._context = context
+        self._rows = rows
+        self._able = able
+        self._origin = origin
+        self._parking = ParkingLot()
+        self._demand_paged_bytes = tap.native.library.psikv_demand_paged_bytes
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.track.ledger
+
+    @property
+    def capabilities(self) -> Capabilities:
+        if not self.track.distrust:
+            return self._able
+        off = Capability(False, f"{self.track.distrust}; until the cache is next empty")
+        return Capabilities(release=off, spill=off, recompute=off)
+
+    # -- what the context does --------------------------------------------------------------------------
+
+    def decode(self, start: int, tokens: npt.NDArray[np.int32] | None, run: Callable[[], None]) -> None:
+        """Do `run`, which decodes `tokens` at positions `start` on: no safe point until it is over."""
+        track = self.track
+        with self.guard.hold():
+            if not track.settled or start != len(track.ledger):
+                track.catch_up()
+                self._mend_end(start)
+            track.expect(start, tokens)
+            try:
+                run()
+            except BaseException:
+                track.catch_up()
+                raise
+            if tokens is None:
+                track.catch_up()
+            else:
+                track.decoded(start, len(tokens))
+
+    def _mend_end(self, length: int) -> None:
+        """llama.cpp decodes only right after the last live position: put back what is missing there."""
+        sequences = self.track.sequences
+        while sequences.length() < length == len(self.ledger) and not self.track.distrust:
+            here = Range(sequences.length(), length)
+            parked = self._parking.first(here)
+            if parked is None or parked.wanted.start > here.start:
+                self._recompute(next(self.ledger.ranges(LOST, here)))
+                continue
+            with contextlib.suppress(StoreError):  # its positions are lost then, and recomputed next
+                self._put_back(parked, parked.wanted)
+
+    def removed(self, start: int, stop: int) -> None:
+        """[start, stop) was removed from the sequence; a stop of -1 means to the end."""
+        length = len(self.ledger)
+        gone = Range(start, length if stop < 0 else min(stop, length))
+        if gone.cells > 0:
+            self.track.sequences.remove(Sequences.PARKED, gone.start, gone.stop)
+            for orphan in self._parking.drop(gone):
+                self.track.sequences.remove(Sequences.PARKED, orphan.start, orphan.stop)
+                self.track.map.lose(orphan)
+        if start == 0 and gone.stop == length:
+            self.track.emptied()
+            self.evidence.emptied()
+        elif gone.stop == length:
+            self.track.truncate(gone.start)
+        elif gone.cells > 0:
+            self.track.settled = False
+            self.track.map.lose(gone)
+
+    def clear(self) -> None:
+        """Empty the cache. Its pages go back; upstream zeroes them, which makes all of them resident."""
+        with self.guard.hold():
+            self.track.sequences.forget_all()
+            self.removed(0, -1)
+            self._release()
+
+    @contextlib.contextmanager
+    def emptied_upstream(self) -> Iterator[None]:
+        """Around a call in which llama.cpp itself clears the whole cache, bytes and all. It is empty before.
+
+        Where the tap was loaded too late, upstream zeroes by hand, and every row is resident afterwards.
+        """
+        with self.guard.hold():
+            self.clear()
+            before = self._demand_paged_bytes()
+            try:
+                yield
+            finally:
+                if self._demand_paged_bytes() == before:
+                    self.track.map.all_written()
+
+    # -- giving up --------------------------------------------------------------------------------------
+
+    def trim(self, ranges: Sequence[Range], store: Store | None) -> TrimResult:
+        """See Engine.trim. The last position stays. Raises EngineError where no range can be given up."""
+        begin = time.monotonic()
+        cells = spilled = returned = 0
+        problem = ""
+        with self.guard.hold(urgent=True):
+            self._catch_up()
+            end = len(self.ledger) - 1
+            clipped = [Range(run.start, min(run.stop, end)) for run in ranges if run.start < end]
+            live = [part for run in clipped for part in self.ledger.ranges(LIVE, run)]
+            if self.capabilities.spill.able:
+                self.track.check({p for run in live for p in (run.start, run.stop - 1)})
+            if not self.capabilities.spill.able:
+                raise EngineError(f"this cache can't give up a range: {self.capabilities.spill.why}")
+            for run in self._in_blobs(live):
+                if store is not None:
+                    try:
+                        self._spill(run, store)
+                        spilled += run.cells
+                    except StoreError as error:
+                        problem, store = str(error), None
+                if store is None and not self._evict(run):
+                    problem = "the tokens are not known, so they could not be recomputed"
+                    continue
+                cells += run.cells
+                returned += self._release()
+        seconds = time.monotonic() - begin
+        return TrimResult(
+            cells=cells, spilled=spilled, bytes_returned=returned, seconds=seconds, problem=problem
+        )
+
+    def release(self) -> int:
+        """See Engine.release."""
+        with self.guard.hold(urgent=True):
+            return self._release()
+
+    def _catch_up(self) -> None:
+        """Enter what was decoded past `decoding`, before its cells are taken for free ones."""
+        if self.capabilities.release.able:
+            self.track.catch_up()
+
+    def _release(self) -> int:
+        self._catch_up()
+        returnable = self.track.map.returnable()
+        if not len(returnable) or not self.capabilities.release.able:
+            return 0
+        returned = self._rows.release(returnable)
+        self.track.map.released()
+        return returned
+
+    def _in_blobs(self, ranges: Sequence[Range]) -> Iterator[Range]:
+        step = max(1, _BLOB_BYTES // self.cell_bytes)
+        for run in ranges:
+            for start in range(run.start, run.stop, step):
+                yield Range(start, min(start + step, run.stop))
+
+    def _spill(self, run: Range, store: Store) -> None:
+        tag = msgspec.structs.replace(self._origin, start=run.start, stop=run.stop)
+        key = store.put(tag, run.cells * self.cell_bytes, self._rows.chunks(self.track.map.cells(run)))
+        self._parking.add(Parked(blob=run, wanted=run, tag=tag, store=store, key=key))
+        self.track.sequences.move(Sequences.MAIN, Sequences.PARKED, run.start, run.stop)
+        self.track.map.park(run)
+
+    def _evict(self, run: Range) -> bool:
+        if self._tokens(run) is None:
+            return False
+        self.track.sequences.remove(Sequences.MAIN, run.start, run.stop)
+        self.track.map.lose(run)
+        return True
+
+    # -- back again -------------------------------------------------------------------------------------
+
+    def restore(
+        self, max_cells: int, store: Store | None = None, worth: Worth | None = None
+    ) -> RestoreResult:
+        """See Engine.restore: lowest positions first without `worth`, with a safe point between blobs.
+
+        Each blob knows its store, so that a range comes back also after the store was changed.
+        """
+        begin = time.monotonic()
+        cells = 0
+        problem = ""
+        while cells < max_cells:
+            with self.guard.hold(urgent=True):
+                parked = self._parking.best(worth) if worth else self._parking.first()
+                if parked is None:
+                    break
+                try:
+                    cells += self._put_back(parked, _part(parked.wanted, max_cells - cells, worth))
+                except StoreError as error:
+                    problem = str(error)
+        seconds = time.monotonic() - begin
+        return RestoreResult(cells=cells, seconds=seconds, missing=self.ledger.holes(), problem=problem)
+
+    def _put_back(self, parked: Parked, part: Range) -> int:
+        track = self.track
+        positions = np.arange(parked.blob.start, parked.blob.stop)
+        wanted = (positions >= part.start) & (positions < part.stop)
+        cells: Cells = track.map.cells(parked.blob)
+        track.map.touched(part)
+        try:
+            parked.store.get(parked.key, parked.tag, self._rows.chunks(cells, wanted))
+        except StoreError:
+            # Never load what is not what was saved. The tokens are known, so it can be recomputed.
+            self._rows.fill(cells[wanted], 0)
+            track.sequences.remove(Sequences.PARKED, parked.wanted.start, parked.wanted.stop)
+            track.map.lose(parked.wanted)
+            self._parking.forget(parked)
+            self._release()
+            raise
+        track.sequences.move(Sequences.PARKED, Sequences.MAIN, part.start, part.stop)
+        track.map.unpark(part)
+        self._parking.drop(part)
+        return part.cells
+
+    def recompute(self, max_tokens: int) -> int:
+        """Decode the first lost tokens again, at most `max_tokens`; gives how many. Changes the logits.
+
+        None while spilled ones come before them, which have to be restored first. Raises EngineError when
+        their tokens are not known.
+        """
+        with self.guard.hold():
+            self.track.catch_up()
+            lost = next(self.ledger.ranges(LOST), None)
+            if lost is None or self.ledger.holes(Range(0, lost.start)):
+                return 0
+            return self._recompute(Range(lost.start, min(lost.stop, lost.start + max_tokens)))
+
+    def _recompute(self, lost: Range) -> int:
+        """The tokens after the hole are set aside meanwhile (metadata only), since llama.cpp decodes only at
+        the end of a sequence; they keep the rows they have."""
+        sequences = self.track.sequences
+        part = Range(lost.start, min(lost.stop, lost.start + self._context.params.n_batch))
+        tokens = self._tokens(part)
+        if tokens is None:
+            raise EngineError("lost tokens can't be recomputed here: they are not known as tokens")
+        after = list(self.ledger.ranges(LIVE, Range(part.stop, len(self.ledger))))
+        for run in after:
+            sequences.move(Sequences.MAIN, Sequences.SCRATCH, run.start, run.stop)
+        try:
+            self._decode(tokens, part.start)
+        finally:
+            # Also when the rest failed, or Ctrl-C came: llama.cpp has what was decoded, and so must the map.
+            self.track.recomputed(part.start)
+            for run in after:
+                sequences.move(Sequences.SCRATCH, Sequences.MAIN, run.start, run.stop)
+        return part.cells
+
+    def _tokens(self, part: Range) -> list[int] | None:
+        return self.track.tokens(part) if self.capabilities.recompute.able else None
+
+    def _decode(self, tokens: list[int], start: int) -> None:
+        batch = _internals.LlamaBatch(n_tokens=len(tokens), embd=0, n_seq_max=1, verbose=False)
+        try:
+            batch.set_batch(tokens, n_past=start, logits_all=False)
+            # Past GovernedContext, whose decode is for the end of the sequence.
+            _internals.LlamaContext.decode(self._context, batch)
+        finally:
+            batch.close()
+
+    def close(self) -> None:
+        """Drop what waits in the store. Safe to call twice."""
+        with self.guard.hold():
+            self._parking.drop(Range(0, len(self.ledger)))
+            self.track.distrust = "the model is closed"
+
+
+def _part(wanted: Range, cells: int, worth: Worth | None) -> Range:
+    """At most so many `cells` of a blob: its head, or its tail where that is worth more."""
+    if cells >= wanted.cells:
+        return wanted
+    head, tail = Range(wanted.start, wanted.start + cells), Range(wanted.stop - cells, wanted.stop)
+    return tail if worth and worth(tail) > worth(head) else head

@@ -1,0 +1,33 @@
+"""Steps that the governor's tests repeat."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from psi_kv_governor.governor import Governor
+
+
+def of_kind(events: list, kind: type) -> list:
+    """The events of one kind, in the order in which they were told."""
+    return [event for event in events if isinstance(event, kind)]
+
+
+def steps(governor: Governor, n: int) -> None:
+    """So many turns of the loop."""
+    for _ in range(n):
+        governor.step()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for another thread to bring it about."""
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def governors() -> int:
+    """Threads of governors in this process."""
+    return sum(thread.name == "psi-kv-governor" for thread in threading.enumerate())
