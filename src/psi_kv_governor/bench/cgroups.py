@@ -1,0 +1,228 @@
+"""Where a memory cgroup of one's own can be made, making it, reading it, and removing it.
+
+cgroup v2: Documentation/admin-guide/cgroup-v2.rst (delegation, no internal processes);
+v1: Documentation/admin-guide/cgroup-v1/memory.rst.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import time
+from pathlib import Path
+
+import msgspec
+
+from psi_kv_governor.errors import PsiKvError
+from psi_kv_governor.pressure.cgroup import Cgroup, OwnCgroups, find_cgroups
+
+_REMOVE_TIMEOUT_S = 30.0
+"""A process that waits for its pages to come back from swap dies only after that."""
+
+
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the folders of a group can be made."""
+
+    version: int
+    """Of the hierarchy with the memory controller: 1 or 2."""
+    memory: str
+    """Parent folder of the group with the limit."""
+    leaf: str = ""
+    """With v1: parent folder of a v2 group that only counts the stall; empty where there is none."""
+    enable: bool = False
+    """Whether the parent has to hand its memory controller down first (v2)."""
+
+
+class Group(msgspec.Struct, frozen=True, kw_only=True):
+    """A memory cgroup that was made: one folder in v2, up to two (limit and stall) in v1."""
+
+    place: Place
+    name: str
+
+    @property
+    def memory(self) -> Path:
+        """The folder with the limit."""
+        return Path(self.place.memory, self.name)
+
+    @property
+    def unified(self) -> Path | None:
+        """The v2 folder with `memory.pressure`; None where no v2 hierarchy can be written to."""
+        if self.place.version == 2:
+            return self.memory
+        return Path(self.place.leaf, self.name) if self.place.leaf else None
+
+    @property
+    def folders(self) -> list[Path]:
+        """Every folder of the group. A process is inside when it is in all of them."""
+        return [self.memory, *([self.unified] if self.place.version == 1 and self.unified else [])]
+
+    def usage_bytes(self) -> int:
+        """Memory charged to the group now. Raises OSError when the group is gone."""
+        return int(self._file("memory.current", "memory.usage_in_bytes").read_text())
+
+    def peak_bytes(self) -> int | None:
+        """Most memory ever charged to the group; None before Linux 5.19 with v2."""
+        try:
+            return int(self._file("memory.peak", "memory.max_usage_in_bytes").read_text())
+        except FileNotFoundError:
+            return None
+
+    def oom_kills(self) -> int:
+        """Processes of the group that the kernel killed for want of memory."""
+        text = self._file("memory.events", "memory.oom_control").read_text()
+        return sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("oom_kill "))
+
+    def pids(self) -> list[int]:
+        """Processes in any folder of the group, as far as this process may see them."""
+        found: set[int] = set()
+        for folder in self.folders:
+            try:
+                found.update(map(int, (folder / "cgroup.procs").read_text().split()))
+            except FileNotFoundError:
+                continue
+        return sorted(found - {0})  # 0 stands for processes outside this pid namespace
+
+    def _file(self, v2: str, v1: str) -> Path:
+        return self.memory / (v2 if self.place.version == 2 else v1)
+
+
+def find_place(root: Path = Path("/")) -> Place:
+    """A place below the own cgroup (so that its limits hold on), or below the nearest delegated ancestor.
+
+    Raises PsiKvError, saying what to do, where this user may make no memory cgroup.
+    """
+    own = find_cgroups(root)
+    if own.memory_v1 is not None:
+        return _place_v1(own, own.memory_v1)
+    if own.unified is None:
+        raise PsiKvError("no cgroup hierarchy is mounted here: mount one at /sys/fs/cgroup")
+    return _place_v2(own.unified)
+
+
+def _place_v1(own: OwnCgroups, memory: Cgroup) -> Place:
+    if not _may_make(memory.folder):
+        raise PsiKvError(f"no right to make a memory cgroup in {memory.folder}: run it as root")
+    leaf = own.unified.folder if own.unified is not None and _may_make(own.unified.folder) else None
+    return Place(version=1, memory=str(memory.folder), leaf="" if leaf is None else str(leaf))
+
+
+def _place_v2(own: Cgroup) -> Place:
+    """The nearest ancestor that is ours and hands its memory controller down, or can be made to.
+
+    A v2 cgroup with processes of its own cannot (save the root), so the own one hardly ever does.
+    """
+    if "memory" not in _words(own.mount / "cgroup.controllers"):
+        raise PsiKvError(
+            "this kernel's memory cgroups are switched off: boot with cgroup_enable=memory "
+            "(on a Raspberry Pi: in cmdline.txt)"
+        )
+    for folder in own.lineage:
+        if not _may_make(folder):
+            break
+        if "memory" in _words(folder / "cgroup.subtree_control"):
+            return Place(version=2, memory=str(folder))
+        able = "memory" in _words(folder / "cgroup.controllers")
+        is_root = Cgroup(2, folder, own.mount).is_root
+        if able and (is_root or not _words(folder / "cgroup.procs")):
+            return Place(version=2, memory=str(folder), enable=True)
+    raise PsiKvError(
+        "no memory cgroup is delegated to this user: run it as root (not in a container), "
+        "or start it with `systemd-run --user --scope -p Delegate=yes`"
+    )
+
+
+def make_group(place: Place, name: str, limit_bytes: int, swap_bytes: int) -> Group:
+    """Make the folders and set the limits; `swap_bytes` 0 keeps the group out of swap.
+
+    Raises PsiKvError, with nothing left behind, when the kernel refuses.
+    """
+    group = Group(place=place, name=name)
+    try:
+        if place.enable:
+            Path(place.memory, "cgroup.subtree_control").write_text("+memory")
+        for folder in group.folders:
+            folder.mkdir()
+        _limit(group, limit_bytes, swap_bytes)
+    except OSError as error:
+        remove_group(group)
+        raise PsiKvError(
+            f"cannot make the memory cgroup {group.memory}: {error.strerror} ({error.filename}); "
+            "run it as root, or with a limit that the parent allows"
+        ) from error
+    return group
+
+
+def _limit(group: Group, limit_bytes: int, swap_bytes: int) -> None:
+    if group.place.version == 2:
+        (group.memory / "memory.max").write_text(str(limit_bytes))
+        _write_if_there(group.memory / "memory.swap.max", swap_bytes)
+        return
+    (group.memory / "memory.limit_in_bytes").write_text(str(limit_bytes))
+    _write_if_there(group.memory / "memory.memsw.limit_in_bytes", limit_bytes + swap_bytes)
+    if swap_bytes == 0:
+        # Where swap is not accounted, this is the one thing that keeps the group out of the machine's swap.
+        _write_if_there(group.memory / "memory.swappiness", 0)
+
+
+def _write_if_there(path: Path, value: int) -> None:
+    """Kernels without swap, or that do not account it, lack the file and need no limit on it."""
+    if path.exists():
+        path.write_text(str(value))
+
+
+def remove_group(group: Group) -> str:
+    """Kill what runs in the group and remove it. Gives what is left and why; empty when nothing is.
+
+    Only processes that the group itself lists are killed. A process may enter between the look and the
+    removal, so this repeats until the folders are gone.
+    """
+    deadline_s = time.monotonic() + _REMOVE_TIMEOUT_S
+    left: list[str] = []
+    while time.monotonic() < deadline_s:
+        _kill(group)
+        left = [f"{folder}: {why}" for folder in group.folders if (why := _rmdir(folder))]
+        if not left:
+            _take_back(group.place)
+            return ""
+        time.sleep(0.02)
+    return "; ".join(left)
+
+
+def _kill(group: Group) -> None:
+    if group.unified is not None:
+        with contextlib.suppress(OSError):
+            (group.unified / "cgroup.kill").write_text("1")  # at once, forks included (Linux 5.14)
+    for pid in group.pids():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _rmdir(folder: Path) -> str:
+    try:
+        folder.rmdir()
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        return os.strerror(error.errno or errno.EIO)
+    return ""
+
+
+def _take_back(place: Place) -> None:
+    """Undo `+memory`. The kernel refuses while another group needs it, and is right to."""
+    if place.enable:
+        with contextlib.suppress(OSError):
+            Path(place.memory, "cgroup.subtree_control").write_text("-memory")
+
+
+def _may_make(folder: Path) -> bool:
+    """Whether this user may make groups in `folder` and move processes there."""
+    return os.access(folder, os.W_OK) and os.access(folder / "cgroup.procs", os.W_OK)
+
+
+def _words(path: Path) -> list[str]:
+    try:
+        return path.read_text().split()
+    except OSError:
+        return []

@@ -1,0 +1,178 @@
+"""Part 4: chats in which the governor itself gives up cells between the turns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+
+from psi_kv_governor.bench.fidelity.conversation import Chat, Message, Told, chat, renderer, stem_of
+from psi_kv_governor.bench.fidelity.intervals import share_of
+from psi_kv_governor.bench.fidelity.likelihood import Tick, policies
+from psi_kv_governor.bench.fidelity.plan import FULL, Plan
+from psi_kv_governor.bench.fidelity.results import Conversation
+from psi_kv_governor.bench.fidelity.subject import Subject
+from psi_kv_governor.errors import PsiKvError
+from psi_kv_governor.events import Event, Trimmed
+from psi_kv_governor.governor import Governor
+from psi_kv_governor.policy import Policy
+from psi_kv_governor.pressure.reading import Reading
+
+_TURNS_UNDER_PRESSURE = 4
+"""The share is given up over so many turns."""
+_STALL = 0.3
+"""What the governor reads while it is to trim: well above its threshold."""
+_READINGS = 100
+"""A trim takes about a tenth of what may go, so twenty readings are enough for any share."""
+
+
+class ScriptedPressure:
+    """A machine that is short of memory whenever it is looked at, a second after the last look."""
+
+    name = "scripted"
+
+    def __init__(self) -> None:
+        self._time_s = 0.0
+
+    def read(self) -> Reading:
+        """See PressureSource."""
+        self._time_s += 1.0
+        return Reading(time_s=self._time_s, interval_s=1.0, some=_STALL, full=_STALL, source=self.name)
+
+    def close(self) -> None:
+        """See PressureSource."""
+
+
+@dataclass(frozen=True)
+class Talk:
+    """What one chat gave under one policy."""
+
+    policy: str
+    share: float
+    given_up: float
+    trims: int
+    right: list[bool]
+
+
+@dataclass(frozen=True)
+class Script:
+    """A chat in tokens: what all policies read with the full cache, the turns between which the governor
+    acts, and the questions."""
+
+    opening: list[int]
+    turns: list[list[int]]
+    asked: list[tuple[Told, list[int]]]
+
+
+def steps(plan: Plan) -> int:
+    """How often `measure` ticks."""
+    return plan.chats * (1 + len(plan.shares) * sum(len(one.policies) for one in plan.compared))
+
+
+def measure(subject: Subject, plan: Plan, tick: Tick) -> Iterator[Talk]:
+    """Every chat under every policy and share, and with the full cache."""
+    for number in range(plan.chats):
+        what = f"chat {number + 1} of {plan.chats}"
+        tick(f"{what}: facts and chatter")
+        text = plan.texts[number % len(plan.texts)]
+        script = _script(subject, chat(plan.seed + number, text), plan.chat_tokens)
+        subject.forget()
+        subject.read(script.opening)
+        mark = subject.mark()
+        for turn in script.turns:
+            subject.read(turn)
+        yield Talk(FULL, 0.0, 0.0, 0, _answers(subject, script))
+        for share in plan.shares:
+            for policy in policies(plan):
+                subject.back_to(mark)
+                tick(f"{what}: {policy.name} gives up {share:.0%}")
+                yield _under_pressure(subject, script, policy, share)
+                subject.back_to(mark)
+                subject.restore()
+
+
+def _script(subject: Subject, spoken: Chat, length: int) -> Script:
+    render = renderer(subject.template)
+    messages: list[Message] = [*spoken.opening, *(said for turn in spoken.early for said in turn)]
+    ends = [render(messages)]
+    turns = iter(spoken.late)
+    while len(subject.tokens(ends[-1])) < length and (turn := next(turns, None)):
+        messages += turn
+        ends.append(render(messages))
+    first = len(ends) - 1 - _TURNS_UNDER_PRESSURE
+    if first < 0 or not all(after.startswith(before) for before, after in pairwise(ends)):
+        raise PsiKvError("the model's chat template changes earlier turns when later ones come")
+    parts = [after[len(before) :] for before, after in pairwise(ends[first:])]
+    return Script(
+        opening=subject.tokens(ends[first]),
+        turns=[subject.tokens(part) for part in parts],
+        asked=[(fact, subject.tokens(stem_of(render, messages, fact))) for fact in spoken.told],
+    )
+
+
+def _under_pressure(subject: Subject, script: Script, policy: Policy, share: float) -> Talk:
+    with _governor(subject, policy) as (governor, trims):
+        for number, turn in enumerate(script.turns, 1):
+            goal = share * number / len(script.turns)
+            for _ in range(_READINGS):
+                if _given_up(subject) >= goal:
+                    break
+                governor.step()
+            else:
+                raise PsiKvError(f"the governor gave up {_given_up(subject):.0%} and not {goal:.0%}")
+            subject.read(turn)
+        return Talk(policy.name, share, _given_up(subject), len(trims), _answers(subject, script))
+
+
+@contextmanager
+def _governor(subject: Subject, policy: Policy) -> Iterator[tuple[Governor, list[Trimmed]]]:
+    """A governor of its own, moved step by step; and the trims that it tells of."""
+    trims: list[Trimmed] = []
+
+    def note(event: Event) -> None:
+        if isinstance(event, Trimmed):
+            trims.append(event)
+
+    governor = Governor(
+        subject.engine, source=ScriptedPressure(), policy=policy, store=subject.store, config=subject.config
+    )
+    governor.subscribe(note)
+    try:
+        yield governor, trims
+    finally:
+        governor.close()
+
+
+def _given_up(subject: Subject) -> float:
+    ledger = subject.engine.ledger
+    return ledger.holes() / len(ledger)
+
+
+def _answers(subject: Subject, script: Script) -> list[bool]:
+    return [_right(subject, fact, stem) for fact, stem in script.asked]
+
+
+def _right(subject: Subject, fact: Told, stem: Sequence[int]) -> bool:
+    """Whether the first token of the right answer is more probable than those of the other choices."""
+    mark = subject.mark()
+    logits = subject.logits(stem)[-1]
+    subject.back_to(mark)
+    return max(fact.choices, key=lambda choice: logits[subject.tokens(f" {choice}")[0]]) == fact.answer
+
+
+def summed(talks: Sequence[Talk]) -> list[Conversation]:
+    """By policy and share; the seeds of a policy count as further chats."""
+    groups: dict[tuple[str, float], list[Talk]] = {}
+    for talk in talks:
+        groups.setdefault((talk.policy, talk.share), []).append(talk)
+    return [
+        Conversation(
+            policy=policy,
+            share=share,
+            given_up=sum(talk.given_up for talk in group) / len(group),
+            trims=sum(talk.trims for talk in group) / len(group),
+            right=share_of([right for talk in group for right in talk.right]),
+        )
+        for (policy, share), group in groups.items()
+    ]

@@ -1,0 +1,58 @@
+"""How much memory a process takes, and percentiles.
+
+proc_pid_smaps(5) for `smaps_rollup` (exact, walks the page tables), proc_pid_status(5) for the peak.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+
+class Sample(msgspec.Struct, frozen=True, kw_only=True):
+    """Memory of one process at one moment."""
+
+    resident_bytes: int
+    anonymous_bytes: int
+    swap_bytes: int
+    peak_bytes: int
+    """Most that was ever resident (VmHWM)."""
+
+
+def sample(pid: int, root: Path = Path("/")) -> Sample | None:
+    """Look at `pid`; None where it is gone. `root` stands in for the folder that holds /proc."""
+    process = root / "proc" / str(pid)
+    try:
+        rollup = _kilobytes(process / "smaps_rollup")
+        peak = _kilobytes(process / "status")["VmHWM"]
+    except (OSError, KeyError):  # a zombie has a status without memory, and no mappings
+        return None
+    return Sample(
+        resident_bytes=rollup.get("Rss", 0) * 1024,
+        anonymous_bytes=rollup.get("Anonymous", 0) * 1024,
+        swap_bytes=rollup.get("Swap", 0) * 1024,
+        peak_bytes=peak * 1024,
+    )
+
+
+def _kilobytes(path: Path) -> dict[str, int]:
+    """The `Name:   number kB` lines of a file."""
+    values = {}
+    for line in path.read_text().splitlines():
+        words = line.split()
+        if len(words) == 3 and words[2] == "kB":
+            values[words[0].rstrip(":")] = int(words[1])
+    return values
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least `share` (0 to 1) of `values` do not pass (nearest rank).
+
+    Raises ValueError without values: there is no such time, and 0 would be a good one.
+    """
+    if not values:
+        raise ValueError("no values, hence no percentile")
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]

@@ -1,0 +1,93 @@
+"""The neighbour takes what it says, keeps touching it, and ends when it should."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import time
+import zlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from psi_kv_governor.bench import guardian, load
+from psi_kv_governor.bench.sampling import sample
+
+MIB = 1 << 20
+ENV = {**os.environ, "PYTHONPATH": guardian.package_path()}
+
+
+def start(*arguments: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", load.__name__, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENV,
+    )
+
+
+def test_it_takes_memory_in_steps_touches_it_and_ends_on_sigterm():
+    process = start("--mib", "30", "--step-mib", "10", "--pause-s", "0")
+    lines = [json.loads(process.stdout.readline()) for _ in range(5)]
+    assert [line["event"] for line in lines] == ["begin", "taken", "taken", "taken", "work"]
+    assert [line["taken_bytes"] // MIB for line in lines] == [0, 10, 20, 30, 30]
+    assert lines[-1]["touched_bytes"] > 30 * MIB
+    memory = sample(process.pid)
+    assert 30 * MIB <= memory.resident_bytes < 60 * MIB
+    process.terminate()
+    output, errors = process.communicate(timeout=10)
+    assert json.loads(output.splitlines()[-1])["event"] == "end"
+    assert (process.returncode, errors) == (0, b"")
+
+
+def test_it_ends_when_its_parent_is_gone():
+    code = (
+        "import subprocess, sys, time\n"
+        f"child = subprocess.Popen([sys.executable, '-m', {load.__name__!r}, '--mib', '4'])\n"
+        "time.sleep(300)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=ENV)
+    assert json.loads(parent.stdout.readline())["event"] == "begin"
+    time.sleep(0.1)
+    parent.send_signal(signal.SIGKILL)
+    began_s = time.monotonic()
+    lines = parent.stdout.read().splitlines()  # ends when the last holder of the pipe, the child, has ended
+    assert json.loads(lines[-1])["event"] == "end"
+    assert time.monotonic() - began_s < 5.0
+    parent.wait()
+    parent.stdout.close()
+
+
+@pytest.mark.parametrize("arguments", [["--mib", "0"], ["--mib", "4", "--pause-s", "nan"], []])
+def test_nonsense_is_refused_with_one_line_and_status_2(arguments):
+    process = start(*arguments)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 2
+    assert b"Traceback" not in errors
+
+
+def test_what_it_fills_does_not_compress():
+    block = b"".join(os.urandom(1) for _ in range(8192))
+    with mmap.mmap(-1, 64 * 1024) as region:
+        load.fill(region, 4096, 64 * 1024, block)
+        assert region[:4096] == bytes(4096)
+        for offset in range(4096, 64 * 1024, 4096):
+            assert len(zlib.compress(region[offset : offset + 4096])) > 4000
+
+
+@given(st.integers(1, 9), st.integers(0, 9), st.integers(0, 10**6))
+def test_touch_writes_each_page_of_the_range_and_no_other(pages, first, value):
+    with mmap.mmap(-1, 10 * mmap.PAGESIZE) as region, memoryview(region) as view:
+        start = min(first, 9) * mmap.PAGESIZE
+        stop = min(start + pages * mmap.PAGESIZE, len(region))
+        load.fill(region, 0, len(region), b"\xff" * mmap.PAGESIZE)
+        load.touch(view, start, stop, value)
+        for offset in range(0, len(region), mmap.PAGESIZE):
+            touched = start <= offset < stop
+            assert region[offset] == (value & 0xFF if touched else 0xFF)
+            assert region[offset + 1] == 0xFF

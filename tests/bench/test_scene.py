@@ -1,0 +1,153 @@
+"""The scene: what it measures, what it makes of a kill, and that nothing of it stays behind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from psi_kv_governor.bench import worker
+from psi_kv_governor.bench.scene import drop_file_cache, run_scene
+from psi_kv_governor.bench.script import MIB, Happened, SceneOptions, StageChanged, Tick
+from psi_kv_governor.errors import BadInputError, PsiKvError
+from psi_kv_governor.events import Restored, Trimmed
+
+SMALL = {"context_tokens": 96, "tokens": 8}
+
+
+def leftovers() -> list[str]:
+    """Pens and neighbours that this process started and that are still there."""
+    found = [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/psi-kv-pen-{os.getpid()}-*")]
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        if parent == os.getpid() and b"psi_kv_governor.bench" in b" ".join(words):
+            found.append(b" ".join(words).decode())
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left():
+    before = leftovers()
+    yield
+    assert [entry for entry in leftovers() if entry not in before] == []
+
+
+@pytest.mark.llama
+class TestGentle:
+    def test_plain_llama_decodes_and_gives_nothing_up(self, demo_model):
+        events = []
+        options = SceneOptions(model=str(demo_model), gentle=True, **SMALL)
+        result = run_scene("fixed", options, events.append)
+        assert (result.tokens, result.killed, result.restored, result.bytes_returned) == (8, False, None, 0)
+        assert result.p99_s >= result.p50_s > 0
+        assert result.tokens_per_s == pytest.approx(8 / result.seconds)
+        assert result.peak_resident_bytes >= result.final_resident_bytes > 50 * MIB
+        stages = [event.stage for event in events if isinstance(event, StageChanged)]
+        assert list(dict.fromkeys(stages)) == ["load", "prefill", "calm", "pressed"]
+        assert not any(isinstance(event, Happened) for event in events)
+
+    def test_governed_llama_is_trimmed_and_restored_by_hand(self, demo_model):
+        events = []
+        options = SceneOptions(model=str(demo_model), gentle=True, context_tokens=640, tokens=8)
+        result = run_scene("psi", options, events.append)
+        happened = [event.event for event in events if isinstance(event, Happened)]
+        assert [type(event) for event in happened if isinstance(event, (Trimmed, Restored))] == [
+            Trimmed,
+            Restored,
+        ]
+        assert result.trims == 1
+        assert result.bytes_returned > 2 * MIB
+        assert result.restored is True
+        assert result.missing_cells == 0
+        assert result.stall is None
+
+
+@pytest.mark.llama
+@pytest.mark.cgroup
+class TestPen:
+    def test_a_model_that_the_kernel_kills_is_a_result(self, demo_model):
+        options = SceneOptions(
+            model=str(demo_model),
+            context_tokens=96,
+            tokens=8000,  # a cache of 180 MiB, all of it resident: the model is the larger one
+            limit_bytes=360 * MIB,
+            swap="none",
+            pressure_bytes=250 * MIB,
+        )
+        result = run_scene("fixed", options)
+        assert result.killed
+        assert 0 <= result.tokens < 8000
+        assert result.final_resident_bytes == 0
+        assert result.restored is None
+
+    def test_a_pen_too_small_for_the_model_alone_says_so(self, demo_model):
+        options = SceneOptions(
+            model=str(demo_model), context_tokens=96, tokens=8000, limit_bytes=128 * MIB, swap="none"
+        )
+        with pytest.raises(PsiKvError, match="does not fit into 128 MiB"):
+            run_scene("fixed", options)
+
+
+@pytest.mark.slow
+@pytest.mark.llama
+@pytest.mark.swap
+def test_under_pressure_the_governed_model_gives_back_and_is_made_whole(demo_model):
+    options = SceneOptions(
+        model=str(demo_model),
+        context_tokens=2000,
+        tokens=60,
+        limit_bytes=360 * MIB,
+        pressure_bytes=250 * MIB,
+    )
+    events = []
+    result = run_scene("psi", options, events.append)
+    assert not result.killed
+    assert result.trims >= 1
+    assert result.bytes_returned > 5 * MIB
+    assert result.first_trim_s < 5.0
+    assert result.restored is True
+    ticks = [event for event in events if isinstance(event, Tick)]
+    assert max(tick.stall for tick in ticks) > 0.1
+    assert min(tick.live_cells for tick in ticks if tick.tokens) < 2000
+
+
+@pytest.mark.parametrize("name", ["context_tokens", "tokens", "threads", "limit_bytes", "pressure_bytes"])
+def test_options_that_make_no_sense_are_refused(name):
+    with pytest.raises(BadInputError, match=f"{name} = 0 is not usable"):
+        SceneOptions(model="x", **{name: 0})
+
+
+def test_a_file_that_is_no_model_is_bad_input(tmp_path):
+    broken = tmp_path / "model.gguf"
+    broken.write_bytes(b"not a model")
+    for path in (broken, tmp_path / "none.gguf"):
+        with pytest.raises(BadInputError) as caught:
+            run_scene("fixed", SceneOptions(model=str(path), gentle=True, **SMALL))
+        assert "\n" not in str(caught.value)
+
+
+def test_dropping_the_cache_of_a_file_leaves_the_file(tmp_path):
+    path = tmp_path / "weights"
+    path.write_bytes(b"x" * 10_000)
+    drop_file_cache(path)
+    assert path.read_bytes() == b"x" * 10_000
+
+
+@given(st.integers(1, 100_000), st.integers(1, 10_000))
+def test_a_context_has_room_for_everything_and_little_more(context_tokens, tokens):
+    wanted = context_tokens + worker.CALM_TOKENS + tokens
+    assert wanted < worker.context_cells(context_tokens, tokens) <= wanted + 256
+
+
+@given(st.integers(1, 2_000_000))
+def test_the_prompt_is_as_long_as_asked_and_always_the_same(n_characters):
+    text = worker.prompt_text(n_characters)
+    assert len(text) == n_characters
+    assert worker.prompt_text(min(n_characters, 1000)) == text[:1000]
