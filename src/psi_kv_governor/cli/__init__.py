@@ -1,0 +1,53 @@
+"""The command `psi-kv`. Each command is one file here, and is loaded when it is used."""
+
+from __future__ import annotations
+
+import click
+
+from psi_kv_governor.cli._group import LazyGroup, example
+
+COMMANDS = {
+    "run": "Complete a prompt under the governor.",
+    "chat": "Talk to a model under the governor.",
+    "demo": "Watch the governor at work under real memory pressure.",
+    "simulate": "Try the control law on a synthetic machine.",
+    "doctor": "Check what this machine has, and what is missing.",
+    "policies": "List the policies: which tokens go first.",
+    "model": "Fetch and check the demo model.",
+    "bench": "Measure the governor on this machine.",
+}
+"""Name and line of help, in the order of `--help`. The command itself is `<name>.command`."""
+
+
+def _show_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if not wanted or ctx.resilient_parsing:
+        return
+    from importlib import metadata
+
+    try:
+        version = metadata.version("psi-kv-governor")
+    except metadata.PackageNotFoundError:
+        version = "(a checkout that is not installed)"
+    click.echo(f"psi-kv {version}")
+    ctx.exit()
+
+
+main = LazyGroup(
+    "psi_kv_governor.cli",
+    COMMANDS,
+    name="psi-kv",
+    help="Give the KV cache's memory back to the operating system under pressure, and put the context back.",
+    epilog=example("psi-kv doctor", "psi-kv model fetch", "psi-kv demo"),
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    params=[
+        click.Option(
+            ["--version"],
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_show_version,
+            help="Show the version and exit.",
+        )
+    ],
+)
