@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from psi_kv_governor.config import GovernorConfig, load_config
     from psi_kv_governor.engine.llama.llm import GovernedLlama
-    from psi_kv_governor.governor import Governor, Status, psi_set_cache_limit
+    from psi_kv_governor.governor import Governor, psi_set_cache_limit
+    from psi_kv_governor.status import Status
 
 _HOME = {
     "GovernedLlama": "psi_kv_governor.engine.llama.llm",
     "Governor": "psi_kv_governor.governor",
     "GovernorConfig": "psi_kv_governor.config",
-    "Status": "psi_kv_governor.governor",
+    "Status": "psi_kv_governor.status",
     "load_config": "psi_kv_governor.config",
     "psi_set_cache_limit": "psi_kv_governor.governor",
 }

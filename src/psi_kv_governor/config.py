@@ -82,12 +82,14 @@ class GovernorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     # -- which -----------------------------------------------------------------------------------------
     policy: str = "window"
+    """Which tokens go first: a name of `psi-kv policies`."""
     sink_cells: int = 64
     """First tokens, never given up: attention sinks, and the head of a system prompt."""
     window_cells: int = 256
     """Recent tokens, never given up."""
     block_cells: int = 64
-    """Unit of eviction. 64 rows of the smallest model here (384 bytes) are six whole pages."""
+    """Unit of eviction. 64 rows of the smallest model here (384 bytes) are six whole pages. Policies whose
+    blocks lie apart enlarge it for shorter rows and for long contexts (`policy.chooser.block_size`)."""
 
     # -- where to --------------------------------------------------------------------------------------
     store: Literal["disk", "none"] = "disk"

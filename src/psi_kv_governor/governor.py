@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import re
 import sys
 import threading
 import time
@@ -14,35 +13,24 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TypeVar
 
-import msgspec
-
+from psi_kv_governor.bus import Bus
 from psi_kv_governor.config import GovernorConfig, load_config
 from psi_kv_governor.control import Action, CacheSnapshot, LawState, Mode, decide
 from psi_kv_governor.engine.base import Capabilities, Engine, RestoreResult, TrimResult
-from psi_kv_governor.errors import BadInputError, EngineError, PsiKvError, SourceLostError
-from psi_kv_governor.events import (
-    Degraded,
-    Event,
-    ModeChanged,
-    Recomputed,
-    Released,
-    Restored,
-    SourceChanged,
-    Trimmed,
-)
+from psi_kv_governor.errors import BadInputError, EngineError, PsiKvError
+from psi_kv_governor.events import Event, ModeChanged, Recomputed, Released, Restored, Trimmed
 from psi_kv_governor.ledger import LIVE, LOST, SPILLED
 from psi_kv_governor.policy import Policy, Range, get_policy
 from psi_kv_governor.policy.chooser import Chooser, check_served
-from psi_kv_governor.pressure import discover
 from psi_kv_governor.pressure.reading import PressureSource, Reading
+from psi_kv_governor.sensor import Sensor
+from psi_kv_governor.status import Status
 from psi_kv_governor.store import open_store
 from psi_kv_governor.store.base import Store
 
 _log = logging.getLogger("psi_kv_governor")
 _T = TypeVar("_T")
 _cache_limit: float | None = None
-# Where no source is left, how often to look for one again.
-_REDISCOVER_S = 10.0
 
 
 def psi_set_cache_limit(share: float | None) -> None:
@@ -58,31 +46,6 @@ def _positions(start: int, stop: int) -> Range:
     if not 0 <= start < stop:
         raise BadInputError(f"positions {start} to {stop} are not usable: give 0 <= start < stop")
     return Range(start, stop)
-
-
-class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """How things stand. Counts are in cells, `some` and `full` in shares of time."""
-
-    mode: Mode
-    source: str
-    some: float
-    full: float
-    headroom_bytes: int | None
-    live_cells: int
-    spilled_cells: int
-    lost_cells: int
-    cell_bytes: int
-    store_bytes: int
-
-    @property
-    def holes(self) -> int:
-        """Positions of the context that are not in the cache."""
-        return self.spilled_cells + self.lost_cells
-
-    @property
-    def live_bytes(self) -> int:
-        """Bytes of the rows in the cache."""
-        return self.live_cells * self.cell_bytes
 
 
 class Governor:
@@ -105,12 +68,10 @@ class Governor:
         """Without a `source` the best of this machine is found; `store` and `policy` come from `config`."""
         self.config = config or load_config()
         self._engine = engine
-        self._subscribers: list[Callable[[Event], None]] = []
-        self._said: set[str] = set()
+        self._bus = Bus()
         self._chooser = self._open_chooser(policy or get_policy(self.config.policy))
-        self._store = store if store is not None else self._open_store()
-        self._source = source
-        self._look_again_s = 0.0
+        self._opened = None if store is not None else self._open_store()  # what it opened, it closes
+        self._store = store if store is not None else self._opened
         self._reading = Reading(time_s=time.monotonic(), interval_s=0.0, some=0.0, full=0.0)
         self._state = LawState()
         self._stop = threading.Event()
@@ -118,12 +79,11 @@ class Governor:
         # Cache changes by hand run here, where no Ctrl-C can split them.
         self._hand = ThreadPoolExecutor(max_workers=1, thread_name_prefix="psi-kv-hand")
         self._hand_ident: int | None = None
-        if self._source is None:
-            self._find_source("at start")
+        self._sensor = Sensor(source, self._bus)
         _open_governors.add(self)
 
     def _open_chooser(self, policy: Policy) -> Chooser:
-        engine, me = self._engine, weakref.ref(self)  # a cycle would keep a dropped governor alive
+        engine, bus = self._engine, self._bus
         if engine.capabilities.spill.able:  # else nothing is ever chosen
             check_served(policy, engine.evidence)
             engine.evidence.collect(policy.needs)
@@ -133,7 +93,7 @@ class Governor:
             engine.ledger,
             self.config,
             row_bytes=engine.row_bytes,
-            complain=lambda why: governor._degrade("policy", why) if (governor := me()) else None,
+            complain=lambda why: bus.degrade("policy", why),
         )
 
     def _open_store(self) -> Store | None:
@@ -142,7 +102,7 @@ class Governor:
         except PsiKvError as error:
             if self.config.store_dir:
                 raise  # it was named: a mistake, not a machine's limit
-            self._degrade("spill", f"{error}; what goes is evicted and recomputed later")
+            self._bus.degrade("spill", f"{error}; what goes is evicted and recomputed later")
             return None
 
     # -- by hand ----------------------------------------------------------------------------------------
@@ -157,7 +117,7 @@ class Governor:
         cache = self._snapshot()
         return Status(
             mode=self._state.mode,
-            source=self._source.name if self._source else "none",
+            source=self._sensor.name,
             some=self._reading.some,
             full=self._reading.full,
             headroom_bytes=self._reading.headroom_bytes,
@@ -200,8 +160,7 @@ class Governor:
 
     def subscribe(self, subscriber: Callable[[Event], None]) -> Callable[[], None]:
         """Call `subscriber` with every event, in the thread where it happens; gives a function to end it."""
-        self._subscribers.append(subscriber)
-        return lambda: self._subscribers.remove(subscriber) if subscriber in self._subscribers else None
+        return self._bus.subscribe(subscriber)
 
     def has_room_for(self, cells: int) -> bool:
         """Whether so many cells may come back: no pressure now, and headroom for them above the low line."""
@@ -218,7 +177,7 @@ class Governor:
 
     def recomputed(self, cells: int, seconds: float) -> None:
         """The engine's owner decoded lost tokens again."""
-        self._tell(Recomputed(time_s=time.monotonic(), cells=cells, seconds=seconds))
+        self._bus.tell(Recomputed(time_s=time.monotonic(), cells=cells, seconds=seconds))
 
     def _undisturbed(self, action: Callable[[], _T]) -> _T:
         if self._stop.is_set() or threading.get_ident() == self._hand_ident:
@@ -243,7 +202,7 @@ class Governor:
 
     def step(self) -> float:
         """One turn: read, decide, act. Gives the seconds until the next."""
-        reading = self._read()
+        reading = self._sensor.read()
         if reading is not None:
             self._reading = reading
             self._act(reading)
@@ -253,7 +212,9 @@ class Governor:
         old = self._state.mode
         decision, self._state = decide(self.config, self._state, reading, self._snapshot(), _cache_limit)
         if decision.mode is not old:
-            self._tell(ModeChanged(time_s=reading.time_s, old=old, new=decision.mode, reason=decision.reason))
+            self._bus.tell(
+                ModeChanged(time_s=reading.time_s, old=old, new=decision.mode, reason=decision.reason)
+            )
         try:
             if decision.action is Action.TRIM:
                 self._trim(decision.cells, decision.reason)
@@ -262,7 +223,7 @@ class Governor:
             else:
                 self._release()
         except EngineError as error:
-            self._degrade("trim", str(error))
+            self._bus.degrade("trim", str(error))
 
     def _pause_s(self) -> float:
         reading = self._reading
@@ -272,29 +233,6 @@ class Governor:
             and reading.headroom_bytes < self.config.headroom_plenty * reading.limit_bytes
         )
         return self.config.poll_busy_s if scarce or self._state.mode is not Mode.CALM else self.config.poll_s
-
-    def _read(self) -> Reading | None:
-        if self._source is None and time.monotonic() >= self._look_again_s:
-            self._find_source("looked again")
-        if self._source is None:
-            return None
-        try:
-            return self._source.read()
-        except SourceLostError as error:
-            self._source.close()
-            self._find_source(str(error))
-            return None
-
-    def _find_source(self, why: str) -> None:
-        found = discover().source
-        if found is None:
-            self._look_again_s = time.monotonic() + _REDISCOVER_S
-            self._source = None
-            self._degrade("sensing", "no source of memory pressure here (see `psi-kv doctor`)")
-        else:
-            self._source = found
-            weakref.finalize(self, found.close)  # also when the governor is only dropped
-            self._tell(SourceChanged(time_s=time.monotonic(), source=found.name, why=why))
 
     def _snapshot(self) -> CacheSnapshot:
         ledger = self._engine.ledger
@@ -310,10 +248,11 @@ class Governor:
     # -- acting -----------------------------------------------------------------------------------------
 
     def _trim(self, cells: int, reason: str) -> TrimResult:
-        result = self._engine.trim(self._chooser.choose(cells), self._store_in_time(cells))
+        with self._engine.at_safe_point():  # what is chosen is still there when it goes
+            result = self._engine.trim(self._chooser.choose(cells), self._store_in_time(cells))
         if result.problem:
-            self._degrade("spill", result.problem)
-        self._tell(
+            self._bus.degrade("spill", result.problem)
+        self._bus.tell(
             Trimmed(
                 time_s=time.monotonic(),
                 cells=result.cells,
@@ -329,15 +268,15 @@ class Governor:
         """The store, unless writing so much would take longer than a trim may (the fourth rung: evict)."""
         rate = getattr(self._store, "write_bytes_per_s", None)
         if rate and cells * self._engine.cell_bytes / rate > self.config.spill_deadline_s:
-            self._degrade("spill", f"the store takes only {rate / 1e6:.0f} MB/s: what goes is evicted")
+            self._bus.degrade("spill", f"the store takes only {rate / 1e6:.0f} MB/s: what goes is evicted")
             return None
         return self._store
 
     def _restore(self, cells: int) -> RestoreResult:
         result = self._engine.restore(cells, self._store, self._chooser.worth)
         if result.problem:
-            self._degrade("restore", f"{result.problem}; the range is recomputed at the next request")
-        self._tell(
+            self._bus.degrade("restore", f"{result.problem}; the range is recomputed at the next request")
+        self._bus.tell(
             Restored(
                 time_s=time.monotonic(), cells=result.cells, seconds=result.seconds, missing=result.missing
             )
@@ -347,29 +286,9 @@ class Governor:
     def _release(self) -> None:
         n_bytes = self._engine.release()
         if n_bytes:
-            self._tell(Released(time_s=time.monotonic(), bytes_returned=n_bytes))
+            self._bus.tell(Released(time_s=time.monotonic(), bytes_returned=n_bytes))
         if self._store is not None:
             self._store.tidy()
-
-    # -- telling ----------------------------------------------------------------------------------------
-
-    def _degrade(self, what: str, why: str) -> None:
-        cause = re.sub(r"\d+", "0", f"{what}: {why}")  # other figures are no other cause
-        if cause in self._said:
-            return
-        self._said.add(cause)
-        _log.warning("%s: %s", what, why)
-        self._tell(Degraded(time_s=time.monotonic(), what=what, why=why))
-
-    def _tell(self, event: Event) -> None:
-        for subscriber in list(self._subscribers):
-            try:
-                subscriber(event)
-            except Exception:
-                # Somebody else's function: it must not stop the loop that keeps the machine alive.
-                _log.exception("a subscriber failed on %s and is dropped", type(event).__name__)
-                if subscriber in self._subscribers:
-                    self._subscribers.remove(subscriber)
 
     # -- the end ----------------------------------------------------------------------------------------
 
@@ -379,10 +298,9 @@ class Governor:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
         self._hand.shutdown(wait=threading.get_ident() != self._hand_ident)
-        if self._source is not None:
-            self._source.close()
-        if self._store is not None:
-            self._store.close()
+        self._sensor.close()
+        if self._opened is not None:
+            self._opened.close()
 
     def __enter__(self) -> Governor:
         self.start()

@@ -8,10 +8,16 @@ import pytest
 from click.testing import CliRunner
 
 from psi_kv_governor import cli, model
-from psi_kv_governor.bench import opening, overhead, scene_pairs, trim
+from psi_kv_governor.bench import opening, overhead, policy_cost, scene_pairs, trim
 from psi_kv_governor.bench.record import Asked, Options, Recorder, figure
 
-MODULES = {"trim": trim, "overhead": overhead, "opening": opening, "scene": scene_pairs}
+MODULES = {
+    "trim": trim,
+    "overhead": overhead,
+    "opening": opening,
+    "policies": policy_cost,
+    "scene": scene_pairs,
+}
 
 
 def run(*arguments: str):

@@ -183,7 +183,7 @@ if sys.argv[4] == "in mid-trim":
         def read(self):
             self.stall = float(self.reads % 2)
             return super().read()
-    llm.governor._source = Alternating()
+    llm.governor._sensor.source = Alternating()
     time.sleep(0.2)
 print("end of the script")
 """,

@@ -80,7 +80,7 @@ def test_what_was_decoded_before_the_first_hole_is_untouched_at_the_end(open_llm
     for token in some_tokens(300, seed=1):
         llm.eval([token])
         time.sleep(0.0005)
-    llm.governor._source = FakeSource()
+    llm.governor._sensor.source = FakeSource()
     end = time.monotonic() + 20
     while cells[Trimmed] != cells[Restored] and time.monotonic() < end:
         time.sleep(0.01)  # an event follows what it tells of
@@ -124,7 +124,7 @@ def test_states_are_saved_and_loaded_while_everything_comes_and_goes(open_llm):
         saved += 1
         llm.load_state(state)
         assert len(llm._engine.ledger) == llm.n_tokens == 300
-    llm.governor._source = FakeSource()
+    llm.governor._sensor.source = FakeSource()
     llm.governor.close()
     assert saved == 10
     assert llm.governor._engine.capabilities.spill.able

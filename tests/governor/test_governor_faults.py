@@ -6,7 +6,8 @@ import pytest
 from governor_help import of_kind, steps, until
 
 from fakes import FakeSource
-from psi_kv_governor import governor as governor_module
+from psi_kv_governor import sensor as sensor_module
+from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.control import Mode
 from psi_kv_governor.engine.simulated import SimulatedStore
 from psi_kv_governor.errors import EngineError, StoreError, StoreFullError
@@ -90,14 +91,14 @@ def test_a_subscriber_may_close_the_governor(open_governor, source, by_hand):
 def test_a_source_that_is_lost_is_replaced(open_governor, source, events, monkeypatch):
     other = FakeSource(stall=1.0)
     other.name = "the next best"
-    monkeypatch.setattr(governor_module, "discover", lambda: Discovery(other, []))
+    monkeypatch.setattr(sensor_module, "discover", lambda: Discovery(other, []))
     governor = open_governor()
     governor.subscribe(events.append)
     source.lost = "it no longer answers: no such device"
     governor.step()
     changed = of_kind(events, SourceChanged)
     assert [(event.source, event.why) for event in changed] == [("the next best", source.lost)]
-    assert source.closed == 1
+    assert source.closed == 0  # it was given, and is closed by whoever made it
     assert governor.status().source == "the next best"
     governor.step()
     assert governor.status().mode is Mode.TRIMMING
@@ -110,14 +111,14 @@ def test_without_any_source_it_says_so_once_and_looks_again_later(open_governor,
         looks.append(1)
         return Discovery(found[0] if found else None, [])
 
-    monkeypatch.setattr(governor_module, "discover", look)
+    monkeypatch.setattr(sensor_module, "discover", look)
     governor = open_governor(source=None)
     governor.subscribe(events.append)
     assert governor.status().source == "none"
     steps(governor, 5)
     assert len(looks) == 1  # not at every turn
     found.append(source)
-    monkeypatch.setattr(governor, "_look_again_s", 0.0)
+    monkeypatch.setattr(governor._sensor, "_look_again_s", 0.0)
     steps(governor, 2)
     assert governor.status().source == source.name
     assert [event.source for event in of_kind(events, SourceChanged)] == [source.name]
@@ -125,7 +126,7 @@ def test_without_any_source_it_says_so_once_and_looks_again_later(open_governor,
 
 
 def test_the_lack_of_a_source_is_in_the_log(open_governor, monkeypatch, caplog):
-    monkeypatch.setattr(governor_module, "discover", lambda: Discovery(None, []))
+    monkeypatch.setattr(sensor_module, "discover", lambda: Discovery(None, []))
     open_governor(source=None)
     assert [record.message for record in caplog.records] == [
         "sensing: no source of memory pressure here (see `psi-kv doctor`)"
@@ -196,7 +197,7 @@ def test_an_engine_that_refuses_is_said_once(open_governor, source, engine, even
 
 
 def test_a_turn_that_fails_does_not_end_the_thread(open_governor, source, engine, monkeypatch, caplog):
-    governor = open_governor(config=governor_module.GovernorConfig(poll_s=0.01, poll_busy_s=0.01))
+    governor = open_governor(config=GovernorConfig(poll_s=0.01, poll_busy_s=0.01))
     release = engine.release
 
     def broken() -> int:

@@ -35,7 +35,7 @@ _OPTIONS = (
         "--config", "config_file", type=click.Path(path_type=Path),
         help="Settings [default: ./psi-kv.toml where there is one].",
     ),
-    click.option("--policy", help="Which tokens go first [default: window]."),
+    click.option("--policy", help="Which tokens go first; see `psi-kv policies` [default: window]."),
     click.option("--events", type=click.Path(path_type=Path), help="Append events to this file (JSONL)."),
     click.option("--json", "as_json", is_flag=True, help="JSON instead of text."),
     click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's own log."),

@@ -45,7 +45,7 @@ Run = tuple[Outcome, Track]
 @click.option(
     "--ctx", type=click.IntRange(1, 1 << 20), default=4096, show_default=True, help="Cells of the context."
 )
-@click.option("--policy", metavar="NAME", help="Which blocks go first.")
+@click.option("--policy", metavar="NAME", help="Which blocks go first; see `psi-kv policies`.")
 @click.option("--config", "file", type=click.Path(path_type=Path), metavar="FILE", help="A psi-kv.toml.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A setting; again for more.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the runs.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import msgspec
@@ -83,6 +84,9 @@ class Engine(Protocol):
     @property
     def evidence(self) -> Evidence:
         """What a policy can ask about the tokens."""
+
+    def at_safe_point(self) -> AbstractContextManager[None]:
+        """Nothing but the caller changes the cache inside. Calls of this protocol may be made there."""
 
     def trim(self, ranges: Sequence[Range], store: Store | None) -> TrimResult:
         """Give up the live cells of `ranges`: spill to `store` (evict where there is none), then release."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from psi_kv_governor.engine.base import Capabilities, RestoreResult, TrimResult, Worth
 from psi_kv_governor.engine.paper import PaperEvidence
@@ -23,6 +24,9 @@ class IdleEngine:
         self.capabilities = capabilities
         self.ledger = Ledger(0)
         self.evidence = PaperEvidence(self.ledger)
+
+    def at_safe_point(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def trim(self, ranges: Sequence[Range], store: Store | None) -> TrimResult:
         raise EngineError(f"this cache can't give up a range: {self.capabilities.spill.why}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 from psi_kv_governor.engine.base import Capabilities, Capability, RestoreResult, TrimResult, Worth
@@ -106,6 +107,9 @@ class SimulatedEngine:
                 if blob.positions.start < length:
                     self._ledger.mark(Range(blob.positions.start, length), LOST)
             self._ledger.truncate(length)
+
+    def at_safe_point(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def trim(self, ranges: Sequence[Range], store: Store | None) -> TrimResult:
         """Give up the live cells of `ranges`; what the store does not take is evicted, and said."""

@@ -10,6 +10,7 @@ from itertools import pairwise
 from psi_kv_governor.bench.fidelity.conversation import Chat, Message, Told, chat, renderer, stem_of
 from psi_kv_governor.bench.fidelity.intervals import share_of
 from psi_kv_governor.bench.fidelity.likelihood import Tick, policies
+from psi_kv_governor.bench.fidelity.memory_store import MemoryStore
 from psi_kv_governor.bench.fidelity.plan import FULL, Plan
 from psi_kv_governor.bench.fidelity.results import Conversation
 from psi_kv_governor.bench.fidelity.subject import Subject
@@ -88,8 +89,6 @@ def measure(subject: Subject, plan: Plan, tick: Tick) -> Iterator[Talk]:
                 subject.back_to(mark)
                 tick(f"{what}: {policy.name} gives up {share:.0%}")
                 yield _under_pressure(subject, script, policy, share)
-                subject.back_to(mark)
-                subject.restore()
 
 
 def _script(subject: Subject, spoken: Chat, length: int) -> Script:
@@ -112,6 +111,7 @@ def _script(subject: Subject, spoken: Chat, length: int) -> Script:
 
 
 def _under_pressure(subject: Subject, script: Script, policy: Policy, share: float) -> Talk:
+    mark = subject.mark()
     with _governor(subject, policy) as (governor, trims):
         for number, turn in enumerate(script.turns, 1):
             goal = share * number / len(script.turns)
@@ -122,7 +122,10 @@ def _under_pressure(subject: Subject, script: Script, policy: Policy, share: flo
             else:
                 raise PsiKvError(f"the governor gave up {_given_up(subject):.0%} and not {goal:.0%}")
             subject.read(turn)
-        return Talk(policy.name, share, _given_up(subject), len(trims), _answers(subject, script))
+        talk = Talk(policy.name, share, _given_up(subject), len(trims), _answers(subject, script))
+        subject.back_to(mark)
+        subject.restore()  # before the governor closes its store
+    return talk
 
 
 @contextmanager
@@ -135,7 +138,7 @@ def _governor(subject: Subject, policy: Policy) -> Iterator[tuple[Governor, list
             trims.append(event)
 
     governor = Governor(
-        subject.engine, source=ScriptedPressure(), policy=policy, store=subject.store, config=subject.config
+        subject.engine, source=ScriptedPressure(), policy=policy, store=MemoryStore(), config=subject.config
     )
     governor.subscribe(note)
     try:

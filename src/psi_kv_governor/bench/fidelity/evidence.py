@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 
@@ -70,6 +71,10 @@ class SharedEngine:
     def ledger(self) -> Ledger:
         """See Engine."""
         return self._inner.ledger
+
+    def at_safe_point(self) -> AbstractContextManager[None]:
+        """See Engine."""
+        return self._inner.at_safe_point()
 
     def trim(self, ranges: Sequence[Range], store: Store | None) -> TrimResult:
         """See Engine."""

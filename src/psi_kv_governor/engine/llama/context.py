@@ -50,7 +50,7 @@ class GovernedContext(_internals.LlamaContext):  # type: ignore[misc]  # llama_c
 
     def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
         track = self.engine.track
-        if track.settled and p1 < 0 and p0 >= len(track.ledger):
+        if track.in_step and p1 < 0 and p0 >= len(track.ledger):
             return True  # before every token, `Llama` removes what is not there
         start, removed = max(p0, 0), False
         with self.engine.guard.hold():

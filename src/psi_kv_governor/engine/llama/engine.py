@@ -70,7 +70,7 @@ class LlamaEngine:
         """Do `run`, which decodes `tokens` at positions `start` on: no safe point until it is over."""
         track = self.track
         with self.guard.hold():
-            if not track.settled or start != len(track.ledger):
+            if not track.in_step or start != len(track.ledger):
                 track.catch_up()
                 self._mend_end(start)
             track.expect(start, tokens)
@@ -137,6 +137,10 @@ class LlamaEngine:
                     self.track.map.all_written()
 
     # -- giving up --------------------------------------------------------------------------------------
+
+    def at_safe_point(self) -> contextlib.AbstractContextManager[None]:
+        """See Engine.at_safe_point."""
+        return self.guard.hold(urgent=True)
 
     def trim(self, ranges: Sequence[Range], store: Store | None) -> TrimResult:
         """See Engine.trim. The last position stays. Raises EngineError where no range can be given up."""

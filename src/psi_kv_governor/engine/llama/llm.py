@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import logging
 import time
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from psi_kv_governor.config import GovernorConfig, load_config
-from psi_kv_governor.engine.base import Capabilities
 from psi_kv_governor.engine.idle import IdleEngine
 from psi_kv_governor.engine.llama import native
 from psi_kv_governor.errors import EngineError
@@ -32,6 +30,7 @@ from llama_cpp.llama import LlamaState  # noqa: E402
 from psi_kv_governor.engine.llama.context import GovernedContext, Sequences  # noqa: E402
 from psi_kv_governor.engine.llama.engine import LlamaEngine  # noqa: E402
 from psi_kv_governor.engine.llama.head import head_of_chat, leading_system  # noqa: E402
+from psi_kv_governor.engine.llama.opening import fingerprint, say_what_is_missing, why_ungovernable  # noqa: E402
 from psi_kv_governor.engine.llama.selftest import prove, unable  # noqa: E402
 from psi_kv_governor.engine.llama.tap import Tap  # noqa: E402
 
@@ -43,7 +42,8 @@ class GovernedLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is unty
     """Takes every argument of `llama_cpp.Llama`, and has all of its methods.
 
     Flash attention is on unless it is refused by name: without it only K can be returned. A completion
-    during which positions were missing has a key `psi_kv` with `missing_tokens` and `affected_tokens`.
+    during which positions were missing, or that builds on tokens decoded while others were, has a key
+    `psi_kv` with `missing_tokens` and `affected_tokens`.
 
     Raises BadInputError when the model file or a setting can't be used.
     """
@@ -64,7 +64,7 @@ class GovernedLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is unty
         self._auto = auto
         self._engine: LlamaEngine | None = None
         self._tap: Tap | None = None
-        self._ungovernable = _ungovernable(kwargs)
+        self._ungovernable = why_ungovernable(kwargs)
         self._head: list[int] = []
         self._head_key = ""
         kwargs.setdefault("flash_attn", True)
@@ -76,7 +76,7 @@ class GovernedLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is unty
             raise
         engine = self._engine or IdleEngine(unable(self._ungovernable))
         self.governor = Governor(engine, config=config, source=source, policy=policy, store=store)
-        _say_what_is_missing(engine.capabilities)
+        say_what_is_missing(engine.capabilities, LATE)
         if auto:
             self.governor.start()
 
@@ -136,7 +136,7 @@ class GovernedLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is unty
             proof.rows,
             proof.able,
             BlobTag(
-                model=_fingerprint(Path(self.model_path)),
+                model=fingerprint(Path(self.model_path)),
                 library=native.library_version(),
                 layout=proof.rows.layout,
                 start=0,
@@ -227,11 +227,10 @@ class GovernedLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is unty
     def _annotate(self, result: Any) -> Any:
         if not isinstance(result, dict):
             return self._annotate_stream(result)
-        if self._engine is not None and self._engine.track.peak_holes:
-            result["psi_kv"] = {
-                "missing_tokens": self._engine.track.peak_holes,
-                "affected_tokens": self._engine.track.affected(),
-            }
+        if self._engine is not None:
+            missing, affected = self._engine.track.peak_holes, self._engine.track.affected()
+            if missing or affected:
+                result["psi_kv"] = {"missing_tokens": missing, "affected_tokens": affected}
         return result
 
     def _annotate_stream(self, chunks: Iterator[Any]) -> Iterator[Any]:
@@ -306,41 +305,3 @@ class GovernedLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is unty
             engine.close()
         if "_stack" in self.__dict__:
             super().close()
-
-
-def _ungovernable(kwargs: dict[str, Any]) -> str:
-    """Why a model opened with these arguments can't be governed, or ''."""
-    if kwargs.get("embedding"):
-        return "an embedding context keeps its cache for one batch only"
-    if kwargs.get("vocab_only"):
-        return "only the vocabulary is loaded"
-    if hasattr(kwargs.get("chat_handler"), "clip_model_path"):
-        return "image input is decoded without safe points"
-    try:
-        native.load()
-    except EngineError as error:
-        return str(error)
-    return ""
-
-
-def _say_what_is_missing(able: Capabilities) -> None:
-    reasons: dict[str, list[str]] = {}
-    for step in ("release", "spill", "recompute"):
-        capability = getattr(able, step)
-        if not capability.able:
-            reasons.setdefault(capability.why, []).append(step)
-    for why, steps in reasons.items():
-        _log.warning("no %s: %s", ", ".join(steps), why)
-    if LATE and not reasons:
-        _log.info("%s; the cache is demand-paged all the same, from after its creation on", LATE)
-
-
-def _fingerprint(path: Path) -> str:
-    """Tells one model file from another: size, time of change, and a hash of its first MiB (the metadata).
-
-    Not of the whole: reading 8 GB would take longer than loading them does.
-    """
-    status = path.stat()
-    with path.open("rb") as file:
-        head = hashlib.sha256(file.read(1 << 20)).hexdigest()[:16]
-    return f"{head}-{status.st_size}-{status.st_mtime_ns}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from contextlib import AbstractContextManager
 from types import TracebackType
+from typing import Any
 
 
 class SafePoint:
@@ -26,7 +27,7 @@ class SafePoint:
         self._urgent_waiting = 0
         self._urgent = _Urgent(self)
 
-    def hold(self, *, urgent: bool = False) -> AbstractContextManager[object]:
+    def hold(self, *, urgent: bool = False) -> AbstractContextManager[Any]:
         """A context manager: have the context to oneself. `urgent` goes before everybody who is not.
 
         It is entered at once: who is not urgent gives way in this call. Calls may be nested in one thread.

@@ -42,6 +42,11 @@ class Track:
         self._saved = (ctypes.c_uint8 * (rows.cell_bytes + _SAVED_HEADER_BYTES))()
 
     @property
+    def in_step(self) -> bool:
+        """Settled, and nothing was decoded past the governor since."""
+        return self.settled and self._tap.counters.log_count == 0
+
+    @property
     def ledger(self) -> Ledger:
         """Where each position is."""
         return self.map.ledger

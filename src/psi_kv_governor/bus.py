@@ -1,0 +1,45 @@
+"""Tells subscribers what happened, and each thing that can't be done once."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable
+
+from psi_kv_governor.events import Degraded, Event
+
+_log = logging.getLogger("psi_kv_governor")
+
+
+class Bus:
+    """The subscribers of one governor, and what has been said to them."""
+
+    def __init__(self) -> None:
+        self._subscribers: list[Callable[[Event], None]] = []
+        self._said: set[str] = set()
+
+    def subscribe(self, subscriber: Callable[[Event], None]) -> Callable[[], None]:
+        """Call `subscriber` with every event from now on; gives a function to end it."""
+        self._subscribers.append(subscriber)
+        return lambda: self._subscribers.remove(subscriber) if subscriber in self._subscribers else None
+
+    def tell(self, event: Event) -> None:
+        """Give `event` to everybody. One who fails is dropped."""
+        for subscriber in list(self._subscribers):
+            try:
+                subscriber(event)
+            except Exception:
+                # Somebody else's function: it must not stop the loop that keeps the machine alive.
+                _log.exception("a subscriber failed on %s and is dropped", type(event).__name__)
+                if subscriber in self._subscribers:
+                    self._subscribers.remove(subscriber)
+
+    def degrade(self, what: str, why: str) -> None:
+        """A step can't be done here (any more): an event and a line in the log, once for each cause."""
+        cause = re.sub(r"\d+", "", f"{what}: {why}")  # the same cause with other figures is the same
+        if cause in self._said:
+            return
+        self._said.add(cause)
+        _log.warning("%s: %s", what, why)
+        self.tell(Degraded(time_s=time.monotonic(), what=what, why=why))
