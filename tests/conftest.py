@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from psi_kv_governor import model
 from psi_kv_governor.bench.pen import Pen
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.model_fetch import OfflineError
+
+# A shell ignores Ctrl-C for what it starts in the background, and children inherit that: the programs that
+# the tests interrupt would not notice.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
