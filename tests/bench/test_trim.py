@@ -60,7 +60,8 @@ def test_logits_differ_by_their_bits():
 
 def test_anonymous_memory_follows_what_is_taken():
     before = anonymous_bytes()
-    with mmap.mmap(-1, 16 << 20) as taken:  # an array could come from memory that was freed, and not returned
+    # Not an array: that could come from memory which was freed and not returned.
+    with mmap.mmap(-1, 16 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as taken:
         taken.write(b"\1" * len(taken))
         assert anonymous_bytes() - before >= len(taken) - (1 << 20)
 
