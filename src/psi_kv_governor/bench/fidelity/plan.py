@@ -50,7 +50,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     haystacks: int
     """Texts with hidden facts."""
     haystack_tokens: int
-    counts: Counts
+    counts: tuple[Counts, ...]
+    """Of the hidden facts; the texts take them in turn. Keys and chains lie apart, since each would be a
+    distraction to the other."""
     chats: int
     chat_tokens: int
     spike_tokens: int
@@ -69,6 +71,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 QUICK_POLICIES = ("window", "keydiff", "attention", "hybrid")
+
+
+_COUNTS = (Counts(needles=8, keys=4), Counts(needles=8, chains=2))
 
 
 def plan(options: Options, config: GovernorConfig) -> Plan:
@@ -94,7 +99,7 @@ def plan(options: Options, config: GovernorConfig) -> Plan:
         gradual_texts=1 if quick else 3,
         haystacks=1 if quick else 3,
         haystack_tokens=lengths[0],
-        counts=Counts(needles=4, keys=2, chains=1) if quick else Counts(needles=8, keys=4, chains=2),
+        counts=(Counts(needles=4, keys=4),) if quick else _COUNTS,
         chats=1 if quick else 2,
         chat_tokens=min(lengths[0], 2048),
         spike_tokens=16 if quick else 32,

@@ -10,8 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from psi_kv_governor.bench.fidelity.intervals import Share, share_of
 from psi_kv_governor.bench.fidelity.likelihood import Tick, policies
+from psi_kv_governor.bench.fidelity.metrics import Logits
 from psi_kv_governor.bench.fidelity.plan import FULL, Plan
 from psi_kv_governor.bench.fidelity.results import Retrieval, Task, When
 from psi_kv_governor.bench.fidelity.subject import Subject
@@ -37,12 +41,21 @@ class Asked:
     tokens: tuple[int, ...]
     stem: int
     """Tokens of the first stem."""
-    answer: frozenset[int]
-    """Indices in `tokens` of the answers."""
+    answer: dict[int, tuple[int, ...]]
+    """Indices in `tokens` of the answers, with the tokens that each has to be more probable than; none of
+    them for the whole vocabulary."""
 
-    def right(self, best: Sequence[int], start: int) -> bool:
-        """Whether the most probable tokens after tokens[start], tokens[start + 1], ... give the answer."""
-        return all(best[index - 1 - start] == self.tokens[index] for index in self.answer)
+    def right(self, logits: Logits, start: int) -> bool:
+        """Whether `logits`, those after tokens[start], tokens[start + 1], ..., give the answer."""
+        return all(
+            _first(logits[index - 1 - start], rivals) == self.tokens[index]
+            for index, rivals in self.answer.items()
+        )
+
+
+def _first(logits: npt.NDArray[np.float32], rivals: tuple[int, ...]) -> int:
+    """The most probable token, of `rivals` if there are any."""
+    return max(rivals, key=lambda token: float(logits[token])) if rivals else int(logits.argmax())
 
 
 @dataclass(frozen=True)
@@ -70,7 +83,7 @@ def haystacks(subject: Subject, plan: Plan) -> Iterator[Haystack]:
     """The texts in turn, each with its own facts. Raises BadInputError when one is too short."""
     for i in range(plan.haystacks):
         name = plan.texts[i % len(plan.texts)]
-        asked = questions(plan.counts, plan.seed + i)
+        asked = questions(plan.counts[i % len(plan.counts)], plan.seed + i)
         hidden = facts(asked, plan.seed + i)
         text = subject.tokens(read_text(name))
         tokens, where = _hide(subject, text, hidden, plan.haystack_tokens, name)
@@ -96,19 +109,20 @@ def _hide(
 
 def _in_tokens(subject: Subject, question: Question, where: dict[Fact, float]) -> Asked:
     """Stems and answers are cut where the tokens of their common text are."""
-    said, tokens = _PARAGRAPH, subject.tokens(_PARAGRAPH)
-    stem = 0
-    answer: set[int] = set()
-    for before, reply in question.steps:
-        said += before
-        begin = len(_common(subject.tokens(said), subject.tokens(f"{said} {reply}")))
-        said += f" {reply}"
-        tokens = subject.tokens(said)
+    said, stem = _PARAGRAPH, 0
+    answer: dict[int, tuple[int, ...]] = {}
+    for step in question.steps:
+        said += step.stem
+        begin = len(_common(subject.tokens(said), subject.tokens(f"{said} {step.answer}")))
+        # A choice is known by its first token, so only that one of the answer counts then.
+        rivals = tuple(subject.tokens(f"{said} {choice}")[begin] for choice in step.choices)
+        said += f" {step.answer}"
         stem = stem or begin
-        answer.update(range(begin, len(tokens)))
-    last = max(where[fact] for fact in question.facts[:1])
-    third = THIRDS[min(2, int((last - _FIRST_DEPTH) / (_LAST_DEPTH - _FIRST_DEPTH) * 3))]
-    return Asked(question, third, tuple(tokens), stem, frozenset(answer))
+        stop = begin + 1 if rivals else len(subject.tokens(said))
+        answer.update(dict.fromkeys(range(begin, stop), rivals))
+    depth = where[question.facts[0]]
+    third = THIRDS[min(2, int((depth - _FIRST_DEPTH) / (_LAST_DEPTH - _FIRST_DEPTH) * 3))]
+    return Asked(question, third, tuple(subject.tokens(said)), stem, answer)
 
 
 def _common(left: list[int], right: list[int]) -> list[int]:
@@ -147,11 +161,10 @@ def _ask(
 ) -> Outcome:
     """Ask, and forget it again. The first `already` tokens of the question are in the context."""
     mark = subject.mark()
-    # Only from the last token of the stem on do logits matter, but a question has no more than 30 tokens.
-    best = subject.logits(asked.tokens[already:-1]).argmax(axis=-1).tolist()
+    logits = subject.logits(asked.tokens[already:-1])
     subject.back_to(mark)
-    task = asked.question.task
-    return Outcome(task, asked.third, when, policy, share, asked.right(best, already))
+    right = asked.right(logits, already)
+    return Outcome(asked.question.task, asked.third, when, policy, share, right)
 
 
 # -- with trimmed ones -------------------------------------------------------------------------------------
@@ -160,9 +173,9 @@ def _ask(
 def steps(plan: Plan) -> int:
     """How often `measure` ticks at most, with the screening."""
     seeds = sum(len(one.policies) for one in plan.compared)
-    counts = plan.counts
-    asked = counts.needles + counts.keys + 2 * counts.chains
-    return plan.haystacks * (2 + len(plan.shares) * seeds + asked)
+    counts = [plan.counts[i % len(plan.counts)] for i in range(plan.haystacks)]
+    asked = sum(one.needles + one.keys + 2 * one.chains for one in counts)
+    return plan.haystacks * (2 + len(plan.shares) * seeds) + asked
 
 
 def measure(subject: Subject, plan: Plan, able: frozenset[str], tick: Tick) -> Iterator[Outcome]:
@@ -191,7 +204,7 @@ def _later(subject: Subject, plan: Plan, asked: list[Asked], tick: Tick, what: s
 def _known(subject: Subject, plan: Plan, asked: list[Asked], tick: Tick, what: str) -> Iterator[Outcome]:
     mark = subject.mark()
     for one in asked:
-        tick(f"{what}: {one.question.steps[0][0]} ...")
+        tick(f"{what}: {one.question.steps[0].stem} ...")
         already = one.stem - 1
         subject.read(one.tokens[:already])
         for share in plan.shares:

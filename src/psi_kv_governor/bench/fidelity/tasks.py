@@ -1,22 +1,24 @@
 """Questions about facts that were hidden in a text: synthetic, seeded, and short enough for a small model.
 
-Each is scored by greedy decoding: it is right when the most probable token is the right one at every token
-of the answer. The stem of a question repeats the words of its fact, so that a model that can copy what it
-sees (an induction head) can answer; what is asked is whether the fact is still in the cache, not whether the
-model is clever.
+The stem of a question repeats the words of its fact, so that a model that can copy what it sees (an induction
+head) can answer; what is asked is whether the fact is still in the cache, not whether the model is clever.
+
+A needle is right by greedy decoding: the most probable token is the right one at every token of the answer.
+Where several facts differ in their key alone, the answer has to be more probable than the other values that
+were told; a model of 135 million parameters knows which one is meant more often than it would say it.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
 ABOUT = {
     "needle": "one fact of its kind in the text",
-    "keys": "six facts that differ in their key alone",
+    "keys": "facts that differ in their key alone",
     "steps": "two facts in a chain, the steps written out",
     "chain": "two facts in a chain, asked at once",
 }
@@ -46,12 +48,22 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
     """How many questions of each kind one text gets."""
 
     needles: int
-    keys: int
-    chains: int
+    keys: int = 0
+    chains: int = 0
 
     def __post_init__(self) -> None:
         if self.needles > len(_NEEDLES) or self.keys + 2 * self.chains > len(_CITIES):
             raise ValueError(f"{self} asks for more facts than there are")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stem, and the answer that the model has to give; it sees the right answers of the steps before."""
+
+    stem: str
+    answer: str
+    choices: tuple[str, ...] = ()
+    """What the answer has to be more probable than; empty for greedy decoding."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +75,10 @@ class Fact:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked: stems and, after each, the answer that the model has to give."""
+    """What is asked."""
 
     task: str
-    steps: tuple[tuple[str, str], ...]
-    """Stem and answer of each step. The model sees the right answers of the steps before."""
+    steps: tuple[Step, ...]
     facts: tuple[Fact, ...]
     """What has to be known for it, in the order of its use."""
 
@@ -76,12 +87,13 @@ def questions(counts: Counts, seed: int) -> list[Question]:
     """The questions of one text. The same seed gives the same ones."""
     rng = random.Random(seed)
     cities, words = rng.sample(_CITIES, len(_CITIES)), rng.sample(_WORDS, len(_WORDS))
-    asked = _needles(rng, counts.needles)
-    for _ in range(counts.keys):
-        asked.append(_key("keys", cities.pop(), words.pop()))
+    chosen = rng.sample(_NEEDLES, counts.needles)
+    needles = [_plain("needle", stem, rng.choice(answers)) for stem, answers in chosen]
+    like = [_key("keys", cities.pop(), words.pop()) for _ in range(counts.keys)]
     for _ in range(counts.chains):
-        asked.extend(_chain(cities.pop(), cities.pop(), words.pop()))
-    return asked
+        like += _chain(cities.pop(), cities.pop(), words.pop())
+    told = tuple(sorted({step.answer for question in like for step in question.steps}))
+    return [*needles, *(_choosing(question, told) for question in like)]
 
 
 def facts(asked: Sequence[Question], seed: int) -> list[Fact]:
@@ -91,32 +103,35 @@ def facts(asked: Sequence[Question], seed: int) -> list[Fact]:
     return every
 
 
-def _needles(rng: random.Random, count: int) -> list[Question]:
-    chosen = rng.sample(_NEEDLES, count)
-    return [_plain("needle", stem, rng.choice(answers)) for stem, answers in chosen]
-
-
-def _plain(task: str, stem: str, answer: str) -> Question:
-    return Question(task, ((stem, answer),), (Fact(f"{stem} {answer}."),))
-
-
-def _key(task: str, key: str, value: str) -> Question:
-    # The key stands right before the value: a model of 135 million parameters then finds nine in ten, and
-    # fewer than half with "The password for KEY is VALUE".
-    return _plain(task, f"The word that goes with {key}: {key}", value)
-
-
-def _chain(first: str, second: str, value: str) -> list[Question]:
-    """`first` is paired with `second`, whose word is `value`: with the steps written out, and at once."""
-    pair = Fact(f"{first} is paired with {second}.")
-    end = _key("steps", second, value)
-    steps = ((f"{first} is paired with", second), (f". {end.steps[0][0]}", value))
-    at_once = ((f"{first} is paired with the city whose word is", value),)
-    needed = (pair, *end.facts)
-    return [Question("steps", steps, needed), Question("chain", at_once, needed)]
-
-
 def depths(count: int, first: float, last: float) -> list[float]:
     """`count` depths, as shares of the text, evenly from `first` to `last`."""
     step = (last - first) / max(1, count - 1)
     return [first + i * step for i in range(count)]
+
+
+def _plain(task: str, stem: str, answer: str) -> Question:
+    return Question(task, (Step(stem, answer),), (Fact(f"{stem} {answer}."),))
+
+
+def _key(task: str, key: str, value: str) -> Question:
+    # The key stands right before the value, and often. Of 12 such questions at 2,048 tokens the demo model
+    # answers 12, of 12 with "The word that goes with KEY: KEY VALUE" 9, and about half with "The password for
+    # KEY is VALUE".
+    return _plain(task, _thrice(key), value)
+
+
+def _thrice(key: str) -> str:
+    return f"{key}, {key}, {key}"
+
+
+def _chain(first: str, second: str, value: str) -> list[Question]:
+    """`first` leads to `second`, which leads to `value`: with the step written out, and at once."""
+    link, end = _key("steps", first, second), _key("steps", second, value)
+    needed = (*link.facts, *end.facts)
+    written_out = (Step(_thrice(first), second), Step(f".\n\n{_thrice(second)}", value))
+    at_once = (Step(f"{_thrice(first)} and from there to the", value),)
+    return [Question("steps", written_out, needed), Question("chain", at_once, needed)]
+
+
+def _choosing(question: Question, choices: tuple[str, ...]) -> Question:
+    return replace(question, steps=tuple(replace(step, choices=choices) for step in question.steps))
