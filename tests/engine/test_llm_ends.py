@@ -96,8 +96,9 @@ def test_ctrl_c_at_any_time_of_a_generation(open_llm):
         timer = None
         if interrupted < 20:
             timer = threading.Timer(random.uniform(0.0, 0.01), signal.pthread_kill, (main, signal.SIGINT))
-            timer.start()
         try:
+            if timer is not None:
+                timer.start()  # it may fire in here already
             for token in llm.generate([*TOKENS, *text], temp=0.0):
                 text.append(token)
                 if len(text) == 400:
