@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -151,7 +153,7 @@ def test_sampling_changes_no_bit_of_the_logits(open_llm):
     assert sampled._engine.evidence._sampler.queries == 32 + 10
 
 
-def test_what_is_spilled_keeps_its_last_attention(open_llm, tmp_path):
+def test_what_is_spilled_keeps_its_last_attention(open_llm):
     llm = open_llm("attention", settings={"store": "disk", "store_reserve_bytes": 0})
     llm.eval(tokens_of(llm, 200))
     evidence, part = llm._engine.evidence, Range(60, 100)
@@ -258,3 +260,33 @@ def test_the_process_computes_with_subnormals_as_before(open_llm):
     """A library linked with -ffast-math would flush them to zero in every thread, and change the logits."""
     open_llm("window")
     assert np.float32(1e-40) * np.float32(0.5) > 0
+
+
+def test_keys_are_scored_while_tokens_are_decoded(open_llm):
+    llm = open_llm("keydiff")
+    llm.eval(tokens_of(llm, 300))
+    evidence, part = llm._engine.evidence, Range(0, 300)
+    alone, seen, done = evidence.key_norms(part), [], threading.Event()
+
+    def score() -> None:
+        while not done.is_set():
+            seen.append(evidence.key_norms(part))
+
+    scoring = threading.Thread(target=score)
+    scoring.start()
+    for token in tokens_of(llm, 100):
+        llm.eval([token])
+    done.set()
+    scoring.join()
+    assert seen
+    for found in seen:  # the mean that they are relative to moves a little with every token
+        np.testing.assert_allclose(found, alone, rtol=0.1)
+
+
+@pytest.mark.parametrize("kind", [F16, Q8_0])
+def test_lone_blocks_return_most_of_their_bytes(open_llm, kind):
+    llm = open_llm("random", n_ctx=4096, type_k=kind, type_v=kind, settings={"block_cells": 64})
+    llm.eval((tokens_of(llm, 500) * 6)[:3000])
+    trimmed = llm.governor.trim(0.4)
+    assert len(list(llm._engine.ledger.ranges(LIVE))) > 3  # blocks lie apart
+    assert trimmed.bytes_returned > 0.8 * trimmed.cells * llm._engine.cell_bytes

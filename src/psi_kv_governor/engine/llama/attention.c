@@ -203,8 +203,26 @@ static bool as_expected(struct psikv_tap * tap, const struct ggml_tensor * node)
            q->ne[2] % k->ne[2] == 0 && psikv_tap_is_host(tap, q->buffer) && psikv_tap_is_host(tap, m->buffer);
 }
 
-bool psikv_sampler_eval(struct psikv_tap * tap, const struct ggml_tensor * node, bool ask) {
-    struct psikv_sampler *      s    = tap->sampler;
+// Which keys a flash attention node reads, and with how many heads.
+static void note_attention(struct psikv_tap * tap, const struct ggml_tensor * node) {
+    struct psikv_tensor * keys = psikv_tap_find(tap, node->src[1]);
+    if (keys) {
+        float max_bias;
+        memcpy(&max_bias, (const float *) node->op_params + 1, sizeof(max_bias));
+        keys->head_dim = (int32_t) node->src[1]->ne[0];
+        keys->n_head   = (int32_t) node->src[0]->ne[2];
+        keys->alibi    = max_bias != 0.0f;
+    }
+}
+
+bool psikv_attention(struct psikv_tap * tap, const struct ggml_tensor * node, bool ask) {
+    struct psikv_sampler * s = tap->sampler;
+    if (!s) {
+        if (tap->learning) {
+            note_attention(tap, node);
+        }
+        return false;
+    }
     const struct psikv_tensor * keys = s->due ? psikv_tap_find(tap, node->src[1]) : NULL;
     if (!keys || !keys->sampled) {
         return !ask;

@@ -230,7 +230,7 @@ class LlamaEngine:
                 if parked is None:
                     break
                 try:
-                    cells += self._put_back(parked, _part(parked.wanted, max_cells - cells, worth))
+                    cells += self._put_back(parked, parked.part(max_cells - cells, worth))
                 except StoreError as error:
                     problem = str(error)
         seconds = time.monotonic() - begin
@@ -307,11 +307,3 @@ class LlamaEngine:
         with self.guard.hold():
             self._parking.drop(Range(0, len(self.ledger)))
             self.track.distrust = "the model is closed"
-
-
-def _part(wanted: Range, cells: int, worth: Worth | None) -> Range:
-    """At most so many `cells` of a blob: its head, or its tail where that is worth more."""
-    if cells >= wanted.cells:
-        return wanted
-    head, tail = Range(wanted.start, wanted.start + cells), Range(wanted.stop - cells, wanted.stop)
-    return tail if worth and worth(tail) > worth(head) else head

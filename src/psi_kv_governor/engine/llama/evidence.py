@@ -16,6 +16,7 @@ from psi_kv_governor.engine.llama.native import TensorInfo
 from psi_kv_governor.engine.llama.rows import Rows
 from psi_kv_governor.engine.llama.sampler import Sampled, Sampler, Sampling
 from psi_kv_governor.engine.llama.tap import Tap
+from psi_kv_governor.errors import EngineError
 from psi_kv_governor.ledger import LIVE, SPILLED
 from psi_kv_governor.policy.base import Kind, Range, Values
 
@@ -90,19 +91,27 @@ class LlamaEvidence:
         return -self._of_keys(part, cosine=True)
 
     def attention(self, part: Range) -> Values:
-        """See Evidence. Averaged over five neighbours; a spilled position keeps what it had."""
-        if self._sampler is None:
+        """See Evidence. Averaged over five neighbours; a spilled position keeps what it had.
+
+        Raises EngineError when the graphs were not as expected, and nothing could be sampled.
+        """
+        sampler = self._working_sampler()
+        if sampler is None:
             return np.full(part.cells, np.nan)
         reach = _POOL // 2
         wide = Range(max(0, part.start - reach), min(part.stop + reach, len(self._map.ledger)))
-        pooled = _pooled(self._placed(wide, self._sampler.attention))
+        pooled = _pooled(self._placed(wide, sampler.attention))
         return pooled[part.start - wide.start :][: part.cells]
 
     def last_used(self, part: Range) -> Values:
-        """See Evidence."""
-        if self._sampler is None:
-            return np.full(part.cells, np.nan)
-        return self._placed(part, self._sampler.last_used)
+        """See Evidence. Raises EngineError as `attention` does."""
+        sampler = self._working_sampler()
+        return self._placed(part, sampler.last_used) if sampler else np.full(part.cells, np.nan)
+
+    def _working_sampler(self) -> Sampler | None:
+        if self._sampler is not None and self._sampler.failed:
+            raise EngineError("this model's attention was not as expected, and none was sampled")
+        return self._sampler
 
     def _placed(self, part: Range, of_cells: Callable[[Cells], Values]) -> Values:
         """What `of_cells` gives for the cells of `part`; NaN where a position has no cell."""

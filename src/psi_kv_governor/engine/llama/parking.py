@@ -19,6 +19,14 @@ class Parked:
     store: Store
     key: int
 
+    def part(self, cells: int, worth: Callable[[Range], float] | None) -> Range:
+        """At most so many `cells` of what is wanted: its head, or its tail where that is worth more."""
+        start, stop = self.wanted
+        if cells >= stop - start:
+            return self.wanted
+        head, tail = Range(start, start + cells), Range(stop - cells, stop)
+        return tail if worth and worth(tail) > worth(head) else head
+
 
 class ParkingLot:
     """The blobs of one sequence, in the order of their positions."""

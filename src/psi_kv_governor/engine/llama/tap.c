@@ -206,29 +206,12 @@ static void log_cells(struct psikv_tap * tap, const struct ggml_tensor * index) 
     }
 }
 
-// Which keys a flash attention node reads, and with how many heads.
-static void note_attention(struct psikv_tap * tap, const struct ggml_tensor * node) {
-    struct psikv_tensor * keys = psikv_tap_find(tap, node->src[1]);
-    if (keys) {
-        float max_bias;
-        memcpy(&max_bias, (const float *) node->op_params + 1, sizeof(max_bias));
-        keys->head_dim = (int32_t) node->src[1]->ne[0];
-        keys->n_head   = (int32_t) node->src[0]->ne[2];
-        keys->alibi    = max_bias != 0.0f;
-    }
-}
-
 // llama_context_params.cb_eval: is asked before each node runs, when the graph's inputs are already set.
 // Answering false throughout lets the scheduler run the graph in one piece, as without a callback.
 EXPORT bool psikv_tap_eval(struct ggml_tensor * node, bool ask, void * user) {
     struct psikv_tap * tap = user;
     if (node->op == GGML_OP_FLASH_ATTN_EXT) {
-        if (tap->sampler) {
-            return psikv_sampler_eval(tap, node, ask);
-        }
-        if (tap->learning) {
-            note_attention(tap, node);
-        }
+        return psikv_attention(tap, node, ask);
     }
     if (node->op != GGML_OP_SET_ROWS) {
         return false;

@@ -53,6 +53,6 @@ struct psikv_tensor * psikv_tap_find(struct psikv_tap * tap, const struct ggml_t
 void psikv_sampler_written(struct psikv_sampler * sampler, const int64_t * cells, int64_t n);
 
 // A flash attention node, before (`ask`) and after it ran; before, gives whether it is to be seen after.
-bool psikv_sampler_eval(struct psikv_tap * tap, const struct ggml_tensor * node, bool ask);
+bool psikv_attention(struct psikv_tap * tap, const struct ggml_tensor * node, bool ask);
 
 void psikv_sampler_free(struct psikv_sampler * sampler);
