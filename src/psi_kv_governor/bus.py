@@ -6,34 +6,43 @@ import logging
 import re
 import time
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
 from psi_kv_governor.events import Degraded, Event
 
 _log = logging.getLogger("psi_kv_governor")
+_T = TypeVar("_T")
 
 
-class Bus:
-    """The subscribers of one governor, and what has been said to them."""
+class Subscribers(Generic[_T]):
+    """Functions that are told of everything of one kind, in the thread where it happens."""
 
     def __init__(self) -> None:
-        self._subscribers: list[Callable[[Event], None]] = []
-        self._said: set[str] = set()
+        self._subscribers: list[Callable[[_T], None]] = []
 
-    def subscribe(self, subscriber: Callable[[Event], None]) -> Callable[[], None]:
-        """Call `subscriber` with every event from now on; gives a function to end it."""
+    def subscribe(self, subscriber: Callable[[_T], None]) -> Callable[[], None]:
+        """Call `subscriber` with everything from now on; gives a function to end it."""
         self._subscribers.append(subscriber)
         return lambda: self._subscribers.remove(subscriber) if subscriber in self._subscribers else None
 
-    def tell(self, event: Event) -> None:
-        """Give `event` to everybody. One who fails is dropped."""
+    def tell(self, what: _T) -> None:
+        """Give `what` to everybody. One who fails is dropped."""
         for subscriber in list(self._subscribers):
             try:
-                subscriber(event)
+                subscriber(what)
             except Exception:
                 # Somebody else's function: it must not stop the loop that keeps the machine alive.
-                _log.exception("a subscriber failed on %s and is dropped", type(event).__name__)
+                _log.exception("a subscriber failed on %s and is dropped", type(what).__name__)
                 if subscriber in self._subscribers:
                     self._subscribers.remove(subscriber)
+
+
+class Bus(Subscribers[Event]):
+    """The subscribers of one governor's events, and what has been said to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
 
     def degrade(self, what: str, why: str) -> None:
         """A step can't be done here (any more): an event and a line in the log, once for each cause."""

@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TypeVar
 
-from psi_kv_governor.bus import Bus
+from psi_kv_governor.bus import Bus, Subscribers
 from psi_kv_governor.config import GovernorConfig, load_config
-from psi_kv_governor.control import Action, CacheSnapshot, LawState, Mode, decide
+from psi_kv_governor.control import Action, CacheSnapshot, LawState, Mode, Turn, decide
 from psi_kv_governor.engine.base import Capabilities, Engine, RestoreResult, TrimResult
 from psi_kv_governor.errors import BadInputError, EngineError, PsiKvError
 from psi_kv_governor.events import Event, ModeChanged, Recomputed, Released, Restored, Trimmed
@@ -69,6 +69,7 @@ class Governor:
         self.config = config or load_config()
         self._engine = engine
         self._bus = Bus()
+        self._turns: Subscribers[Turn] = Subscribers()
         self._chooser = self._open_chooser(policy or get_policy(self.config.policy))
         self._opened = None if store is not None else self._open_store()  # what it opened, it closes
         self._store = store if store is not None else self._opened
@@ -162,6 +163,10 @@ class Governor:
         """Call `subscriber` with every event, in the thread where it happens; gives a function to end it."""
         return self._bus.subscribe(subscriber)
 
+    def observe(self, observer: Callable[[Turn], None]) -> Callable[[], None]:
+        """Call `observer` with every turn of the loop, before it is acted upon; gives a function to end it."""
+        return self._turns.subscribe(observer)
+
     def has_room_for(self, cells: int) -> bool:
         """Whether so many cells may come back: no pressure now, and headroom for them above the low line."""
         if self._stop.is_set():
@@ -210,7 +215,9 @@ class Governor:
 
     def _act(self, reading: Reading) -> None:
         old = self._state.mode
-        decision, self._state = decide(self.config, self._state, reading, self._snapshot(), _cache_limit)
+        cache, limit = self._snapshot(), _cache_limit
+        decision, self._state = decide(self.config, self._state, reading, cache, limit)
+        self._turns.tell(Turn(reading=reading, cache=cache, cache_limit=limit, decision=decision))
         if decision.mode is not old:
             self._bus.tell(
                 ModeChanged(time_s=reading.time_s, old=old, new=decision.mode, reason=decision.reason)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from governor_help import governors, of_kind, steps, until
 
-from psi_kv_governor.control import Mode
+from psi_kv_governor.control import LawState, Mode, Turn, decide
 from psi_kv_governor.events import ModeChanged, Released, Restored, Trimmed
 from psi_kv_governor.governor import Governor
 from psi_kv_governor.ledger import LIVE, SPILLED
@@ -166,3 +166,19 @@ def test_after_its_end_it_holds_nothing_back(open_governor, source, engine, capl
     assert governor.restore().missing >= 0
     assert governor.trim(0.1).cells > 0
     assert caplog.records == []
+
+
+def test_each_turn_is_told_whole_and_replays_to_the_same_decisions(open_governor, source):
+    governor = open_governor()
+    turns: list[Turn] = []
+    end = governor.observe(turns.append)
+    source.stall = 1.0
+    steps(governor, 3)
+    end()
+    steps(governor, 1)
+    assert len(turns) == 3
+    assert turns[1].cache.live_cells < turns[0].cache.live_cells
+    state = LawState()
+    for turn in turns:
+        decision, state = decide(governor.config, state, turn.reading, turn.cache, turn.cache_limit)
+        assert decision == turn.decision

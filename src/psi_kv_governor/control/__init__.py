@@ -2,6 +2,7 @@
 
 from psi_kv_governor.control.decision import Action, CacheSnapshot, Decision, Mode
 from psi_kv_governor.control.law import LawState, budget_of, decide, floor_of
+from psi_kv_governor.control.turn import Turn
 
 __all__ = [
     "Action",
@@ -9,6 +10,7 @@ __all__ = [
     "Decision",
     "LawState",
     "Mode",
+    "Turn",
     "budget_of",
     "decide",
     "floor_of",
