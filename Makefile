@@ -59,7 +59,8 @@ format: $(READY) ## Format the code, and fix what the linter can fix
 	$(BIN)/ruff format src tests scripts benchmarks
 
 bench-quick: model ## Measure the governor on this machine, in minutes
-	@for what in trim overhead opening scene; do $(BIN)/psi-kv bench $$what --quick; done
+	@for what in trim overhead opening; do $(BIN)/psi-kv bench $$what --quick; done
+	@$(BIN)/psi-kv bench pressure --repeats 1
 
 clean: ## Remove .venv and everything made by tools
 	rm -rf $(VENV) build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -111,7 +111,7 @@ def test_a_bad_variable_is_named(variable, text, told):
     ("text", "told"),
     [
         ("blok_cells = 8", "'blok_cells' (from blok_cells in {path}): did you mean block_cells?"),
-        ("zzz = 8", "known are high, low, headroom_low"),
+        ("zzz = 8", "known are high, high_max, acute_full, low"),
         ('high = "0.2"', "high = '0.2' is not usable: Expected float, got str (from high in {path})"),
         ("high = true", "Expected float, got bool"),
         ("sink_cells = nan", "sink_cells = nan is not usable: Expected int, got float"),
@@ -153,7 +153,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 @pytest.mark.parametrize("field", msgspec.structs.fields(GovernorConfig), ids=lambda field: field.name)
 def test_every_number_refuses_nan_and_less_than_nothing(field):
     if field.type not in (float, int):
-        assert field.name in {"policy", "store", "store_dir"}
+        assert field.name in {"policy", "store", "store_dir", "status_socket"}
         return
     for value in ("nan", "-1"):
         assert field.name in refusal(None, {f"PSI_KV_{field.name.upper()}": value})

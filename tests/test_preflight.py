@@ -1,5 +1,6 @@
 """Every check says what it found, and what to do where something is missing; none ever raises."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,24 @@ def test_without_psi_headroom_is_left_and_the_remedy_named(root):
     assert "psi=1" in found.remedy
 
 
-def test_a_machine_that_tells_nothing_fails(tmp_path):
+def test_every_rung_of_the_ladder_has_its_line(root):
+    (root / "proc" / "pressure").mkdir()
+    (root / "proc" / "pressure" / "memory").write_text(PSI)
+    lines = preflight.check_pressure(root).more
+    assert len(lines) == 9
+    assert [line.split()[0] for line in lines[3:]] == ["no", "no", "read", "no", "spare", "no"]
+    assert all(": " in line and "\n" not in line for line in lines)
+
+
+def test_pressure_that_the_service_manager_turned_off_is_no_failure(root, monkeypatch):
+    monkeypatch.setenv("MEMORY_PRESSURE_WATCH", "/dev/null")
+    found = preflight.check_pressure(root)
+    assert found.state == "warn"
+    assert "MemoryPressureWatch=off" in found.remedy
+
+
+def test_a_machine_that_tells_nothing_fails(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "psutil", None)
     found = preflight.check_pressure(tmp_path)
     assert found.state == "fail"
     assert "/proc" in found.remedy

@@ -44,11 +44,16 @@ def test_changes_of_direction_are_a_quiet_time_apart(name, seed, ctx):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_hostile_neighbour_breaks_neither_floor_nor_budget(seed, ctx):
     outcome = run("hostile", seed, ctx, seconds=180.0)
+    assert outcome.trims > 0
     assert outcome.most_given_up_per_min <= CONFIG.budget_per_min
-    assert outcome.most_given_up_per_min > 0.9 * CONFIG.budget_per_min  # it is the budget that held
     for deed in outcome.deeds:
         if deed.action == "trim":
             assert deed.live_cells >= max(CONFIG.floor_cells, CONFIG.floor_share * deed.total_cells)
+
+
+def test_a_small_budget_holds_against_a_hostile_neighbour():
+    outcome = run("hostile", seconds=180.0, config=GovernorConfig(budget_per_min=0.4))
+    assert 0.36 < outcome.most_given_up_per_min <= 0.4
 
 
 @pytest.mark.parametrize("name", ["ramp", "spike", "sawtooth", "sustained"])
@@ -56,7 +61,8 @@ def test_returned_memory_takes_the_stall_away(name):
     outcome = run(name)
     assert outcome.stall_s < 0.25 * outcome.stall_ungoverned_s
     assert outcome.tokens > outcome.tokens_ungoverned
-    assert outcome.first_action_after_s <= CONFIG.poll_s
+    # Headroom that falls is seen before it is short.
+    assert outcome.onset_s is None or outcome.first_action_after_s <= CONFIG.poll_s
 
 
 @pytest.mark.parametrize("name", ["ramp", "spike"])

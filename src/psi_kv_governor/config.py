@@ -22,11 +22,8 @@ else:
 ENVIRONMENT_PREFIX = "PSI_KV_"
 """PSI_KV_HIGH=0.2 sets `high`."""
 
-_NO_SETTINGS = frozenset({"PSI_KV_MODELS"})
-"""Variables with the prefix that are not the governor's: the folder of models (model.py)."""
-
 OTHER_VARIABLES = frozenset({"PSI_KV_MODELS"})
-"""Variables with that prefix which are no settings of the governor."""
+"""Variables with the prefix that are no settings of the governor: the folder of models (model.py)."""
 
 DEFAULT_FILE = Path("psi-kv.toml")
 """Read from the working directory when no file is named."""
@@ -42,6 +39,11 @@ class GovernorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     high: float = 0.10
     """Stall (`some`, 0 to 1) at which trimming begins. systemd-oomd kills at 0.6 and lmkd wakes at 0.07:
     a tenth of the time lost is felt, and is far above the noise of a healthy machine."""
+    high_max: float = 0.30
+    """How far the noise of the machine itself, seen while there is plenty of headroom, may raise `high`."""
+    acute_full: float = 0.40
+    """Stall of all tasks at once (`full`, 0 to 1) that is answered with one large step: with two fifths of
+    the time lost by everybody, small steps come too late."""
     low: float = 0.02
     """Stall under which the machine counts as quiet. Between low and high nothing is done either way."""
     headroom_low: float = 0.04
@@ -50,18 +52,29 @@ class GovernorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     headroom_plenty: float = 0.30
     """Share of the limit above which stall alone is no reason to trim: it comes from zram or a burst of
     file reads, and giving memory back would not help."""
-    poll_s: float = 0.5
-    """Time between two readings on a calm machine: two reads of 4 us a second cost nothing."""
-    poll_busy_s: float = 0.1
-    """Time between readings under pressure, or while cells are away. PSI totals get coarse below 0.1 s."""
+    lead_s: float = 0.25
+    """How far ahead falling headroom is looked at: a decode is over or interrupted, and the first bytes are
+    returned, in less."""
+    poll_s: float = 0.1
+    """Time between two readings while there is plenty of headroom: ten looks of 0.1 ms a second."""
+    poll_busy_s: float = 0.02
+    """Time between readings when headroom is so small that it could be gone within `poll_s`."""
 
     # -- how much --------------------------------------------------------------------------------------
     step_min: float = 0.10
     """Share of what may go that one trim takes when pressure just passed the threshold."""
     step_max: float = 0.20
-    """Share of what may go that one trim takes at full stall."""
+    """Share of what may go that one trim takes at the most, where small steps can wait for their effect."""
+    step_acute: float = 0.50
+    """Share of what may go that one trim takes at least when memory is about to be gone."""
     cooldown_s: float = 0.3
-    """Least time between two trims: a trim takes about 0.1 s, and its effect shows in the next readings."""
+    """Least time between two small trims: one takes 0.1 s, and its effect shows in the next readings."""
+    cooldown_acute_s: float = 0.1
+    """Least time before a large one: the stall after a trim shows in a window of 0.1 s."""
+    futile_trims: int = 4
+    """So many trims in a row without relief, and no more is given: somebody takes whatever is returned."""
+    futile_hold_s: float = 30.0
+    """After so long one more is tried."""
     floor_cells: int = 256
     """Never fewer live cells than this ..."""
     floor_share: float = 0.20
@@ -70,6 +83,9 @@ class GovernorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Cells that may be given up in any 60 s, as a multiple of the context: bounds what a hostile
     neighbour can force. Two whole contexts leave room for an honest spike after a restore."""
 
+    interrupt_after_s: float = 0.1
+    """A decode that still runs so long after a trim was decided on is interrupted, and run again: a batch of
+    a long prompt takes seconds. Where memory is about to be gone it is not waited for at all."""
     spill_deadline_s: float = 2.0
     """Longest that writing one trim to the store may take, by the speed it has shown; else cells are evicted
     and recomputed later. A kill by the kernel follows the first stall within seconds."""
@@ -81,8 +97,9 @@ class GovernorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Share of the headroom above the low line that one restore may fill."""
 
     # -- which -----------------------------------------------------------------------------------------
-    policy: str = "window"
-    """Which tokens go first: a name of `psi-kv policies`."""
+    policy: str = "hybrid"
+    """Which tokens go first: a name of `psi-kv policies`. This one loses least (docs/fidelity.md). Where
+    a cache can't serve it, `window` takes its place, and the governor says so."""
     sink_cells: int = 64
     """First tokens, never given up: attention sinks, and the head of a system prompt."""
     window_cells: int = 256
@@ -100,6 +117,10 @@ class GovernorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     store_reserve_bytes: int = 512 << 20
     """Free space that is always left on the disk."""
 
+    # -- seen from outside -----------------------------------------------------------------------------
+    status_socket: bool = True
+    """Let `psi-kv watch` of the same user look on, through a socket that only its owner can open."""
+
     def __post_init__(self) -> None:
         _check(self)
 
@@ -109,14 +130,36 @@ _SHARES = (
     "low",
     "headroom_low",
     "headroom_plenty",
+    "high_max",
+    "acute_full",
     "step_min",
     "step_max",
+    "step_acute",
     "floor_share",
     "restore_share",
 )
-_POSITIVE_S = ("poll_s", "poll_busy_s", "spill_deadline_s")
-_NOT_NEGATIVE = ("cooldown_s", "quiet_s", "budget_per_min", "floor_cells", "sink_cells", "window_cells",
-                 "store_limit_bytes", "store_reserve_bytes")  # fmt: skip
+_POSITIVE_S = {"poll_s": 5.0, "poll_busy_s": 5.0, "spill_deadline_s": sys.float_info.max}
+"""With their most: stall over longer intervals tells nothing of now."""
+_NOT_NEGATIVE = (
+    "cooldown_s",
+    "cooldown_acute_s",
+    "lead_s",
+    "futile_hold_s",
+    "interrupt_after_s",
+    "quiet_s",
+    "budget_per_min",
+    "floor_cells",
+    "sink_cells",
+    "window_cells",
+    "store_limit_bytes",
+    "store_reserve_bytes",
+)
+_AT_LEAST_ONE = ("block_cells", "futile_trims")
+_ABOVE_ZERO = {
+    "high": "every reading would trim",
+    "acute_full": "every reading would trim",
+    "low": "nothing would ever come back",
+}
 
 
 class _RefusedError(BadInputError):
@@ -134,18 +177,18 @@ def _check(config: GovernorConfig) -> None:
     for name in _SHARES:
         if not 0.0 <= getattr(config, name) <= 1.0:  # also refuses NaN
             refuse("give a share from 0 to 1", name)
-    for name in _POSITIVE_S:
-        if not 0.0 < getattr(config, name) < math.inf:
-            refuse("give seconds above 0", name)
+    for name, most in _POSITIVE_S.items():
+        if not 0.0 < getattr(config, name) <= most:
+            refuse("give seconds above 0" + (f", up to {most:g}" if most < sys.float_info.max else ""), name)
     for name in _NOT_NEGATIVE:
         if not 0 <= getattr(config, name) < math.inf:
             refuse("give 0 or more", name)
-    if config.block_cells < 1:
-        refuse("give 1 or more", "block_cells")
-    if config.high <= 0.0:
-        refuse("give a share above 0, or every reading would trim", "high")
-    if config.low <= 0.0:
-        refuse("give a share above 0, or nothing would ever come back", "low")
+    for name in _AT_LEAST_ONE:
+        if getattr(config, name) < 1:
+            refuse("give 1 or more", name)
+    for name, otherwise in _ABOVE_ZERO.items():
+        if getattr(config, name) <= 0.0:
+            refuse(f"give a share above 0, or {otherwise}", name)
     for lower, upper in (("low", "high"), ("step_min", "step_max"), ("headroom_low", "headroom_plenty")):
         if getattr(config, lower) > getattr(config, upper):
             refuse(f"it must not be above {upper} ({getattr(config, upper)})", lower, upper)
@@ -200,7 +243,7 @@ def _from_file(path: Path | None) -> dict[str, _Setting]:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BadInputError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except ValueError as error:  # not TOML, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or nested without end
         raise BadInputError(f"{path} is not TOML: {error}".replace("\n", " ")) from error
     return {key: _Setting(value, f"{key} in {path}", typed=True) for key, value in table.items()}
 
@@ -211,7 +254,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, _Setting]:
             value, f"environment variable {key}", typed=False
         )
         for key, value in environ.items()
-        if key.startswith(ENVIRONMENT_PREFIX) and key not in _NO_SETTINGS
+        if key.startswith(ENVIRONMENT_PREFIX) and key not in OTHER_VARIABLES
     }
 
 

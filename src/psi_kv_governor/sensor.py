@@ -1,4 +1,4 @@
-"""The source that is read now, and the search for another when it is gone."""
+"""The source that is read now, what wakes the loop for it, and the search for another when one is gone."""
 
 from __future__ import annotations
 
@@ -10,21 +10,42 @@ from psi_kv_governor.bus import Bus
 from psi_kv_governor.errors import SourceLostError
 from psi_kv_governor.events import SourceChanged
 from psi_kv_governor.pressure import discover
+from psi_kv_governor.pressure.bell import Bell
+from psi_kv_governor.pressure.discovery import Discovery
+from psi_kv_governor.pressure.machine import MovedError
 from psi_kv_governor.pressure.reading import PressureSource, Reading
+from psi_kv_governor.pressure.waking import find_waker
 
-# Where no source is left, or one is lost again so soon, how long until the next search.
+# Where no source is left, how long until the next search.
 _REDISCOVER_S = 10.0
+
+# While a better rung of the ladder may come back: a search takes about 0.3 ms, a hundred thousandth of this.
+_CLIMB_S = 30.0
+
+# What failed is left alone for so long; twice as long when it fails again within the time after that.
+_BAR_S = 10.0
+_LONGEST_BAR_S = 640.0
 
 
 class Sensor:
-    """Reads `source`, or the best source of this machine. A source that was given is not closed here."""
+    """Reads `source`, or the best source of this machine. A source that was given is not closed here.
+
+    One thread reads and waits; `interrupt` and `close` may come from any other.
+    """
 
     def __init__(self, source: PressureSource | None, bus: Bus) -> None:
         self.source = source
+        self.bell = Bell()
+        """What `wait` sleeps on. A thread that holds it, and not the sensor, keeps nothing else alive."""
         self._bus = bus
-        self._found: PressureSource | None = None
-        self._found_s = -math.inf
-        self._look_again_s = 0.0
+        self._box = _Box()
+        self._bars = _Bars()
+        self._rank = 0
+        self._waker_fell = False
+        self._look_again_s = math.inf
+        # Also when the governor is only dropped.
+        weakref.finalize(self, self._box.close)
+        weakref.finalize(self, self.bell.close)
         if source is None:
             self._find("at start")
 
@@ -33,39 +54,122 @@ class Sensor:
         """What is read, in words."""
         return self.source.name if self.source else "none"
 
+    def wait(self, timeout_s: float) -> None:
+        """Sleep `timeout_s`, or until a trigger fires, or another thread calls `interrupt`.
+
+        A trigger ends at most one sleep in `bell.REST_S`, whatever it does.
+        """
+        self.bell.wait(timeout_s)
+
+    def interrupt(self) -> None:
+        """End the sleep of another thread, or its next one."""
+        self.bell.ring()
+
     def read(self) -> Reading | None:
         """A reading now; None where there is nothing to read, or the source was lost just now."""
-        if self.source is None and time.monotonic() >= self._look_again_s:
-            self._find("looked again")
+        if self.bell.lost:
+            self._waker_lost(self.bell.lost)
+        if time.monotonic() >= self._look_again_s:
+            self._find("looked again") if self.source is None else self._climb()
         if self.source is None:
             return None
         try:
             return self.source.read()
+        except MovedError as error:
+            self._leave(str(error))
         except SourceLostError as error:
-            self.close()
-            self._lost(str(error))
-            return None
-
-    def _lost(self, why: str) -> None:
-        self.source = None
-        if time.monotonic() - self._found_s < _REDISCOVER_S:
-            self._look_again_s = time.monotonic() + _REDISCOVER_S
-            self._bus.degrade("sensing", f"{why}, and it had only just been found")
-        else:
-            self._find(why)
-
-    def _find(self, why: str) -> None:
-        found = discover().source
-        if found is None:
-            self._look_again_s = time.monotonic() + _REDISCOVER_S
-            self._bus.degrade("sensing", "no source of memory pressure here (see `psi-kv doctor`)")
-            return
-        self.source = self._found = found
-        self._found_s = time.monotonic()
-        weakref.finalize(self, found.close)  # also when the governor is only dropped
-        self._bus.tell(SourceChanged(time_s=self._found_s, source=found.name, why=why))
+            if self.source is self._box.source:
+                self._bars.strike(self.name, time.monotonic())
+            self._leave(str(error))
+        return None
 
     def close(self) -> None:
-        """Give back the source that was found here. Safe to call twice."""
-        if self._found is not None:
-            self._found.close()
+        """Give back what was found here. Safe to call twice."""
+        self.bell.close()
+        self._box.close()
+
+    # -- up and down the ladder -------------------------------------------------------------------------
+
+    def _find(self, why: str) -> None:
+        """Take the best source there is, and what wakes for it."""
+        found = discover(avoid=self._bars.names(time.monotonic()))
+        if found.source is None:
+            self.source = None
+            self.bell.watch(None)
+            self._look_again_s = time.monotonic() + _REDISCOVER_S
+            nothing = "no source of memory pressure here (see `psi-kv doctor`)"
+            self._bus.degrade("sensing", found.off or nothing)
+            return
+        self._take(found, found.source, why)
+
+    def _take(self, found: Discovery, source: PressureSource, why: str) -> None:
+        self.source, self._rank = source, found.rank
+        self._box.hold(source)
+        self._arm()
+        self._bus.tell(SourceChanged(time_s=time.monotonic(), source=source.name, why=why))
+
+    def _arm(self) -> None:
+        now_s = time.monotonic()
+        self.bell.watch(find_waker(avoid=self._bars.names(now_s)).waker)
+        at_the_top = self._rank == 0 and self.bell.waker is not None and not self._waker_fell
+        self._look_again_s = math.inf if at_the_top else now_s + _CLIMB_S
+
+    def _climb(self) -> None:
+        """Look whether a better rung than the one in use answers again."""
+        found = discover(avoid=self._bars.names(time.monotonic()), rungs=self._rank)
+        if found.source is not None:
+            self._take(found, found.source, "a better source answers")
+        elif self.bell.waker is None or self._waker_fell:
+            self._waker_fell = bool(self._bars.names(time.monotonic()))  # else the best may be armed again
+            self._arm()
+        else:
+            self._look_again_s = time.monotonic() + _CLIMB_S
+
+    def _leave(self, why: str) -> None:
+        """Look for another source than the one in use."""
+        self._box.close()
+        self.source = None
+        self._find(why)
+
+    def _waker_lost(self, why: str) -> None:
+        """The source may be well all the same: it goes on being polled, and another waker is looked for."""
+        self._bars.strike(self.bell.lost_name, time.monotonic())
+        self._waker_fell = True
+        self._arm()
+        waker = self.bell.waker
+        now = "it is only polled now" if waker is None else f"{waker.name} wakes the loop now"
+        self._bus.tell(SourceChanged(time_s=time.monotonic(), source=self.name, why=f"{why}: {now}"))
+
+
+class _Box:
+    """Holds the source that was found, for whoever closes it: the sensor, or its end."""
+
+    def __init__(self) -> None:
+        self.source: PressureSource | None = None
+
+    def hold(self, source: PressureSource) -> None:
+        self.close()
+        self.source = source
+
+    def close(self) -> None:
+        source, self.source = self.source, None
+        if source is not None:
+            source.close()
+
+
+class _Bars:
+    """Names of what failed lately. A rung that comes and goes is left out for longer each time."""
+
+    def __init__(self) -> None:
+        self._bars: dict[str, tuple[float, float]] = {}  # until when, and for how long
+
+    def strike(self, name: str, now_s: float) -> None:
+        """Leave `name` out for a while from now."""
+        until_s, length_s = self._bars.get(name, (-math.inf, 0.0))
+        again = now_s < until_s + max(length_s, _CLIMB_S)
+        length_s = min(2 * length_s, _LONGEST_BAR_S) if again else _BAR_S
+        self._bars[name] = (now_s + length_s, length_s)
+
+    def names(self, now_s: float) -> frozenset[str]:
+        """What is to be left out now."""
+        return frozenset(name for name, (until_s, _) in self._bars.items() if now_s < until_s)

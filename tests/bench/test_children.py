@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -59,7 +61,9 @@ def test_a_child_that_ignores_sigterm_is_killed(monkeypatch):
     )
     lines: list[bytes] = []
     while not lines:  # a line may come in two parts
-        lines += child.read() or [b"it ended"]
+        said = child.read()
+        assert said is not None, "it ended"
+        lines += said
     assert lines == [b"1"]
     child.end()
     assert child.wait() == -9
@@ -84,3 +88,32 @@ def test_ending_one_leaves_the_other_heard():
         children.end(silent)
         children.end(silent)
         assert heard(children) == [b"here", None]
+
+
+def test_the_last_lines_of_a_child_that_is_ended_are_not_lost():
+    code = (
+        "import signal, sys, time\n"
+        "signal.signal(15, lambda *_: sys.exit(print('last', flush=True)))\n"
+        "print('first', flush=True)\ntime.sleep(300)"
+    )
+    with Children(subprocess.Popen) as children:
+        child = children.start([sys.executable, "-c", code])
+        said: list[bytes | None] = []
+        while not said:  # a line may come in two parts
+            said += [line for _, line in children.hear(10.0)]
+        assert said == [b"first"]
+        assert children.end(child) == [b"last"]
+        assert children.end(child) == []
+
+
+def test_ending_a_child_does_not_wait_for_who_else_holds_its_pipe():
+    code = (
+        "import subprocess, sys\n"
+        "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(20)']).pid, flush=True)\n"
+    )
+    child = start(code)
+    assert child.wait() == 0
+    began_s = time.monotonic()
+    (line,) = child.end()
+    assert time.monotonic() - began_s < 5.0
+    os.kill(int(line), signal.SIGKILL)

@@ -15,39 +15,13 @@ from click.testing import CliRunner
 
 from psi_kv_governor.bench import guardian
 from psi_kv_governor.bench.pen import Pen
-from psi_kv_governor.bench.script import MIB, SceneResult
+from psi_kv_governor.bench.script import MIB
 from psi_kv_governor.cli import demo
 from psi_kv_governor.cli._demo_view import figures, verdict
+from scene_results import scene_result as result
 
 ENV = {**os.environ, "PYTHONPATH": guardian.package_path()}
 ARGV = [sys.executable, "-m", "psi_kv_governor.cli", "demo"]
-
-
-def result(variant: str, **changes) -> SceneResult:
-    plain = {
-        "variant": variant,
-        "tokens": 100,
-        "seconds": 10.0,
-        "tokens_per_s": 10.0,
-        "calm_tokens_per_s": 30.0,
-        "p50_s": 0.1,
-        "p99_s": 0.2345,
-        "peak_resident_bytes": 300 * MIB,
-        "final_resident_bytes": 200 * MIB,
-        "least_resident_bytes": 150 * MIB,
-        "most_swapped_bytes": 90 * MIB,
-        "bytes_returned": 0,
-        "trims": 0,
-        "first_trim_s": None,
-        "restored": None,
-        "missing_cells": 0,
-        "restore_s": 0.0,
-        "restored_by_hand": False,
-        "killed": False,
-        "neighbour_killed": False,
-        "stall": 0.25,
-    }
-    return SceneResult(**{**plain, **changes})
 
 
 FIXED = result("fixed")

@@ -36,13 +36,73 @@ def test_it_takes_memory_in_steps_touches_it_and_ends_on_sigterm():
     lines = [json.loads(process.stdout.readline()) for _ in range(5)]
     assert [line["event"] for line in lines] == ["begin", "taken", "taken", "taken", "work"]
     assert [line["taken_bytes"] // MIB for line in lines] == [0, 10, 20, 30, 30]
-    assert lines[-1]["touched_bytes"] > 30 * MIB
+    assert [line["work_bytes"] for line in lines[:4]] == [line["taken_bytes"] for line in lines[:4]]
+    assert lines[-1]["work_bytes"] > 30 * MIB
+    assert lines[0]["time_s"] <= lines[-1]["time_s"] <= time.monotonic()
     memory = sample(process.pid)
     assert 30 * MIB <= memory.resident_bytes < 60 * MIB
     process.terminate()
     output, errors = process.communicate(timeout=10)
     assert json.loads(output.splitlines()[-1])["event"] == "end"
     assert (process.returncode, errors) == (0, b"")
+
+
+def rest_of(process: subprocess.Popen[bytes]) -> list[dict[str, float]]:
+    process.terminate()
+    output, errors = process.communicate(timeout=10)
+    assert (process.returncode, errors) == (0, b"")
+    return [json.loads(line) for line in output.splitlines()]
+
+
+def test_a_ramp_takes_memory_at_its_rate_and_then_works_on_it():
+    process = start("--kind", "ramp", "--mib", "40", "--rate-mib-s", "50")
+    first, *ramp = [json.loads(process.stdout.readline()) for _ in range(5)]
+    assert first["event"] == "begin"
+    for line in ramp[:3]:
+        assert line["event"] == "work"
+        assert line["taken_bytes"] == line["work_bytes"]  # nothing is touched before all is taken
+        # At most the rate, with what may be caught up on; a busy machine may hold it up.
+        assert 0.5 * 50 * line["elapsed_s"] < line["taken_bytes"] / MIB < 50 * (line["elapsed_s"] + 0.1)
+    assert (ramp[3]["event"], ramp[3]["taken_bytes"]) == ("taken", 40 * MIB)
+    assert sample(process.pid).resident_bytes >= 40 * MIB
+    assert rest_of(process)[-1]["work_bytes"] > 40 * MIB
+
+
+def test_a_ramp_without_a_rate_is_as_fast_as_it_can():
+    process = start("--kind", "ramp", "--mib", "40")
+    begin, taken = [json.loads(process.stdout.readline()) for _ in range(2)]
+    assert (begin["event"], taken["event"], taken["taken_bytes"]) == ("begin", "taken", 40 * MIB)
+    assert taken["elapsed_s"] < 1.0
+    rest_of(process)
+
+
+def test_files_are_read_again_and_again_without_a_name_and_without_memory_of_its_own(tmp_path):
+    process = start("--kind", "files", "--mib", "50", "--step-mib", "20", "--folder", str(tmp_path))
+    lines = [json.loads(process.stdout.readline()) for _ in range(5)]
+    assert [line["event"] for line in lines] == ["begin", "taken", "taken", "taken", "work"]
+    assert [line["taken_bytes"] // MIB for line in lines] == [0, 20, 40, 50, 50]
+    assert [line["work_bytes"] // MIB for line in lines[:4]] == [0, 20, 40, 50]
+    assert list(tmp_path.iterdir()) == []
+    assert sample(process.pid).anonymous_bytes < 25 * MIB
+    assert rest_of(process)[-1]["work_bytes"] > 100 * MIB
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_interrupted_while_it_makes_files_it_leaves_none(tmp_path, number):
+    process = start("--kind", "files", "--mib", "2000", "--folder", str(tmp_path))
+    time.sleep(0.3)
+    process.send_signal(number)
+    process.communicate(timeout=10)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_used_is_one_line_and_status_1(tmp_path):
+    process = start("--kind", "files", "--mib", "1", "--folder", str(tmp_path / "none"))
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 1
+    assert errors.startswith(b"cannot use ")
+    assert errors.count(b"\n") == 1
 
 
 def test_it_ends_when_its_parent_is_gone():
@@ -63,7 +123,18 @@ def test_it_ends_when_its_parent_is_gone():
     parent.stdout.close()
 
 
-@pytest.mark.parametrize("arguments", [["--mib", "0"], ["--mib", "4", "--pause-s", "nan"], []])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--mib", "0"],
+        ["--mib", "4", "--pause-s", "nan"],
+        ["--mib", "4", "--kind", "ramp", "--rate-mib-s", "nan"],
+        ["--mib", "4", "--kind", "ramp", "--rate-mib-s", "-1"],
+        ["--mib", "4", "--kind", "files"],
+        ["--mib", "4", "--kind", "noise"],
+        [],
+    ],
+)
 def test_nonsense_is_refused_with_one_line_and_status_2(arguments):
     process = start(*arguments)
     _, errors = process.communicate(timeout=10)

@@ -33,7 +33,10 @@ def test_every_figure_is_taken_and_held_against_what_is_asked(demo_model):
 
 
 def test_sampling_is_off_in_every_second_turn_and_decoding_leaves_no_trace(demo_model):
+    from psi_kv_governor.engine.llama.sampler import Sampling
+
     with policy_cost._Context(demo_model, "f16", 64, 1, lambda doing: None) as context:
+        context.evidence.collect(frozenset({"attention"}), Sampling(near=0))  # the context is short
         sampler, ledger = context.evidence._sampler, context._llm._engine.ledger
         sampler.forget()
         for paused, known in ((True, False), (False, True)):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psi_kv_governor.bench import worker
-from psi_kv_governor.bench.scene import drop_file_cache, run_scene
+from psi_kv_governor.bench.scene import drop_file_cache, outside_room_bytes, run_scene
 from psi_kv_governor.bench.script import MIB, Happened, SceneOptions, StageChanged, Tick
 from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.events import Restored, Trimmed
@@ -114,14 +114,34 @@ def test_under_pressure_the_governed_model_gives_back_and_is_made_whole(demo_mod
     assert result.first_trim_s < 5.0
     assert result.restored is True
     ticks = [event for event in events if isinstance(event, Tick)]
-    assert max(tick.stall for tick in ticks) > 0.0  # how much is left of it is the governor's matter
+    assert all(0.0 <= tick.stall <= 1.0 for tick in ticks)  # how much is left of it is the governor's matter
     assert min(tick.live_cells for tick in ticks if tick.tokens) < 2000
 
 
-@pytest.mark.parametrize("name", ["context_tokens", "tokens", "threads", "limit_bytes", "pressure_bytes"])
+@pytest.mark.parametrize("name", ["context_tokens", "tokens", "threads", "limit_bytes", "step_bytes"])
 def test_options_that_make_no_sense_are_refused(name):
     with pytest.raises(BadInputError, match=f"{name} = 0 is not usable"):
         SceneOptions(model="x", **{name: 0})
+
+
+@pytest.mark.parametrize("name", ["pressure_bytes", "rate_bytes_per_s", "warmup_s"])
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf")])
+def test_options_that_may_be_nothing_may_not_be_less_or_no_number(name, value):
+    SceneOptions(model="x", **{name: 0})
+    with pytest.raises(BadInputError, match=f"{name} = {value} is not usable"):
+        SceneOptions(model="x", **{name: value})
+
+
+def test_outside_a_pen_the_neighbour_gets_no_more_than_a_quarter_of_what_is_available(tmp_path, demo_model):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 8000 kB\nMemAvailable: 4000 kB\n")
+    assert outside_room_bytes(tmp_path) == 1000 * 1024
+    assert outside_room_bytes(tmp_path / "nowhere") == 0
+    too_much = SceneOptions(
+        model=str(demo_model), isolated=False, pressure_bytes=outside_room_bytes() + 64 * MIB, **SMALL
+    )
+    with pytest.raises(BadInputError, match="a quarter of what is available"):
+        run_scene("fixed", too_much)
 
 
 def test_a_file_that_is_no_model_is_bad_input(tmp_path):

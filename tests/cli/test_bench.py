@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from psi_kv_governor import cli, model
-from psi_kv_governor.bench import opening, overhead, policy_cost, scene_pairs, trim
+from psi_kv_governor.bench import opening, overhead, policy_cost, trim
 from psi_kv_governor.bench.record import Asked, Options, Recorder, figure
 
 MODULES = {
@@ -16,7 +16,6 @@ MODULES = {
     "overhead": overhead,
     "opening": opening,
     "policies": policy_cost,
-    "scene": scene_pairs,
 }
 
 
@@ -95,7 +94,7 @@ def test_options_reach_the_bench(bench, tmp_path):
     told = bench(2.5)
     other = tmp_path / "other.gguf"
     other.write_bytes(b"GGUF")
-    assert run("scene", "--quick", "--model", str(other), "--threads", "3", "--repeats", "7").exit_code == 0
+    assert run("trim", "--quick", "--model", str(other), "--threads", "3", "--repeats", "7").exit_code == 0
     assert told == [Options(model=other, quick=True, threads=3, repeats=7)]
 
 

@@ -67,7 +67,7 @@ def test_chosen_scenarios_come_in_the_order_given():
 def test_the_json_holds_the_figures_and_every_action():
     report = as_json("--scenario", "spike", "--seed", "3")
     (run,) = report["scenarios"]
-    assert (report["seed"], report["ctx"], report["config"]["policy"]) == (3, 4096, "window")
+    assert (report["seed"], report["ctx"], report["config"]["policy"]) == (3, 4096, "hybrid")
     trims = [deed for deed in run["deeds"] if deed["action"] == "trim"]
     assert len(trims) == run["trims"] > 0
     assert sum(deed["cells"] for deed in trims) == run["cells_given_up"]

@@ -17,6 +17,7 @@ from psi_kv_governor.control import (
     budget_of,
     decide,
     floor_of,
+    pause_s,
 )
 from psi_kv_governor.pressure.reading import Reading
 
@@ -25,15 +26,24 @@ CELL_BYTES = 1_000
 CONFIG = GovernorConfig()
 
 
-def reading(time_s: float = 100.0, some: float = 0.0, headroom: float | None = None, interval_s: float = 0.1):
+def reading(
+    time_s: float = 100.0,
+    some: float = 0.0,
+    headroom: float | None = None,
+    interval_s: float = 0.1,
+    *,
+    full: float | None = None,
+    own: float = 0.0,
+):
     """`headroom` is a share of the limit; None leaves headroom and limit unknown."""
     return Reading(
         time_s=time_s,
         interval_s=interval_s,
         some=some,
-        full=some / 2,
+        full=some / 4 if full is None else full,
         headroom_bytes=None if headroom is None else round(headroom * LIMIT_BYTES),
         limit_bytes=None if headroom is None else LIMIT_BYTES,
+        own=own,
     )
 
 
@@ -49,6 +59,17 @@ def snapshot(live: int = 4096, spilled: int = 0, lost: int = 0, trimmable: int |
 
 def first(look: Reading, cache: CacheSnapshot, config: GovernorConfig = CONFIG, **more) -> Decision:
     return decide(config, LawState(), look, cache, **more)[0]
+
+
+def follow(looks: list[Reading], cache: CacheSnapshot, config: GovernorConfig = CONFIG) -> list[Decision]:
+    """As `replay`, with a cache that does what it is told."""
+    state, decisions = LawState(), []
+    for look in looks:
+        decision, state = decide(config, state, look, cache)
+        decisions.append(decision)
+        cells = decision.cells if decision.action is Action.TRIM else -decision.cells
+        cache = snapshot(live=cache.live_cells - cells, spilled=cache.spilled_cells + cells)
+    return decisions
 
 
 def replay(looks: list[Reading], cache: CacheSnapshot, config: GovernorConfig = CONFIG) -> list[Decision]:
@@ -140,8 +161,8 @@ def test_a_reading_that_makes_no_sense_changes_nothing_and_says_so(change):
         (0.55, None, 0.15),  # half way from high to 1
         (1.00, None, 0.20),
         (0.00, 0.02, 0.15),  # half way from the low line to nothing
-        (0.00, 0.00, 0.20),
-        (0.55, 0.01, 0.175),  # the larger of both
+        (0.55, 0.03, 0.15),  # the larger of both
+        (0.10, 0.03, 0.125),
     ],
 )
 def test_the_step_grows_with_the_excess(some, headroom, share):
@@ -189,7 +210,8 @@ def test_the_floor_cuts_a_step_to_whole_blocks():
 
 
 def test_the_budget_is_that_of_any_60_seconds():
-    config = GovernorConfig(budget_per_min=0.25, step_min=0.2)  # 1,024 of 4,096 cells
+    # 1,024 of 4,096 cells; the simulated trims bring no relief, which is another matter.
+    config = GovernorConfig(budget_per_min=0.25, step_min=0.2, futile_trims=100)
     looks = [reading(time_s=100.0 + t, some=1.0) for t in (0, 1, 59, 60, 60.5, 61.5)]
     cells = [decision.cells for decision in replay(looks, snapshot(), config)]
     assert cells == [768, 256, 0, 0, 768, 256]  # the trim of 0 s has left the window after 60 s, not at 60 s
@@ -201,6 +223,174 @@ def test_trims_keep_the_cooldown():
     assert [decision.action.value for decision in decisions] == ["trim", "none", "none", "trim"]
     assert {decision.mode for decision in decisions} == {Mode.TRIMMING}
     assert "cooldown" in decisions[1].reason
+
+
+# -- acute -------------------------------------------------------------------------------------------------
+
+
+def falling(steps: int, by_share: float, start: float = 0.5, gap_s: float = 0.02) -> list[Reading]:
+    """Headroom that goes down by so much of the limit with every reading."""
+    return [reading(time_s=100.0 + i * gap_s, headroom=start - i * by_share) for i in range(steps)]
+
+
+def test_full_stall_is_answered_with_one_large_step():
+    chronic, acute = (first(reading(some=0.6, full=full, headroom=0.1), snapshot()) for full in (0.39, 0.40))
+    assert (chronic.cells, chronic.urgent) == (640, False)  # 16 % of 3,776
+    assert (acute.cells, acute.urgent) == (1920, True)  # half of it
+    assert "all stand still for 40% of the time" in acute.reason
+
+
+def test_full_stall_with_plenty_of_headroom_is_left_alone():
+    assert first(reading(some=0.9, full=0.9, headroom=0.31), snapshot()).action is Action.NONE
+
+
+def test_headroom_that_falls_to_its_line_is_acted_upon_before_it_is_there():
+    looks = falling(20, by_share=0.02)  # 1 GB/s: a quarter of a second ahead is 0.25 of the limit
+    decisions = replay(looks, snapshot())
+    first_trim = next(i for i, d in enumerate(decisions) if d.action is Action.TRIM)
+    assert looks[first_trim].headroom_bytes > 5 * 0.04 * LIMIT_BYTES
+    assert decisions[first_trim].urgent
+    assert "falling by 1000 MB/s" in decisions[first_trim].reason
+
+
+def test_headroom_that_falls_slowly_is_not_acute():
+    looks = falling(40, by_share=0.0001, start=0.044)  # 5 MB/s: a model that fills its own cache
+    decisions = replay(looks, snapshot())
+    trim = next(d for d in decisions if d.action is Action.TRIM)
+    assert not trim.urgent
+
+
+def test_half_of_the_line_is_acute_whatever_the_rate():
+    assert first(reading(headroom=0.0199), snapshot()).urgent
+    assert not first(reading(headroom=0.0201), snapshot()).urgent
+
+
+def test_an_acute_step_covers_what_is_missing_and_what_goes_in_half_a_second():
+    cache = snapshot(live=120_320)  # 120 MB trimmable, of which half is 60 MB
+    decision = next(d for d in replay(falling(18, by_share=0.006, start=0.12), cache) if d.cells)
+    assert decision.cells == pytest.approx(150_000 + 40_000 - 108_000, rel=0.01)  # with 108 MB left
+
+
+def test_one_glance_is_no_fall():
+    assert first(reading(headroom=0.05), snapshot()).action is Action.NONE
+
+
+def test_headroom_that_jumps_once_and_back_is_no_fall():
+    """As seen beside file copies in a small cgroup: pages that become active for a moment."""
+    shares = (0.36, 0.36, 0.06, 0.36, 0.07, 0.42, 0.05, 0.41)
+    looks = [reading(time_s=100.0 + i / 50, headroom=share) for i, share in enumerate(shares)]
+    assert [decision.cells for decision in replay(looks, snapshot())] == [0] * 8
+
+
+def test_large_steps_wait_for_a_window_of_stall_only():
+    looks = [reading(time_s=100.0 + t, some=1.0, full=1.0) for t in (0.0, 0.05, 0.125, 0.1875, 0.25)]
+    assert [d.cells > 0 for d in replay(looks, snapshot())] == [True, False, True, False, True]
+
+
+def test_a_small_step_that_takes_effect_is_given_more_time():
+    stalls = ((0.0, 0.8), (0.375, 0.39), (0.5, 0.39), (0.625, 0.39))
+    looks = [reading(time_s=100.0 + t, some=some) for t, some in stalls]
+    assert [d.cells > 0 for d in replay(looks, snapshot())] == [True, False, False, True]
+
+
+# -- its own doing -----------------------------------------------------------------------------------------
+
+
+def test_stall_while_the_governor_itself_was_at_work_is_no_reason_to_trim():
+    assert first(reading(some=0.5, full=0.5, own=0.45), snapshot()).action is Action.NONE
+    assert first(reading(some=0.5, own=0.3), snapshot()).action is Action.TRIM  # the rest is another's
+
+
+def test_headroom_that_a_restore_took_is_not_falling():
+    quiet = [reading(time_s=100.0 + t, headroom=0.5) for t in range(6)]
+    after = [reading(time_s=105.02, headroom=0.30, own=0.5), reading(time_s=105.04, headroom=0.30)]
+    decisions = replay([*quiet, *after], snapshot(live=3040, spilled=960))
+    assert [d.action for d in decisions[5:]] == [Action.RESTORE, Action.NONE, Action.NONE]
+
+
+# -- futility ----------------------------------------------------------------------------------------------
+
+
+def pressed(n: int, begin_s: float = 100.0, some: float = 0.5, headroom: float = 0.03) -> list[Reading]:
+    """Two readings a second."""
+    return [reading(time_s=begin_s + i / 2, some=some, headroom=headroom, interval_s=0.5) for i in range(n)]
+
+
+def test_after_a_few_trims_without_relief_the_rest_is_kept():
+    decisions = follow(pressed(20), snapshot())
+    assert [d.cells > 0 for d in decisions] == [True] * 4 + [False] * 16
+    assert decisions[4].mode is Mode.HOLDING
+    assert "4 trims in a row brought no relief: somebody takes what is returned" in decisions[4].reason
+
+
+def test_after_a_while_one_more_is_tried():
+    trims = [i / 2 for i, d in enumerate(follow(pressed(140), snapshot())) if d.cells]
+    assert trims == [0.0, 0.5, 1.0, 1.5, 31.5, 61.5]
+
+
+@pytest.mark.parametrize("relief", [{"some": 0.2}, {"headroom": 0.29}], ids=str)
+def test_any_relief_starts_the_count_anew(relief):
+    looks = [*pressed(3), *pressed(3, 101.5, **relief), *pressed(4, 103.0)]
+    assert sum(d.cells > 0 for d in follow(looks, snapshot(live=100_000))) >= 6
+
+
+def test_a_hold_ends_when_the_pressure_does():
+    looks = [*pressed(10), reading(time_s=106.0, headroom=0.2), reading(time_s=107.0, some=0.5, headroom=0.2)]
+    assert [d.cells > 0 for d in follow(looks, snapshot())][-2:] == [False, True]
+
+
+def test_a_trim_that_the_engine_did_not_make_is_not_futile():
+    assert all(d.cells > 0 for d in replay(pressed(10), snapshot(live=100_000)))
+
+
+# -- noise -------------------------------------------------------------------------------------------------
+
+
+def busy(seconds: int, some: float, headroom: float) -> list[Reading]:
+    return [reading(time_s=100.0 + i, some=some, headroom=headroom, interval_s=1.0) for i in range(seconds)]
+
+
+def test_the_high_threshold_follows_the_noise_of_a_machine_with_plenty_free():
+    short = reading(time_s=1000.0, some=0.15, headroom=0.2)
+    quiet, noisy = (replay([*busy(300, some, 0.6), short], snapshot())[-1] for some in (0.01, 0.08))
+    assert quiet.action is Action.TRIM
+    assert noisy.action is Action.NONE
+    assert replay([*busy(300, 0.08, 0.6), reading(time_s=1000.0, some=0.31, headroom=0.2)], snapshot())[
+        -1
+    ].cells
+
+
+def test_noise_is_not_learned_where_memory_is_short():
+    looks = [*busy(300, 0.08, 0.2), reading(time_s=1000.0, some=0.12, headroom=0.2)]
+    assert replay(looks, snapshot())[-1].action is Action.TRIM
+
+
+def test_nobody_can_teach_it_more_than_the_most():
+    looks = [*busy(600, 1.0, 0.6), reading(time_s=1000.0, some=0.30, headroom=0.2)]
+    assert replay(looks, snapshot())[-1].action is Action.TRIM
+
+
+# -- when to look again ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("headroom", "limit_bytes", "pause"),
+    [
+        (None, LIMIT_BYTES, 0.1),
+        (0.9, LIMIT_BYTES, 0.1),
+        (0.29, LIMIT_BYTES, 0.05),  # 250 MB above the line: gone in 0.1 s at the soonest
+        (0.05, LIMIT_BYTES, 0.02),
+        (0.0, LIMIT_BYTES, 0.02),
+        (0.15, 8 * LIMIT_BYTES, 0.1),  # on a large machine the same share is far away
+    ],
+)
+def test_it_looks_the_more_often_the_sooner_the_headroom_could_be_gone(headroom, limit_bytes, pause):
+    look = msgspec.structs.replace(
+        reading(),
+        headroom_bytes=None if headroom is None else round(headroom * limit_bytes),
+        limit_bytes=limit_bytes,
+    )
+    assert pause_s(CONFIG, look) == pytest.approx(pause)
 
 
 # -- the cache limit ---------------------------------------------------------------------------------------
@@ -232,9 +422,14 @@ def quiet_run(
 
 
 def test_spilled_cells_come_back_after_the_quiet_time():
-    decisions = quiet_run(0.5, snapshot(live=2000, spilled=2000))
+    decisions = quiet_run(0.5, snapshot(live=3040, spilled=960))
     assert [decision.mode for decision in decisions] == [*[Mode.HOLDING] * 5, Mode.RESTORING]
-    assert [decision.cells for decision in decisions] == [0, 0, 0, 0, 0, 2000]
+    assert [decision.cells for decision in decisions] == [0, 0, 0, 0, 0, 960]
+
+
+def test_each_restore_brings_back_twice_as_much_as_the_one_before_it():
+    cells = [d.cells for d in quiet_run(0.5, snapshot(live=400, spilled=8192 - 400), 21) if d.cells]
+    assert cells == [2048, 4096, 7792, 7792]  # a quarter of the context, half of it, and all that is away
 
 
 def test_a_moment_before_the_quiet_time_is_over_nothing_comes_back():
@@ -296,3 +491,21 @@ def test_floor_and_budget_follow_the_length_of_the_context():
     assert floor_of(CONFIG, snapshot(live=1001, spilled=1000)) == 401
     assert floor_of(CONFIG, snapshot(live=100)) == 256
     assert budget_of(CONFIG, snapshot(live=1001, lost=1000)) == 4002
+
+
+def test_a_restore_that_was_followed_by_a_trim_makes_the_next_wait_longer():
+    cache = snapshot(live=3040, spilled=960)
+    looks = [reading(time_s=100.0 + t, some=0.5 if t == 7 else 0.0) for t in range(20)]
+    restores = [t for t, d in enumerate(replay(looks, cache)) if d.action is Action.RESTORE]
+    assert restores == [5, 18]  # 5 s of quiet, and after the swing 10 s
+
+
+def test_a_long_quiet_time_forgets_the_swing():
+    """After so long that the next trim is not the restore's doing, it is the usual quiet time again."""
+    state, restores = LawState(), []
+    away, whole = snapshot(live=3040, spilled=960), snapshot(live=4000)
+    for t in range(220):
+        look = reading(time_s=100.0 + t, some=0.5 if t in {7, 200} else 0.0)
+        decision, state = decide(CONFIG, state, look, away if t < 20 or t >= 200 else whole)
+        restores += [t] if decision.action is Action.RESTORE else []
+    assert restores[:3] == [5, 18, 206]

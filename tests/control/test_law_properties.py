@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 
-from hypothesis import given, settings
+import msgspec
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from psi_kv_governor.config import GovernorConfig
@@ -19,6 +21,7 @@ from psi_kv_governor.control import (
     decide,
     floor_of,
 )
+from psi_kv_governor.control.state import FALL_WINDOW_S
 from psi_kv_governor.pressure.reading import Reading
 
 LIMIT_BYTES = 1 << 30
@@ -40,8 +43,14 @@ def configs(draw) -> GovernorConfig:
         step_max=most,
         headroom_low=draw(st.floats(0.0, 0.1)),
         headroom_plenty=draw(st.floats(0.1, 1.0)),
-        cooldown_s=draw(st.floats(0.0, 3.0)),
-        quiet_s=draw(st.floats(0.0, 10.0)),
+        cooldown_s=draw(st.floats(0.3, 3.0)),
+        cooldown_acute_s=draw(st.floats(0.0, 0.3)),
+        acute_full=draw(st.floats(0.05, 1.0)),
+        step_acute=draw(st.floats(0.0, 1.0)),
+        lead_s=draw(st.floats(0.0, 1.0)),
+        high_max=draw(st.floats(0.0, 1.0)),
+        futile_trims=draw(st.integers(1, 5)),
+        quiet_s=draw(st.floats(0.01, 10.0)),
         floor_cells=draw(st.integers(0, 2000)),
         floor_share=draw(st.floats(0.0, 1.0)),
         budget_per_min=draw(st.floats(0.0, 3.0)),
@@ -57,7 +66,8 @@ def traces(draw) -> list[Reading]:
     for _ in range(draw(st.integers(1, 12))):
         some = draw(st.sampled_from([math.nan, -1.0]) | shares | shares | shares | shares)
         headroom = draw(headrooms)
-        gap_s = draw(st.sampled_from([0.0, 0.1, 0.5, 2.0]))
+        gap_s = draw(st.sampled_from([0.0, 0.02, 0.1, 0.5, 2.0]))
+        full_share = draw(st.sampled_from([0.0, 0.5, 1.0]))
         for _ in range(draw(st.integers(1, 15))):
             time_s += gap_s
             looks.append(
@@ -65,7 +75,7 @@ def traces(draw) -> list[Reading]:
                     time_s=time_s,
                     interval_s=gap_s,
                     some=some,
-                    full=0.0,
+                    full=some * full_share if some >= 0.0 else some,
                     headroom_bytes=headroom,
                     limit_bytes=LIMIT_BYTES,
                 )
@@ -137,26 +147,55 @@ def test_a_trim_keeps_floor_budget_and_cooldown(config, looks, cache):
         recent = [d.cells for r, _, d in trims[: index + 1] if look.time_s - r.time_s <= 60.0]
         assert sum(recent) <= budget_of(config, before)
         if index:
-            assert look.time_s - trims[index - 1][0].time_s >= config.cooldown_s
+            cooldown_s = config.cooldown_acute_s if decision.urgent else config.cooldown_s
+            assert look.time_s - trims[index - 1][0].time_s >= cooldown_s
 
 
 @SHORT
 @given(configs(), traces(), caches)
 def test_no_trim_without_a_cause(config, looks, cache):
-    for look, _, _ in of(play(config, looks, cache), Action.TRIM):
+    steps = play(config, looks, cache)
+    for index, (look, _, decision) in enumerate(steps):
+        if decision.action is not Action.TRIM:
+            continue
         share = math.inf if look.headroom_bytes is None else look.headroom_bytes / LIMIT_BYTES
-        stalled = look.interval_s > 0 and look.some >= config.high
+        stalled = look.interval_s > 0 and (look.some >= config.high or look.full >= config.acute_full)
         shielded = math.isfinite(share) and share > config.headroom_plenty
-        assert (stalled and not shielded) or share < config.headroom_low
+        falls = any(
+            look.time_s - earlier.time_s <= FALL_WINDOW_S and earlier.headroom_bytes > look.headroom_bytes
+            for earlier, _, _ in steps[:index]
+            if earlier.headroom_bytes is not None and look.headroom_bytes is not None
+        )
+        assert (stalled and not shielded) or share < config.headroom_low or falls
+
+
+@SHORT
+@given(configs(), caches, st.floats(0.1, 1.0), shares, st.sampled_from([0.02, 0.1, 0.5, 2.0]))
+def test_without_relief_no_more_than_a_few_trims_go_in_a_row(config, cache, some, headroom, gap_s):
+    """A machine on which nothing ever gets better, whatever goes."""
+    look = Reading(
+        time_s=0.0,
+        interval_s=gap_s,
+        some=some,
+        full=some / 2,
+        headroom_bytes=int(headroom * LIMIT_BYTES),
+        limit_bytes=LIMIT_BYTES,
+    )
+    looks = [msgspec.structs.replace(look, time_s=i * gap_s) for i in range(150)]
+    trims = of(play(config, looks, cache), Action.TRIM)
+    for before, after in itertools.pairwise(trims[config.futile_trims - 1 :]):
+        assert after[0].time_s - before[0].time_s >= config.futile_hold_s
 
 
 @SHORT
 @given(configs(), traces(), caches)
 def test_a_restore_needs_a_quiet_time_and_fits_in_the_headroom(config, looks, cache):
     steps = play(config, looks, cache)
-    for look, before, decision in of(steps, Action.RESTORE):
+    for index, (look, before, decision) in enumerate(steps):
+        if decision.action is not Action.RESTORE:
+            continue
         assert 0 < decision.cells <= before.spilled_cells
-        earlier = [r for r, _, _ in steps if look.time_s - config.quiet_s <= r.time_s <= look.time_s]
+        earlier = [r for r, _, _ in steps[: index + 1] if look.time_s - config.quiet_s <= r.time_s]
         assert all(0.0 <= r.some < config.low for r in earlier)
         for r in earlier:
             assert r.headroom_bytes is None or r.headroom_bytes >= config.headroom_low * LIMIT_BYTES
@@ -208,13 +247,15 @@ def test_more_pressure_never_asks_for_fewer_cells(config, looks, cache, pair, ca
             time_s=looks[-1].time_s + 0.5,
             interval_s=0.5,
             some=some,
-            full=0.0,
+            full=some / 2,
             headroom_bytes=headroom,
             limit_bytes=LIMIT_BYTES,
         )
         decision, _ = decide(config, state, look, cache.snapshot(), cache_limit)
         return decision.cells if decision.action is Action.TRIM else -decision.cells
 
+    # Less pressure after a trim is relief, which may end a hold: only there can the milder ask for more.
+    assume(state.futile + 1 < config.futile_trims)
     assert asked(*harsh) >= asked(*gentle)
 
 

@@ -191,7 +191,7 @@ def test_any_order_of_steps(open_llm, monkeypatch, kind):
         machines[:] = [EngineMachine(llm)]
         return machines[0]
 
-    get, decode = llm.governor._store.get, llm._engine._decode
+    get, decode = llm.governor._store.get, llm._engine._decoding._run
 
     def get_checked(key, tag, buffers):
         if key in machines[0].damaged:
@@ -205,7 +205,7 @@ def test_any_order_of_steps(open_llm, monkeypatch, kind):
         decode(tokens, start)
 
     monkeypatch.setattr(llm.governor._store, "get", get_checked)
-    monkeypatch.setattr(llm._engine, "_decode", decode_noted)
+    monkeypatch.setattr(llm._engine._decoding, "_run", decode_noted)
     run_state_machine_as_test(
         machine,
         settings=settings(

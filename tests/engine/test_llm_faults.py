@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import numpy as np
 import pytest
@@ -244,4 +245,25 @@ def test_an_aborted_recompute_keeps_what_it_has_and_goes_on_later(open_llm):
     llama_cpp.llama_set_abort_callback(llm.ctx, llama_cpp.ggml_abort_callback(), None)
     assert llm.make_whole() == 0
     np.testing.assert_allclose(logits_after(llm, 5), logits_after(twin, 5), rtol=0, atol=RECOMPUTED)
+    assert_map_is_true(llm)
+
+
+def test_what_a_slow_store_has_not_taken_by_the_deadline_is_evicted(open_llm, monkeypatch):
+    """The rows that are in the store come back as they were, the others are decoded again."""
+    llm = open_llm(n_ctx=1024)
+    llm.eval(TOKENS)
+    monkeypatch.setattr(engine_module, "_BLOB_BYTES", 32 * llm._engine.cell_bytes)
+    store = llm.governor._store
+    put = store.put
+
+    def slowly(*arguments):
+        time.sleep(0.05)
+        return put(*arguments)
+
+    monkeypatch.setattr(store, "put", slowly)
+    result = llm._engine.trim([Range(32, 224)], store, 0.07)
+    assert (result.cells, result.spilled) == (192, 64)
+    assert result.problem == "the store did not take it in 0.07 s"
+    assert_map_is_true(llm)
+    assert llm.make_whole() == 0
     assert_map_is_true(llm)

@@ -91,7 +91,7 @@ def test_a_subscriber_may_close_the_governor(open_governor, source, by_hand):
 def test_a_source_that_is_lost_is_replaced(open_governor, source, events, monkeypatch):
     other = FakeSource(stall=1.0)
     other.name = "the next best"
-    monkeypatch.setattr(sensor_module, "discover", lambda: Discovery(other, []))
+    monkeypatch.setattr(sensor_module, "discover", lambda **_: Discovery(other, []))
     governor = open_governor()
     governor.subscribe(events.append)
     source.lost = "it no longer answers: no such device"
@@ -107,7 +107,7 @@ def test_a_source_that_is_lost_is_replaced(open_governor, source, events, monkey
 def test_without_any_source_it_says_so_once_and_looks_again_later(open_governor, source, events, monkeypatch):
     looks, found = [], []
 
-    def look() -> Discovery:
+    def look(**_) -> Discovery:
         looks.append(1)
         return Discovery(found[0] if found else None, [])
 
@@ -126,7 +126,7 @@ def test_without_any_source_it_says_so_once_and_looks_again_later(open_governor,
 
 
 def test_the_lack_of_a_source_is_in_the_log(open_governor, monkeypatch, caplog):
-    monkeypatch.setattr(sensor_module, "discover", lambda: Discovery(None, []))
+    monkeypatch.setattr(sensor_module, "discover", lambda **_: Discovery(None, []))
     open_governor(source=None)
     assert [record.message for record in caplog.records] == [
         "sensing: no source of memory pressure here (see `psi-kv doctor`)"

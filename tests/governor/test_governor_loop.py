@@ -71,19 +71,14 @@ def test_the_floor_and_the_budget_hold_however_long_it_lasts(open_governor, sour
     assert governor.status().mode is Mode.HOLDING
 
 
-def test_it_looks_more_often_under_pressure(open_governor, source):
+def test_it_looks_more_often_where_headroom_is_small(open_governor, source):
     governor = open_governor()
     config = governor.config
     assert governor.step() == config.poll_s
-    source.limit_bytes, source.headroom_bytes = 1 << 30, int(0.2 * (1 << 30))
-    assert governor.step() == config.poll_busy_s  # room is getting scarce
-    source.headroom_bytes = 1 << 29
-    assert governor.step() == config.poll_s
-    source.headroom_bytes = None
-    source.stall = 1.0
+    source.limit_bytes, source.headroom_bytes = 1 << 30, int(0.05 * (1 << 30))
     assert governor.step() == config.poll_busy_s
-    source.stall = 0.0
-    assert governor.step() == config.poll_busy_s  # cells are away
+    source.headroom_bytes = 900 << 20
+    assert governor.step() == config.poll_s
 
 
 def test_pages_of_cells_nobody_uses_go_back_also_when_calm(open_governor, engine, events):
@@ -152,7 +147,7 @@ def test_a_governor_that_is_only_dropped_goes_with_its_thread_and_its_files(engi
     left = [use() for _ in range(3)]
     until(lambda: [governor() for governor in left] == [None, None, None])  # nothing points back to it
     until(lambda: governors() == 0)
-    assert open_files() <= before  # less where an earlier test's garbage went meanwhile
+    until(lambda: open_files() <= before)  # less where an earlier test's garbage went meanwhile
 
 
 def test_after_its_end_it_holds_nothing_back(open_governor, source, engine, caplog):

@@ -33,6 +33,13 @@ def test_settings_below_one_are_refused(name):
         Sampling(**{name: 0})
 
 
+def test_no_distance_below_zero_is_near():
+    from psi_kv_governor.engine.llama.sampler import Sampling
+
+    with pytest.raises(BadInputError, match="near = -1 is not usable: give 0 or more"):
+        Sampling(near=-1)
+
+
 def test_what_a_cache_cannot_give_is_told():
     from psi_kv_governor.engine.llama.evidence import _why_no_attention, _why_no_keys
     from psi_kv_governor.engine.llama.native import TensorInfo

@@ -16,6 +16,7 @@ from psi_kv_governor.governor import Governor
 from psi_kv_governor.ledger import LIVE, SPILLED, Ledger
 from psi_kv_governor.policy import Policy, Range, get_policy
 from psi_kv_governor.policy.chooser import MOST_BLOCKS, Chooser, block_size, check_served
+from psi_kv_governor.policy.window import Window
 
 CONFIG = GovernorConfig(sink_cells=64, window_cells=128, block_cells=64)
 
@@ -117,12 +118,23 @@ class Limited(PaperEvidence):
 @pytest.mark.parametrize("name", ["keynorm", "keydiff", "hybrid"])
 def test_a_policy_that_the_cache_cannot_serve_is_refused_with_those_that_it_can(name):
     with pytest.raises(BadInputError) as refused:
-        check_served(get_policy(name), Limited(Ledger(0)))
+        check_served(get_policy(name), Limited(Ledger(0)), asked_for=True)
     assert str(refused.value) == (
         f"the policy {name} can't be used with this cache: its keys are q4_0; "
         "use window, fifo, lru, random, attention"
     )
-    check_served(get_policy("attention"), Limited(Ledger(0)))
+    check_served(get_policy("attention"), Limited(Ledger(0)), asked_for=True)
+
+
+def test_the_default_that_the_cache_cannot_serve_is_replaced_by_the_window_and_that_is_said():
+    told: list[str] = []
+    default, ledger = get_policy(GovernorConfig().policy), Ledger(1024)
+    check_served(default, Limited(ledger))
+    chooser = Chooser(default, Limited(ledger), ledger, GovernorConfig(), row_bytes=384, complain=told.append)
+    assert chooser.policy == Window()
+    assert told == [
+        f"the policy {default.name} can't be used with this cache (its keys are q4_0): the oldest blocks go"
+    ]
 
 
 def test_the_governor_refuses_it_at_the_start():

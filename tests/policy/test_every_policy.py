@@ -11,7 +11,6 @@ from psi_kv_governor.engine.paper import PaperEvidence
 from psi_kv_governor.errors import BadInputError
 from psi_kv_governor.ledger import LIVE, SPILLED, Ledger
 from psi_kv_governor.policy import POLICIES, Range, get_policy, select
-from psi_kv_governor.policy.hybrid import Hybrid
 from psi_kv_governor.policy.random import Random
 from psi_kv_governor.policy.registry import about
 from psi_kv_governor.policy.select import Protection
@@ -163,23 +162,25 @@ def test_a_top_share_that_makes_no_sense_is_refused(name, share):
         POLICIES[name](top_share=share)
 
 
-def told_both() -> Told:
-    """The first six blocks got attention, the later the more; the later a block, the longer its keys."""
-    told = Told("attention", {position: 1.0 + position for block in BLOCKS[:6] for position in range(*block)})
-    keys = Told("key_norms", {position: float(position) for block in BLOCKS for position in range(*block)})
-    told.key_norms = keys.key_norms
-    return told
+def test_hybrid_keeps_the_recent_and_the_attended_by_turns():
+    """Attention falls with the position here: both ends stay, and the middle goes first."""
+    looked_at = {position: 1000.0 - position for block in BLOCKS for position in range(*block)}
+    gone = order("hybrid", Told("attention", looked_at))
+    assert set(gone[:2]) == {350, 400}
+    assert set(gone[-2:]) == {100, 650}
 
 
-def test_hybrid_goes_by_both_where_attention_is_known_and_by_keys_elsewhere():
-    attention, keys = np.arange(6) / 5, 1 - np.arange(12) / 11
-    scores = Hybrid().score(BLOCKS, LENGTH, told_both())
-    np.testing.assert_allclose(scores[:6], 2 / 3 * attention + 1 / 3 * keys[:6])
-    np.testing.assert_allclose(scores[6:], keys[6:])
+def test_one_attended_block_is_an_exception_to_the_window():
+    looked_at = {position: float(position) for block in BLOCKS for position in range(*block)}
+    few = dict.fromkeys(range(130, 133), 9000.0)
+    gone = order("hybrid", Told("attention", {**looked_at, **few}))
+    window = [block.start for block in BLOCKS]
+    assert gone[-1] == 100 or gone[-2] == 100
+    assert [start for start in gone if start != 100] == window[1:]
 
 
-def test_hybrid_with_all_say_for_one_is_that_one():
-    assert (np.diff(Hybrid(attention_share=1.0).score(BLOCKS[:6], LENGTH, told_both())) > 0).all()
-    assert (np.diff(Hybrid(attention_share=0.0).score(BLOCKS, LENGTH, told_both())) < 0).all()
-    with pytest.raises(BadInputError, match="attention_share = 2 of the policy hybrid is not usable"):
-        Hybrid(attention_share=2)
+def test_hybrid_goes_by_keys_where_attention_is_unknown():
+    norms = {position: 1.0 for block in BLOCKS for position in range(*block)}
+    told = Told("key_norms", {**norms, **dict.fromkeys(range(200, 250), 0.2)})
+    told.attention = Told("attention", {}).attention
+    assert 200 in order("hybrid", told)[-2:]

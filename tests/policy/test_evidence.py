@@ -7,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 
+from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.errors import BadInputError
 from psi_kv_governor.ledger import LIVE
 from psi_kv_governor.policy import Range
@@ -89,7 +90,7 @@ def attention_of(queries: np.ndarray, keys: np.ndarray, position: int, seen: np.
 def test_sampled_attention_is_the_softmax_of_the_model(open_llm, open_captured, demo_model, kind):
     from psi_kv_governor.engine.llama.sampler import Sampling
 
-    sampling = Sampling(layers=1, every=3, window=8, half_life=4)
+    sampling = Sampling(layers=1, every=3, window=8, half_life=4, near=6)
     layer = int(sampling.of([str(i) for i in range(30)])[0])
     llm = open_llm("window", model=demo_model, type_k=kind, type_v=kind)
     llm._engine.evidence.collect(frozenset({"attention"}), sampling)
@@ -111,10 +112,10 @@ def test_sampled_attention_is_the_softmax_of_the_model(open_llm, open_captured, 
         for position in range(max(start, stop - sampling.window), stop):
             sampled += 1
             share = attention_of(queries[position - start], keys, position, np.arange(stop))
-            seen = slice(0, position + 1)
+            seen = slice(0, max(0, position + 1 - sampling.near))
             sums[seen] = keep * sums[seen] + share[seen]
             weights[seen] = keep * weights[seen] + 1
-            used[:stop][share > 1.0] = sampled
+            used[seen][share[seen] > 1.0] = sampled
 
     evidence = llm._engine.evidence
     assert evidence._sampler.queries == sampled == 8 + 6
@@ -153,8 +154,28 @@ def test_sampling_changes_no_bit_of_the_logits(open_llm):
     assert sampled._engine.evidence._sampler.queries == 32 + 10
 
 
+def sample_all(llm) -> None:
+    """Begin anew, with what is near as well: the tests' contexts are short."""
+    from psi_kv_governor.engine.llama.sampler import Sampling
+
+    llm._engine.evidence.collect(frozenset({"attention"}), Sampling(near=0))
+
+
+@pytest.mark.parametrize("near", [0, 1, 40])
+def test_what_is_near_to_every_query_is_not_observed(open_llm, near):
+    """The sampled queries of a prompt's batch are its last tokens, and look most at themselves."""
+    from psi_kv_governor.engine.llama.sampler import Sampling
+
+    llm = open_llm("window")
+    llm._engine.evidence.collect(frozenset({"attention"}), Sampling(near=near, window=8))
+    llm.eval(tokens_of(llm, 100))
+    known = ~np.isnan(llm._engine.evidence.attention(Range(0, 100)))
+    assert known.tolist() == [position <= 99 - near for position in range(100)]
+
+
 def test_what_is_spilled_keeps_its_last_attention(open_llm):
     llm = open_llm("attention", settings={"store": "disk", "store_reserve_bytes": 0})
+    sample_all(llm)
     llm.eval(tokens_of(llm, 200))
     evidence, part = llm._engine.evidence, Range(60, 100)
     before = evidence._placed(part, evidence._sampler.attention)
@@ -171,6 +192,7 @@ def test_what_is_spilled_keeps_its_last_attention(open_llm):
 
 def test_a_cell_that_is_used_again_begins_anew(open_llm):
     llm = open_llm("attention")
+    sample_all(llm)
     llm.eval(tokens_of(llm, 100))
     evidence, part = llm._engine.evidence, Range(20, 60)
     cells = set(llm._engine.track.map.cells(part).tolist())
@@ -238,7 +260,7 @@ def test_the_blob_of_most_worth_comes_back_first_and_of_it_the_better_end(open_l
     assert [engine.ledger.holes(part) for part in parts] == [35, 0, 20]
 
 
-@pytest.mark.parametrize("name", ["keynorm", "keydiff", "lru", "attention", "hybrid"])
+@pytest.mark.parametrize("name", ["keynorm", "keydiff", "lru", "attention"])
 def test_keys_of_another_type_are_refused_in_one_line(open_llm, name):
     with pytest.raises(BadInputError) as refused:
         open_llm(name, type_k=Q4_0, type_v=Q4_0)
@@ -246,6 +268,19 @@ def test_keys_of_another_type_are_refused_in_one_line(open_llm, name):
         f"the policy {name} can't be used with this cache: its keys are q4_0, and only f32, f16, bf16, q8_0 "
         "can be read (type_k); use window, fifo, random"
     )
+
+
+def test_the_default_gives_way_to_the_window_where_the_cache_can_not_serve_it(open_llm, caplog):
+    llm = open_llm(GovernorConfig().policy, type_k=Q4_0, type_v=Q4_0)
+    assert [record.message for record in caplog.records if "can't be used" in record.message] == [
+        "policy: the policy hybrid can't be used with this cache (its keys are q4_0, and only f32, f16, "
+        "bf16, q8_0 can be read (type_k)): the oldest blocks go"
+    ]
+    llm.eval(tokens_of(llm, 200))
+    assert llm.governor.trim(0.3).problem == ""
+    sinks, rest = llm._engine.ledger.ranges(LIVE)
+    assert sinks == Range(0, 16)
+    assert rest.stop == 200
 
 
 def test_without_flash_attention_keys_can_be_scored_and_attention_not(open_llm):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psi_kv_governor.errors import BadInputError, SourceLostError
-from psi_kv_governor.pressure.psi import MIN_INTERVAL_S, PsiFile, PsiTotals, StallMeter, parse_psi
+from psi_kv_governor.pressure.psi import STALE_S, WINDOW_S, PsiFile, PsiTotals, StallMeter, parse_psi
 
 COUNTERS = st.integers(min_value=0, max_value=2**64 - 1)
 KERNEL_PSI = Path("/proc/pressure/memory")
@@ -85,24 +86,62 @@ def test_shares_are_stall_by_wall_time():
 def test_a_counter_that_goes_back_is_no_stall():
     meter = StallMeter()
     meter.add(1.0, PsiTotals(900_000, 900_000))
-    assert meter.add(2.0, PsiTotals(0, 0)) == pytest.approx((1.0, 0.0, 0.0))
+    assert meter.add(2.0, PsiTotals(0, 0)) == (0.0, 0.0, 0.0)
     assert meter.add(3.0, PsiTotals(250_000, 0)) == pytest.approx((1.0, 0.25, 0.0))
 
 
-def test_a_look_too_soon_after_the_first_gives_nothing_yet():
+def test_looks_within_a_window_of_the_first_give_nothing_yet():
     meter = StallMeter()
     meter.add(1.0, PsiTotals(0, 0))
-    assert meter.add(1.0 + MIN_INTERVAL_S / 10, PsiTotals(800, 0)) == (0.0, 0.0, 0.0)
+    for look in range(1, 10):
+        assert meter.add(1.0 + look / 100, PsiTotals(800 * look, 0)) == (0.0, 0.0, 0.0)
+    assert meter.add(1.1, PsiTotals(8000, 0)) == pytest.approx((0.1, 0.08, 0.0))
 
 
-def test_a_look_too_soon_is_measured_from_further_back():
+def test_a_look_too_soon_is_of_the_last_window():
     meter = StallMeter()
     meter.add(1.0, PsiTotals(0, 0))
     meter.add(2.0, PsiTotals(100_000, 0))
     interval_s, some, _ = meter.add(2.001, PsiTotals(101_000, 0))  # 1 ms of 1 ms alone would read as 1.0
-    assert interval_s == pytest.approx(1.001)
-    assert some == pytest.approx(0.1009, abs=1e-4)
-    assert meter.add(3.0, PsiTotals(200_000, 0)) == pytest.approx((1.0, 0.1, 0.0))
+    assert interval_s == pytest.approx(WINDOW_S)
+    assert some == pytest.approx((0.1 * 0.099 + 0.001) / 0.1)  # of the second before, 99 ms are in the window
+    assert meter.add(3.0, PsiTotals(200_000, 0)).some == pytest.approx(0.1, abs=1e-3)
+
+
+@pytest.mark.parametrize("pause_ms", [5, 10, 20, 33, 50])
+def test_ten_ms_of_stall_show_as_a_tenth_at_once_and_for_a_tenth_of_a_second(pause_ms):
+    meter = StallMeter()
+    for ms in range(0, 1000, pause_ms):
+        assert meter.add(ms / 1e3, PsiTotals(0, 0)).some == 0.0
+    seen = [meter.add((1000 + ms) / 1e3, PsiTotals(10_000, 5_000)) for ms in range(0, 200, pause_ms)]
+    assert seen[0].some == pytest.approx(0.1)
+    assert seen[0].full == pytest.approx(0.05)
+    assert all(stall.interval_s == pytest.approx(WINDOW_S) for stall in seen)
+    # It fades as the window leaves the pause in which it happened.
+    assert [stall.some for stall in seen] == sorted((stall.some for stall in seen), reverse=True)
+    assert seen[math.ceil(WINDOW_S * 1e3 / pause_ms) + 1].some == pytest.approx(0.0, abs=1e-9)
+
+
+def test_after_rare_looks_the_first_quick_one_shows_a_stall_too():
+    meter = StallMeter()
+    meter.add(1.0, PsiTotals(0, 0))
+    meter.add(1.5, PsiTotals(0, 0))
+    assert meter.add(1.51, PsiTotals(10_000, 0)) == pytest.approx((0.1, 0.1, 0.0))
+
+
+def test_a_sleep_that_ends_a_little_early_is_a_whole_window():
+    meter = StallMeter()
+    meter.add(1.0, PsiTotals(0, 0))
+    assert meter.add(1.0995, PsiTotals(9_950, 0)) == pytest.approx((0.0995, 0.1, 0.0))
+
+
+@pytest.mark.parametrize("later_s", [STALE_S + 1.0, 86_400.0, -5.0])
+def test_a_clock_that_jumps_is_no_stall(later_s):
+    meter = StallMeter()
+    meter.add(100.0, PsiTotals(0, 0))
+    assert meter.add(100.0 + later_s, PsiTotals(9 * 10**9, 9 * 10**9)) == (0.0, 0.0, 0.0)
+    after = meter.add(100.5 + later_s, PsiTotals(9 * 10**9 + 50_000, 9 * 10**9))
+    assert after == pytest.approx((0.5, 0.1, 0.0))
 
 
 @given(st.lists(st.tuples(st.floats(0, 10), COUNTERS, COUNTERS), min_size=1))
@@ -118,10 +157,10 @@ def test_shares_stay_shares_whatever_comes_in(looks):
         if number == 0 or interval_s == 0.0:
             assert (some, full) == (0.0, 0.0)
         else:
-            assert interval_s >= MIN_INTERVAL_S
+            assert WINDOW_S - 0.011 <= interval_s <= STALE_S
 
 
-@given(st.lists(st.integers(0, 10**9), min_size=2, max_size=6))
+@given(st.lists(st.integers(0, 10**6), min_size=2, max_size=6))
 def test_the_shares_of_a_steady_clock_add_up_to_the_stall(steps):
     """The sum of share times interval is the stall that the counters saw."""
     meter = StallMeter()
@@ -129,9 +168,18 @@ def test_the_shares_of_a_steady_clock_add_up_to_the_stall(steps):
     meter.add(0.0, PsiTotals(0, 0))
     for number, step_us in enumerate(steps, start=1):
         total_us += step_us
-        stall = meter.add(number * 1000.0, PsiTotals(total_us, 0))
+        stall = meter.add(number * 1.0, PsiTotals(total_us, 0))
         seen_s += stall.some * stall.interval_s
     assert seen_s == pytest.approx(total_us / 1e6)
+
+
+@given(st.lists(st.tuples(st.floats(0.0, 0.3), st.integers(0, 200_000)), min_size=1, max_size=60))
+def test_few_looks_are_kept_however_often_one_looks(looks):
+    meter, time_s, total_us = StallMeter(), 0.0, 0
+    for pause_s, stall_us in looks:
+        time_s, total_us = time_s + pause_s, total_us + stall_us
+        meter.add(time_s, PsiTotals(total_us, 0))
+        assert len(meter._looks) <= 23
 
 
 def test_the_file_stays_open_and_shows_what_is_new(tmp_path):

@@ -78,8 +78,13 @@ class Child:
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else ""
 
-    def end(self) -> None:
-        """SIGTERM, and SIGKILL where that does not help; then give its pipes back. Safe to call twice."""
+    def end(self) -> list[bytes]:
+        """SIGTERM, and SIGKILL where that does not help; then give its pipes back. Safe to call twice.
+
+        Gives the lines that it said and nobody has heard yet.
+        """
+        if self.output.closed:
+            return []
         if self._process.poll() is None:
             self._process.terminate()
             try:
@@ -87,9 +92,22 @@ class Child:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+        said = self._last_lines()
         for pipe in (self._process.stdin, self._process.stdout, self._errors):
             if pipe is not None:
                 _close(pipe)
+        return said
+
+    def _last_lines(self) -> list[bytes]:
+        """What is still in the pipe of a process that has ended. A child of its own may hold it open."""
+        os.set_blocking(self.output.fileno(), False)
+        said: list[bytes] = []
+        try:
+            while (lines := self.read()) is not None:
+                said += lines
+        except BlockingIOError:
+            pass
+        return said
 
 
 def _close(pipe: IO[bytes]) -> None:
@@ -129,12 +147,12 @@ class Children:
             for line in lines or ():
                 yield child, line
 
-    def end(self, child: Child) -> None:
-        """End one of them."""
+    def end(self, child: Child) -> list[bytes]:
+        """End one of them. Gives its last lines."""
         if child in self._heard:
             self._heard.remove(child)
             self._selector.unregister(child.output)
-        child.end()
+        return child.end()
 
     def __enter__(self) -> Children:
         return self

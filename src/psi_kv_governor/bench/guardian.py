@@ -32,7 +32,9 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     """Process id of the parent."""
     limit_bytes: int
     swap_bytes: int
-    """Size of the zram device; 0 for none."""
+    """What the pen may swap; 0 for nothing."""
+    own_swap: bool = True
+    """Whether it swaps to a zram device of its own, and not to what the machine has."""
 
 
 class Made(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,7 +55,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 def make(order: Order) -> Made:
     """Make the device and the group. Raises PsiKvError, with nothing left behind."""
     place = cgroups.find_place()
-    number = zram.add_swap(order.swap_bytes) if order.swap_bytes else None
+    number = zram.add_swap(order.swap_bytes) if order.swap_bytes and order.own_swap else None
     try:
         # A name that was never used: removing a group kills what is in it.
         name = f"psi-kv-pen-{order.parent}-{secrets.token_hex(4)}"

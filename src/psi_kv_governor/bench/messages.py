@@ -8,8 +8,9 @@ import msgspec
 
 from psi_kv_governor.events import Event
 
-Variant = Literal["fixed", "psi"]
-"""`fixed`: llama_cpp.Llama as upstream has it. `psi`: the same, governed."""
+Variant = Literal["fixed", "reference", "psi"]
+"""`fixed`: llama_cpp.Llama as upstream has it. `reference`: the same, with the middle of its context removed
+from the cache's metadata when PSI avg10 is high. `psi`: the same, governed."""
 
 Stage = Literal["load", "prefill", "calm", "pressed", "restore"]
 
@@ -30,12 +31,22 @@ class Ready(_Message, frozen=True, kw_only=True):
     """The context is full, and some tokens were decoded in peace."""
 
     calm_tokens_per_s: float
+    live_cells: int
 
 
 class Token(_Message, frozen=True, kw_only=True):
     """A token was decoded."""
 
     seconds: float
+
+
+class Pruned(_Message, frozen=True, kw_only=True):
+    """The reference method removed a range."""
+
+    cells: int
+    live_cells: int
+    bytes_returned: int
+    """Anonymous memory and swap of the process before, less what they were after."""
 
 
 class Governed(_Message, frozen=True, kw_only=True):
@@ -69,4 +80,14 @@ class Failed(_Message, frozen=True, kw_only=True):
     exit_status: int
 
 
-Message = Progress | Ready | Token | Governed | Decoded | Settled | Failed
+Message = Progress | Ready | Token | Pruned | Governed | Decoded | Settled | Failed
+
+
+class NeighbourSaid(msgspec.Struct, frozen=True, kw_only=True):
+    """A line of the neighbour (`load`), which has no need of this package and so no tag."""
+
+    event: Literal["begin", "taken", "work", "end"]
+    time_s: float
+    """Of the clock that all processes of a machine share (time.monotonic)."""
+    taken_bytes: int
+    work_bytes: int

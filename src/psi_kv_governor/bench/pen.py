@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, get_args
 
 import msgspec
 
@@ -22,7 +22,8 @@ from psi_kv_governor.pressure.cgroup import find_cgroups
 from psi_kv_governor.pressure.headroom import HeadroomReader
 from psi_kv_governor.pressure.psi import PsiFile, PsiTotals
 
-Swap = Literal["zram", "none"]
+Swap = Literal["zram", "none", "host"]
+"""A zram device of the pen's own; no swap; what the machine has."""
 
 LEAST_BYTES = 16 << 20
 """Smallest limit: a Python interpreter does not start in less."""
@@ -34,7 +35,7 @@ _JOIN = 'set -e; n=$1; shift; while [ "$n" -gt 0 ]; do echo $$ > "$1"; shift; n=
 
 
 class Pen:
-    """A memory cgroup of `limit_bytes`, with `swap_bytes` of zram swap if `swap` says so.
+    """A memory cgroup of `limit_bytes`, with `swap_bytes` of swap of the kind that `swap` says.
 
     A context manager. Raises BadInputError for sizes that make no sense, PsiKvError where no pen can be
     made here (see `available`) or where the machine has not the memory to fill it.
@@ -45,8 +46,9 @@ class Pen:
             parent=os.getpid(),
             limit_bytes=limit_bytes,
             swap_bytes=_checked_swap(limit_bytes, swap, swap_bytes),
+            own_swap=swap == "zram",
         )
-        _check_room(limit_bytes + order.swap_bytes)
+        _check_room(limit_bytes + (order.swap_bytes if order.own_swap else 0))
         self._children: list[subprocess.Popen[bytes]] = []
         self._psi: PsiFile | None = None
         self._guardian: subprocess.Popen[bytes] | None = subprocess.Popen(
@@ -69,7 +71,11 @@ class Pen:
             cgroups.find_place()
         except PsiKvError as error:
             return False, str(error)
-        why = zram.why_not() if swap == "zram" else ""
+        why = ""
+        if swap == "zram":
+            why = zram.why_not()
+        elif swap == "host":
+            why = _why_no_swap()
         return not why, why
 
     @property
@@ -158,6 +164,15 @@ class Pen:
         return guardian.remove(self._made) if hasattr(self, "_made") else ""
 
 
+def _why_no_swap(root: Path = Path("/")) -> str:
+    """Why the machine's own swap cannot be used; empty where it can."""
+    try:
+        devices = (root / "proc/swaps").read_text().splitlines()[1:]
+    except OSError:
+        devices = []
+    return "" if devices else "this machine has no swap of its own: use zram, or none"
+
+
 def _checked_swap(limit_bytes: int, swap: Swap, swap_bytes: int) -> int:
     """Size of the swap device, in whole pages."""
     if limit_bytes < LEAST_BYTES:
@@ -166,8 +181,8 @@ def _checked_swap(limit_bytes: int, swap: Swap, swap_bytes: int) -> int:
         if swap_bytes:
             raise BadInputError("swap_bytes without swap is not usable: give swap='zram'")
         return 0
-    if swap != "zram":
-        raise BadInputError(f"swap = {swap!r} is not usable: give 'zram' or 'none'")
+    if swap not in get_args(Swap):
+        raise BadInputError(f"swap = {swap!r} is not usable: give one of {', '.join(get_args(Swap))}")
     if swap_bytes < LEAST_BYTES:
         raise BadInputError(f"swap_bytes = {swap_bytes} is not usable: give {LEAST_BYTES} or more")
     page_bytes = os.sysconf("SC_PAGE_SIZE")

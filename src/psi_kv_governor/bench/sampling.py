@@ -1,6 +1,7 @@
 """How much memory a process takes, and percentiles.
 
-proc_pid_smaps(5) for `smaps_rollup` (exact, walks the page tables), proc_pid_status(5) for the peak.
+proc_pid_smaps(5) for `smaps_rollup` (exact, walks the page tables), proc_pid_status(5) for the peak and for
+a look that costs nothing.
 """
 
 from __future__ import annotations
@@ -36,6 +37,23 @@ def sample(pid: int, root: Path = Path("/")) -> Sample | None:
         swap_bytes=rollup.get("Swap", 0) * 1024,
         peak_bytes=peak * 1024,
     )
+
+
+def glance(pid: int, root: Path = Path("/")) -> Sample | None:
+    """The same from the kernel's running counts: 20 us, and no lock of the process is held.
+
+    Each count may be behind by some pages for every core. None where the process is gone.
+    """
+    try:
+        status = _kilobytes(root / "proc" / str(pid) / "status")
+        return Sample(
+            resident_bytes=status["VmRSS"] * 1024,
+            anonymous_bytes=status["RssAnon"] * 1024,
+            swap_bytes=status["VmSwap"] * 1024,
+            peak_bytes=status["VmHWM"] * 1024,
+        )
+    except (OSError, KeyError):
+        return None
 
 
 def _kilobytes(path: Path) -> dict[str, int]:

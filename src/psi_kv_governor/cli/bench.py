@@ -15,6 +15,7 @@ from rich.table import Table
 
 from psi_kv_governor import model as models
 from psi_kv_governor.bench.record import Figure, Options, Report, Say, check_writable, save
+from psi_kv_governor.cli import bench_capacity, bench_fidelity, bench_latency, bench_oom, bench_pressure
 from psi_kv_governor.cli._group import NearestGroup, example
 from psi_kv_governor.errors import PsiKvError
 
@@ -79,11 +80,18 @@ def policies(**given: Any) -> None:
     _run("policy_cost", **given)
 
 
-@command.command("scene", epilog=example("psi-kv bench scene --quick"))
+@command.command("soak", epilog=example("psi-kv bench soak --quick"))
 @_bench_options
-def scene(**given: Any) -> None:
-    """The demo's scene by turns, governed and not. Needs a memory cgroup and zram of its own (root)."""
-    _run("scene_pairs", **given)
+def soak(**given: Any) -> None:
+    """What the governor itself costs: processor time when calm, memory, and growth over half an hour."""
+    _run("soak", **given)
+
+
+command.add_command(bench_fidelity.command)
+command.add_command(bench_oom.command)
+command.add_command(bench_capacity.command)
+command.add_command(bench_latency.command)
+command.add_command(bench_pressure.command)
 
 
 def _run(

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import click
@@ -15,9 +11,10 @@ import msgspec
 from psi_kv_governor.bench.pen import LEAST_BYTES, Pen
 from psi_kv_governor.bench.scene import run_scene
 from psi_kv_governor.bench.script import MIB, SceneOptions, SceneResult
-from psi_kv_governor.cli._demo_view import DemoView, print_results
+from psi_kv_governor.cli._demo_view import TITLES, introduction, print_results
 from psi_kv_governor.cli._group import example
-from psi_kv_governor.cli.session import TerminatedError
+from psi_kv_governor.cli._scene_view import SceneView
+from psi_kv_governor.cli.session import ended_by_sigterm
 from psi_kv_governor.model import demo_model_path
 
 _POSITIVE = click.IntRange(min=1)
@@ -77,8 +74,8 @@ def command(  # noqa: PLR0917  (one parameter an option)
     options, remark = choose_scene(figures, gentle)
     if remark:
         click.echo(f"psi-kv demo: {remark}", err=True)
-    with _ended_by_sigterm(), DemoView(options) as view:
-        results = [run_scene(variant, options, view) for variant in ("fixed", "psi")]
+    with ended_by_sigterm(), SceneView(TITLES, introduction(options)) as view:
+        results = [run_scene(variant, options, view) for variant in TITLES]
     if as_json:
         click.echo(_json(options, results, remark))
     else:
@@ -99,19 +96,8 @@ def choose_scene(figures: dict[str, Any], gentle: bool) -> tuple[SceneOptions, s
 
 
 def _json(options: SceneOptions, results: list[SceneResult], remark: str) -> str:
-    report = {"options": options, "remark": remark, "results": results}
+    shown = [msgspec.to_builtins(result) for result in results]
+    for result in shown:
+        del result["moments"]
+    report = {"options": options, "remark": remark, "results": shown}
     return msgspec.json.format(msgspec.json.encode(report), indent=2).decode()
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Have SIGTERM end the scene in order, as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, _terminated)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _terminated(_number: int, _frame: FrameType | None) -> None:
-    raise TerminatedError("terminated")

@@ -50,3 +50,5 @@ def _show(console: Console, check: Check) -> None:
     if check.remedy:
         line.append(f"; {check.remedy}", style="dim" if check.state == "ok" else style)
     console.print(line)
+    for further in check.more:
+        console.print(Text(f"{'':22}{further}", style="dim"))

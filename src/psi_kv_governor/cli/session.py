@@ -6,7 +6,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from psi_kv_governor.config import load_config
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.events import Event, JsonLinesSink, Recomputed, Restored, Trimmed
 from psi_kv_governor.model import demo_model_path
+from psi_kv_governor.recording import Recorder
 
 if TYPE_CHECKING:
     from psi_kv_governor.engine.llama.llm import GovernedLlama
@@ -35,8 +36,12 @@ _OPTIONS = (
         "--config", "config_file", type=click.Path(path_type=Path),
         help="Settings [default: ./psi-kv.toml where there is one].",
     ),
-    click.option("--policy", help="Which tokens go first; see `psi-kv policies` [default: window]."),
+    click.option("--policy", help="Which tokens go first; see `psi-kv policies` [default: hybrid]."),
     click.option("--events", type=click.Path(path_type=Path), help="Append events to this file (JSONL)."),
+    click.option(
+        "--record", type=click.Path(path_type=Path),
+        help="Write every turn of the governor to this new file, for `psi-kv replay`.",
+    ),
     click.option("--json", "as_json", is_flag=True, help="JSON instead of text."),
     click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's own log."),
 )  # fmt: skip
@@ -92,30 +97,45 @@ def open_model(options: dict[str, Any]) -> Iterator[tuple[GovernedLlama, Tally]]
     overrides = {"policy": options["policy"]} if options["policy"] else {}
     config = load_config(options["config_file"], **overrides)
     path = options["model"] or demo_model_path()
-    sink = JsonLinesSink(options["events"]) if options["events"] else None
-    from psi_kv_governor.engine.llama.llm import GovernedLlama
-
-    with Console(stderr=True).status(f"opening {path.name}"):
-        llm = GovernedLlama(
-            str(path),
-            config=config,
-            n_ctx=options["ctx_size"],
-            n_threads=options["threads"],
-            **({"seed": options["seed"]} if options["seed"] is not None else {}),
-            verbose=options["verbose"],
+    with ExitStack() as files:
+        sink = files.enter_context(closing(JsonLinesSink(options["events"]))) if options["events"] else None
+        recorder = (
+            files.enter_context(closing(Recorder(options["record"], config))) if options["record"] else None
         )
-    tally = Tally()
-    llm.governor.subscribe(tally)
-    if sink:
-        llm.governor.subscribe(sink)
+        from psi_kv_governor.engine.llama.llm import GovernedLlama
+
+        with Console(stderr=True).status(f"opening {path.name}"):
+            llm = GovernedLlama(
+                str(path),
+                config=config,
+                auto=False,
+                n_ctx=options["ctx_size"],
+                n_threads=options["threads"],
+                **({"seed": options["seed"]} if options["seed"] is not None else {}),
+                verbose=options["verbose"],
+            )
+        tally = Tally()
+        llm.governor.subscribe(tally)
+        if sink:
+            llm.governor.subscribe(sink)
+        if recorder:
+            llm.governor.observe(recorder)
+        try:
+            with ended_by_sigterm():
+                llm.governor.start()  # not before: a recording begins with the first turn
+                yield llm, tally
+        finally:
+            llm.close()
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Have SIGTERM end what runs inside in order, as Ctrl-C does. Only in the main thread."""
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
-        yield llm, tally
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)
-        llm.close()
-        if sink:
-            sink.close()
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:

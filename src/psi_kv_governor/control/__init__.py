@@ -1,7 +1,8 @@
 """What to do about a reading: pure functions and small frozen dataclasses."""
 
 from psi_kv_governor.control.decision import Action, CacheSnapshot, Decision, Mode
-from psi_kv_governor.control.law import LawState, budget_of, decide, floor_of
+from psi_kv_governor.control.law import budget_of, decide, floor_of, pause_s
+from psi_kv_governor.control.state import LawState
 from psi_kv_governor.control.turn import Turn
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "budget_of",
     "decide",
     "floor_of",
+    "pause_s",
 ]

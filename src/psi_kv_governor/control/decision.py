@@ -59,3 +59,5 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     mode: Mode
     reason: str
     """One clause with the figures that led here."""
+    urgent: bool = False
+    """Memory is about to be gone: a decode that runs is interrupted rather than waited for."""

@@ -8,25 +8,22 @@ import msgspec
 
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.control.decision import Action, CacheSnapshot, Decision, Mode
+from psi_kv_governor.control.state import (
+    BUDGET_WINDOW_S,
+    LawState,
+    fall_bytes_per_s,
+    futile_by_now,
+    high_of,
+    quiet_time_s,
+    restored,
+    seen,
+    trimmed,
+)
 from psi_kv_governor.control.view import View, Zone, flaw, view
 from psi_kv_governor.pressure.reading import Reading
 
-BUDGET_WINDOW_S = 60.0
-"""Time over which `budget_per_min` counts what was given up."""
-
-
-class LawState(msgspec.Struct, frozen=True, kw_only=True):
-    """What the law remembers from one reading to the next. Begin with `LawState()`."""
-
-    mode: Mode = Mode.CALM
-    time_s: float = -math.inf
-    """Time of the last reading that was used."""
-    last_trim_s: float = -math.inf
-    last_restore_s: float = -math.inf
-    quiet_since_s: float | None = None
-    """First of the unbroken run of quiet readings; None when the last reading was not quiet."""
-    given_up: tuple[tuple[float, int], ...] = ()
-    """(time, cells) of each trim asked for in the last 60 s, oldest first."""
+_FASTEST_BYTES_PER_S = 2.5e9
+"""What a process can take at the most, as measured (250 MiB in 0.1 s): the kernel clears each page first."""
 
 
 def decide(
@@ -50,20 +47,24 @@ def decide(
         # Doubt never restores: the run of quiet readings is broken, everything else stays.
         doubt = msgspec.structs.replace(state, quiet_since_s=None)
         return _nothing(state.mode, f"reading not used: {wrong}"), doubt
-    now = view(config, reading)
-    state = msgspec.structs.replace(
-        state,
-        time_s=reading.time_s,
-        given_up=tuple(past for past in state.given_up if reading.time_s - past[0] <= BUDGET_WINDOW_S),
-        quiet_since_s=_quiet_since(state, now),
-    )
-    if now.zone is Zone.PRESSURE:
+    now = view(config, reading, high_of(config, state), fall_bytes_per_s(state, reading))
+    state = seen(config, state, reading, now)
+    if now.zone in {Zone.ACUTE, Zone.PRESSURE}:
         return _under_pressure(config, state, now, cache, cache_limit)
     if now.zone is Zone.BETWEEN:
         return _settle(state, _nothing(Mode.WATCHING, now.why))
     if now.zone is Zone.UNKNOWN:
         return _settle(state, _nothing(state.mode, now.why))
     return _when_quiet(config, state, now, cache)
+
+
+def pause_s(config: GovernorConfig, reading: Reading) -> float:
+    """Time until the next reading: `poll_s` with plenty of headroom, less the sooner it could be gone."""
+    if reading.headroom_bytes is None or reading.limit_bytes is None:
+        return config.poll_s
+    spare_bytes = reading.headroom_bytes - config.headroom_low * reading.limit_bytes
+    at_once_s = max(0.0, spare_bytes) / _FASTEST_BYTES_PER_S / 2
+    return min(config.poll_s, max(config.poll_busy_s, at_once_s))
 
 
 def floor_of(config: GovernorConfig, cache: CacheSnapshot) -> int:
@@ -74,12 +75,6 @@ def floor_of(config: GovernorConfig, cache: CacheSnapshot) -> int:
 def budget_of(config: GovernorConfig, cache: CacheSnapshot) -> int:
     """Cells that may be given up in any 60 s."""
     return math.floor(config.budget_per_min * cache.total_cells)
-
-
-def _quiet_since(state: LawState, now: View) -> float | None:
-    if now.zone is not Zone.QUIET:
-        return None
-    return now.time_s if state.quiet_since_s is None else state.quiet_since_s
 
 
 def _nothing(mode: Mode, reason: str) -> Decision:
@@ -102,26 +97,40 @@ def _under_pressure(
     if cells <= 0:
         return _settle(state, _nothing(Mode.HOLDING, f"{now.why}, but {bound}"))
     since_trim_s = now.time_s - state.last_trim_s
-    if since_trim_s < config.cooldown_s:
-        wait = f"the last trim was {since_trim_s:.2f} s ago, cooldown is {config.cooldown_s:g} s"
+    if wait := _wait(config, state, now, since_trim_s):
         return _settle(state, _nothing(Mode.TRIMMING, f"{now.why}; {wait}"))
+    futile = futile_by_now(state, now, cache)
+    if futile >= config.futile_trims and since_trim_s < config.futile_hold_s:
+        why = (
+            f"{futile} trims in a row brought no relief: somebody takes what is returned, so the rest is kept"
+        )
+        return _settle(state, _nothing(Mode.HOLDING, f"{now.why}, but {why}"))
     decision = Decision(
         action=Action.TRIM,
         cells=cells,
         mode=Mode.TRIMMING,
         reason=f"{now.why}: {cells} of {cache.trimmable_cells} trimmable cells go",
+        urgent=now.zone is Zone.ACUTE,
     )
-    return decision, msgspec.structs.replace(
-        state,
-        mode=Mode.TRIMMING,
-        last_trim_s=now.time_s,
-        given_up=(*state.given_up, (now.time_s, cells)),
-    )
+    return decision, trimmed(config, state, now, cache, cells)
+
+
+def _wait(config: GovernorConfig, state: LawState, now: View, since_trim_s: float) -> str:
+    """Why the next trim is not made yet, or an empty string."""
+    if now.zone is Zone.ACUTE:
+        cooldown_s = config.cooldown_acute_s
+    elif now.stall <= state.trim_stall / 2 and not now.missing_bytes:
+        cooldown_s = 2 * config.cooldown_s  # the last step is taking effect: see how far
+    else:
+        cooldown_s = config.cooldown_s
+    if since_trim_s >= cooldown_s:
+        return ""
+    return f"the last trim was {since_trim_s:.2f} s ago, cooldown is {cooldown_s:g} s"
 
 
 def _wanted(config: GovernorConfig, now: View, cache: CacheSnapshot, cache_limit: float | None) -> int:
     """Cells that the pressure asks for: whole blocks, or all that is trimmable."""
-    step = _step(config, now.excess, cache)
+    step = _acute_step(config, now, cache) if now.zone is Zone.ACUTE else _step(config, now.excess, cache)
     if cache_limit is None:
         return step
     above_limit = cache.live_cells - math.floor(cache_limit * cache.total_cells)
@@ -131,6 +140,13 @@ def _wanted(config: GovernorConfig, now: View, cache: CacheSnapshot, cache_limit
 def _step(config: GovernorConfig, excess: float, cache: CacheSnapshot) -> int:
     share = config.step_min + (config.step_max - config.step_min) * excess
     return _whole_blocks(config, max(1, math.ceil(share * cache.trimmable_cells)), cache)
+
+
+def _acute_step(config: GovernorConfig, now: View, cache: CacheSnapshot) -> int:
+    """One large step: what is missing now and soon at this rate, and at least `step_acute`."""
+    least = math.ceil(max(config.step_acute, config.step_max) * cache.trimmable_cells)
+    missing = -(-now.missing_bytes // max(1, cache.cell_bytes))
+    return _whole_blocks(config, max(1, least, missing), cache)
 
 
 def _whole_blocks(config: GovernorConfig, cells: int, cache: CacheSnapshot) -> int:
@@ -167,11 +183,12 @@ def _when_quiet(
     # Otherwise each reading would fill half of what is left, up to the very line where trimming begins.
     since_s = now.time_s if state.quiet_since_s is None else state.quiet_since_s
     quiet_s = now.time_s - max(state.last_restore_s, since_s)
-    if quiet_s < config.quiet_s:
+    needed_s = quiet_time_s(config, state)
+    if quiet_s < needed_s:
         mode = state.mode if state.mode is Mode.RESTORING else Mode.HOLDING
-        wait = f"quiet for {quiet_s:.1f} of {config.quiet_s:g} s before {cache.spilled_cells} cells come back"
+        wait = f"quiet for {quiet_s:.1f} of {needed_s:g} s before {cache.spilled_cells} cells come back"
         return _settle(state, _nothing(mode, wait))
-    cells, room = _restorable(config, now, cache)
+    cells, room = _restorable(config, state, now, cache)
     if cells <= 0:
         return _settle(state, _nothing(Mode.HOLDING, f"quiet, but {room}"))
     decision = Decision(
@@ -180,10 +197,10 @@ def _when_quiet(
         mode=Mode.RESTORING,
         reason=f"quiet for {quiet_s:.1f} s and {room}: {cells} of {cache.spilled_cells} spilled cells return",
     )
-    return decision, msgspec.structs.replace(state, mode=Mode.RESTORING, last_restore_s=now.time_s)
+    return decision, restored(state, now)
 
 
-def _restorable(config: GovernorConfig, now: View, cache: CacheSnapshot) -> tuple[int, str]:
+def _restorable(config: GovernorConfig, state: LawState, now: View, cache: CacheSnapshot) -> tuple[int, str]:
     """Cells that one restore may bring back (whole blocks, or all that is spilled), and why so many."""
     block = config.block_cells
     if now.spare_bytes is None:
@@ -192,7 +209,8 @@ def _restorable(config: GovernorConfig, now: View, cache: CacheSnapshot) -> tupl
     room_bytes = int(config.restore_share * now.spare_bytes)
     fits = room_bytes // max(1, cache.cell_bytes)
     room = f"{config.restore_share:.0%} of the headroom above the low line holds {fits} cells"
-    if fits >= cache.spilled_cells:
+    slowly = max(block, int(state.regrowth * cache.total_cells) // block * block)
+    if min(fits, slowly) >= cache.spilled_cells:
         return cache.spilled_cells, room
     # Less than the smallest trim takes is not worth it: so near the line the next trim is likely, and would
     # take more than came back. `simulate --scenario sustained --ctx 32768` without this bound: 19 restores,
@@ -200,4 +218,4 @@ def _restorable(config: GovernorConfig, now: View, cache: CacheSnapshot) -> tupl
     least = max(block, _step(config, 0.0, cache))
     if fits < least:
         return 0, f"{room}, fewer than the {least} that the smallest trim takes"
-    return fits // block * block, room
+    return min(fits // block * block, slowly), room

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
@@ -85,17 +86,31 @@ class Engine(Protocol):
     def evidence(self) -> Evidence:
         """What a policy can ask about the tokens."""
 
-    def at_safe_point(self) -> AbstractContextManager[None]:
-        """Nothing but the caller changes the cache inside. Calls of this protocol may be made there."""
+    def at_safe_point(self, patience_s: float = math.inf) -> AbstractContextManager[None]:
+        """Nothing but the caller changes the cache inside. Calls of this protocol may be made there.
 
-    def trim(self, ranges: Sequence[Range], store: Store | None) -> TrimResult:
-        """Give up the live cells of `ranges`: spill to `store` (evict where there is none), then release."""
+        A decode that still runs after `patience_s` is interrupted, and run again afterwards.
+        """
 
-    def restore(self, max_cells: int, store: Store | None, worth: Worth | None = None) -> RestoreResult:
+    def trim(self, ranges: Sequence[Range], store: Store | None, deadline_s: float = math.inf) -> TrimResult:
+        """Give up the live cells of `ranges`: spill to `store` (evict where there is none), then release.
+
+        What is not in the store after `deadline_s` is evicted.
+        """
+
+    def restore(
+        self,
+        max_cells: int,
+        store: Store | None,
+        worth: Worth | None = None,
+        patience_s: float = math.inf,
+    ) -> RestoreResult:
         """Put up to `max_cells` spilled cells back, each into the cell it came from.
 
-        With `worth` the ranges of which it says most come first, so that a part of all is worth most.
+        With `worth` the ranges of which it says most come first, so that a part of all is worth most. For
+        `patience_s` see `at_safe_point`; between two blobs a decode may run.
         """
 
     def release(self) -> int:
-        """Return the pages of cells nobody uses. Gives the resident bytes returned."""
+        """Return the pages of cells nobody uses, unless a long decode is running: next time, then. Gives the
+        resident bytes returned."""

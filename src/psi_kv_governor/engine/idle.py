@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -25,13 +26,19 @@ class IdleEngine:
         self.ledger = Ledger(0)
         self.evidence = PaperEvidence(self.ledger)
 
-    def at_safe_point(self) -> AbstractContextManager[None]:
+    def at_safe_point(self, patience_s: float = math.inf) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def trim(self, ranges: Sequence[Range], store: Store | None) -> TrimResult:
+    def trim(self, ranges: Sequence[Range], store: Store | None, deadline_s: float = math.inf) -> TrimResult:
         raise EngineError(f"this cache can't give up a range: {self.capabilities.spill.why}")
 
-    def restore(self, max_cells: int, store: Store | None, worth: Worth | None = None) -> RestoreResult:
+    def restore(
+        self,
+        max_cells: int,
+        store: Store | None,
+        worth: Worth | None = None,
+        patience_s: float = math.inf,
+    ) -> RestoreResult:
         return RestoreResult(cells=0, seconds=0.0, missing=0)
 
     def release(self) -> int:

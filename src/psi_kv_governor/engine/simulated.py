@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -108,11 +109,12 @@ class SimulatedEngine:
                     self._ledger.mark(Range(blob.positions.start, length), LOST)
             self._ledger.truncate(length)
 
-    def at_safe_point(self) -> AbstractContextManager[None]:
+    def at_safe_point(self, patience_s: float = math.inf) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def trim(self, ranges: Sequence[Range], store: Store | None) -> TrimResult:
-        """Give up the live cells of `ranges`; what the store does not take is evicted, and said."""
+    def trim(self, ranges: Sequence[Range], store: Store | None, deadline_s: float = math.inf) -> TrimResult:
+        """Give up the live cells of `ranges`; what the store does not take is evicted, and said. All that is
+        spilled takes no time here, so that no deadline passes."""
         with self._lock:
             spilled = evicted = 0
             problem = ""
@@ -137,7 +139,13 @@ class SimulatedEngine:
                 problem=problem,
             )
 
-    def restore(self, max_cells: int, store: Store | None, worth: Worth | None = None) -> RestoreResult:
+    def restore(
+        self,
+        max_cells: int,
+        store: Store | None,
+        worth: Worth | None = None,
+        patience_s: float = math.inf,
+    ) -> RestoreResult:
         """Put whole blobs back as far as `max_cells` goes: by `worth`, or else the last spilled first."""
         with self._lock:
             cells, problem = 0, ""

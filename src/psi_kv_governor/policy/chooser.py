@@ -23,18 +23,26 @@ MOST_BLOCKS = 256
 with the program."""
 
 
-def check_served(policy: Policy, evidence: Evidence) -> None:
-    """Raises BadInputError when the cache can't give what the policy needs, naming what can be used."""
-    for kind in sorted(policy.needs):
-        if why := evidence.why_not(kind):
-            served = [
-                name
-                for name, other in POLICIES.items()
-                if not any(map(evidence.why_not, sorted(other.needs)))
-            ]
-            raise BadInputError(
-                f"the policy {policy.name} can't be used with this cache: {why}; use {', '.join(served)}"
-            )
+def check_served(policy: Policy, evidence: Evidence, *, asked_for: bool = False) -> None:
+    """Raises BadInputError when the cache can't give what the policy needs, naming what can be used.
+
+    Not for the default, which nobody need have asked for: a `Chooser` takes `window` in its place and says
+    so, unless it was certainly `asked_for`.
+    """
+    why = _why_not_served(policy, evidence)
+    if why and (asked_for or not _is_default(policy)):
+        served = [name for name, other in POLICIES.items() if not _why_not_served(other, evidence)]
+        raise BadInputError(
+            f"the policy {policy.name} can't be used with this cache: {why}; use {', '.join(served)}"
+        )
+
+
+def _why_not_served(policy: Policy | type[Policy], evidence: Evidence) -> str:
+    return next(filter(None, map(evidence.why_not, sorted(policy.needs))), "")
+
+
+def _is_default(policy: Policy) -> bool:
+    return policy.name == GovernorConfig().policy
 
 
 def block_size(policy: Policy, block_cells: int, row_bytes: int, capacity: int) -> int:
@@ -67,11 +75,14 @@ class Chooser:
         complain: Callable[[str], None] = lambda why: None,
     ) -> None:
         self.policy = policy
+        if _is_default(policy) and (why := _why_not_served(policy, evidence)):
+            complain(f"the policy {policy.name} can't be used with this cache ({why}): the oldest blocks go")
+            self.policy = Window()
         self.head_cells = 0
         """Length of the system prompt, with what the chat template puts around it."""
         self.marked: tuple[Range, ...] = ()
         """What the caller protects: positions, whatever tokens are decoded there."""
-        self.block_cells = block_size(policy, config.block_cells, row_bytes, ledger.capacity)
+        self.block_cells = block_size(self.policy, config.block_cells, row_bytes, ledger.capacity)
         self._evidence = evidence
         self._ledger = ledger
         self._config = config

@@ -1,4 +1,4 @@
-"""Attention where it was sampled, keys elsewhere."""
+"""What is recent stays, and of the older what the model looks at."""
 
 from __future__ import annotations
 
@@ -8,40 +8,40 @@ from typing import ClassVar
 
 import numpy as np
 
-from psi_kv_governor.errors import BadInputError
 from psi_kv_governor.policy.attention import Attention
 from psi_kv_governor.policy.base import Evidence, Kind, Policy, Range, Values
 from psi_kv_governor.policy.keynorm import KeyNorm
 from psi_kv_governor.policy.pool import ranks, top_mean
 
+_LESSER = 1e-3
+"""What the lower of two places counts: enough to break a tie, less than one place among a thousand blocks."""
+
 
 @dataclass(frozen=True)
 class Hybrid(Policy):
-    """Attention with a third of the say for keys; where none was sampled, keys.
+    """The most attended and the most recent stay; where none was sampled, short keys.
 
-    Attention knows what the last queries looked at, and nothing of a fact that nobody asked for yet; keys
-    know a token that stands out whoever asks. The two have no common scale, so a block counts with its
-    place in the order of either.
+    What comes next leans on what is recent and on a few old blocks. The newest queries show those, but of
+    the many that they happened not to look at they show only noise: there the place in time knows more. The
+    two have no common scale, so a block counts with its better place in the order of either, and about half
+    of what stays is the most recent, half the most attended.
+
+    Measured in development (SmolLM2-135M, half of 2,048 tokens given up, divergence from the full cache, nine
+    passages of six texts): 0.85 of `window`'s in the geometric mean, from 0.44 to 1.18; attention alone 0.93,
+    from 0.44 to 1.78; two thirds attention and one third keys 1.17, from 0.41 to 7.6, since keys know nothing
+    of what is recent.
     """
 
     name: ClassVar[str] = "hybrid"
-    source: ClassVar[str] = "attention and keynorm together"
+    source: ClassVar[str] = "attention and recency together"
     needs: ClassVar[frozenset[Kind]] = frozenset({"attention", "key_norms"})
 
-    attention_share: float = 2 / 3
-    """What attention has to say where it was sampled, from 0 (nothing) to 1 (all)."""
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.attention_share <= 1.0:  # also refuses NaN
-            raise BadInputError(
-                f"attention_share = {self.attention_share} of the policy hybrid is not usable: give 0 to 1"
-            )
-
     def score(self, blocks: Sequence[Range], next_position: int, evidence: Evidence) -> Values:
-        """Place of each block among the others, 0 to 1, shape (len(blocks),)."""
+        """Better of two places of each block among the others, about 0 to 1, shape (len(blocks),)."""
         del next_position
-        by_attention = ranks(top_mean(blocks, evidence.attention, Attention.top_share))
-        shortness = top_mean(blocks, lambda part: -evidence.key_norms(part), KeyNorm.top_share)
-        by_keys = np.nan_to_num(ranks(shortness), nan=0.5)
-        together = self.attention_share * by_attention + (1.0 - self.attention_share) * by_keys
-        return np.where(np.isnan(by_attention), by_keys, together)
+        looked_at = ranks(top_mean(blocks, evidence.attention, Attention.top_share))
+        if np.isnan(looked_at).any():
+            shortness = top_mean(blocks, lambda part: -evidence.key_norms(part), KeyNorm.top_share)
+            looked_at = np.where(np.isnan(looked_at), np.nan_to_num(ranks(shortness), nan=0.0), looked_at)
+        recent = ranks(np.array([float(block.start) for block in blocks]))
+        return np.maximum(looked_at, recent) + _LESSER * np.minimum(looked_at, recent)

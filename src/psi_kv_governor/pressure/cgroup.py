@@ -9,6 +9,8 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from psi_kv_governor.pressure.kernel_file import KernelFile
+
 _DELETED = " (deleted)"  # the kernel appends it to the path of a removed v2 cgroup
 
 
@@ -105,6 +107,23 @@ def find_cgroups(root: Path = Path("/")) -> OwnCgroups:
         _visible(root, paths.get(""), unified),
         _visible(root, paths.get("memory"), memory_v1),
     )
+
+
+class Membership:
+    """Notices that this process was moved to another cgroup: /proc/self/cgroup reads differently."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._file = KernelFile(root / "proc/self/cgroup")
+        self._at_first = self._file.read()
+
+    def changed(self) -> bool:
+        """Whether it was moved since. What can't be read now is no sign of it."""
+        now = self._file.read()
+        return now is not None and now != self._at_first
+
+    def close(self) -> None:
+        """Give the descriptor back. Safe to call twice."""
+        self._file.close()
 
 
 def _visible(root: Path, path: str | None, mounts: list[Mount]) -> Cgroup | None:

@@ -8,18 +8,30 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections import deque
 from pathlib import Path
 from typing import NamedTuple
 
 from psi_kv_governor.errors import BadInputError, SourceLostError
+from psi_kv_governor.pressure.kernel_file import OPEN_FLAGS
 
 # The two lines of a memory PSI file are at most 140 bytes with every number at its longest.
 _READ_BYTES = 512
 _LINE = re.compile(rb"(some|full) (?:avg\d+=\d{1,3}\.\d\d ){3}total=(\d{1,20})")
 _LARGEST_TOTAL_US = 2**64 - 1  # the kernel counts in a u64
 
-MIN_INTERVAL_S = 0.01
-"""Shortest time that a share is computed over. Under it, one wait of a few ms would read as a full stall."""
+WINDOW_S = 0.1
+"""Shortest time that a share is computed over. Under it, one wait of a few ms would read as a full stall, and
+the totals get coarse: the kernel accounts a stall that still lasts at its own ticks."""
+
+MIN_INTERVAL_S = 0.005
+"""Looks that follow the last one sooner are used and not kept."""
+
+STALE_S = 10.0
+"""After so long without a look what the counters gained is no news: twenty times the calm loop's pause."""
+
+_EARLY_S = 0.01
+"""A sleep of 0.1 s may end this early: the look before still counts as one window ago."""
 
 
 class PsiTotals(NamedTuple):
@@ -91,8 +103,7 @@ class PsiFile:
             self._descriptor = -1
 
     def _open(self) -> None:
-        # O_NONBLOCK: a FIFO put in the place of the file must not stop the governor's thread for ever.
-        self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        self._descriptor = os.open(self.path, OPEN_FLAGS)
 
     def _parse(self) -> PsiTotals:
         if self._descriptor < 0:
@@ -108,36 +119,83 @@ class Stall(NamedTuple):
     full: float
 
 
+class _Look(NamedTuple):
+    """Counters and when they were read."""
+
+    time_s: float
+    some_us: float
+    full_us: float
+
+
 _NOTHING_YET = Stall(0.0, 0.0, 0.0)
 
 
 class StallMeter:
     """Turns counters into shares. Time comes in with them, so that a recording replays exactly.
 
-    The first look has nothing to compare with and gives zeros. A look less than `MIN_INTERVAL_S` after
-    the last one that counted is measured from the one before that: the share is of a longer time then,
-    and as true.
+    Looks that are at least `WINDOW_S` apart give the share since the last one. Closer ones give the share of
+    the last `WINDOW_S`; where that begins between two looks, the stall between them counts as spread evenly.
+    So 10 ms of stall show as 0.1 in the next look, and for 0.1 s, however often one looks.
+
+    The first look has nothing to compare with and gives zeros, as does every look until `WINDOW_S` later; and
+    so does the first one after time went back, or after `STALE_S` without a look: the machine slept, or this
+    process stood still, and what happened meanwhile says nothing of now.
     """
 
     def __init__(self) -> None:
-        self._last: tuple[float, PsiTotals] | None = None
-        self._earlier: tuple[float, PsiTotals] | None = None
+        self._looks: deque[_Look] = deque()
 
     def add(self, time_s: float, totals: PsiTotals) -> Stall:
-        """Take in the counters at `time_s` (monotonic) and give the shares since an earlier look."""
-        if self._last is None or time_s - self._last[0] >= MIN_INTERVAL_S:
-            self._earlier, self._last = self._last, (time_s, totals)
-        if self._earlier is None:
+        """Take in the counters at `time_s` (monotonic) and give the shares of the time before."""
+        now = _Look(time_s, *totals)
+        if not self._follows(now):
+            self._looks = deque([now])
             return _NOTHING_YET
-        since_s, before = self._earlier
-        interval_s = time_s - since_s
+        before = self._start_of_window(now)
+        # Looks closer than this are not kept: they are 23 at the most, however often one looks.
+        if time_s - self._looks[-1].time_s >= MIN_INTERVAL_S:
+            self._looks.append(now)
+        if before is None:
+            return _NOTHING_YET
+        interval_s = time_s - before.time_s
         return Stall(
             interval_s,
-            _share(totals.some_us - before.some_us, interval_s),
-            _share(totals.full_us - before.full_us, interval_s),
+            _share(now.some_us - before.some_us, interval_s),
+            _share(now.full_us - before.full_us, interval_s),
         )
 
+    def _follows(self, now: _Look) -> bool:
+        """Whether `now` can be compared with the look before it."""
+        if not self._looks:
+            return False
+        last = self._looks[-1]
+        in_time = 0.0 <= now.time_s - last.time_s <= STALE_S
+        # Counters that went back are those of a cgroup that was made anew.
+        return in_time and now.some_us >= last.some_us and now.full_us >= last.full_us
 
-def _share(stall_us: int, interval_s: float) -> float:
-    """A counter that went backwards (the cgroup was made anew) counts as no stall."""
-    return min(1.0, max(0, stall_us) / 1e6 / interval_s)
+    def _start_of_window(self, now: _Look) -> _Look | None:
+        """The counters that `now` is compared with; None while there are none so old."""
+        looks, start_s = self._looks, now.time_s - WINDOW_S
+        if looks[-1].time_s <= start_s + _EARLY_S:
+            return looks[-1]
+        while len(looks) > 1 and looks[1].time_s <= start_s:
+            looks.popleft()
+        if looks[0].time_s > start_s + 1e-6:
+            return None
+        return _between(looks[0], looks[1], start_s)
+
+
+def _between(first: _Look, second: _Look, time_s: float) -> _Look:
+    """The counters at `time_s`, between two looks."""
+    if time_s <= first.time_s:
+        return first
+    part = (time_s - first.time_s) / (second.time_s - first.time_s)
+    return _Look(
+        time_s,
+        first.some_us + part * (second.some_us - first.some_us),
+        first.full_us + part * (second.full_us - first.full_us),
+    )
+
+
+def _share(stall_us: float, interval_s: float) -> float:
+    return min(1.0, max(0.0, stall_us) / 1e6 / interval_s)

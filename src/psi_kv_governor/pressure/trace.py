@@ -1,25 +1,58 @@
-"""Recorded pressure: a JSON Lines file of Readings, written, read, and replayed as a source.
+"""Recorded pressure: the format of a trace, its readings, and a source that replays them.
 
-The first line is the header `{"psi_kv_trace": 1}`; each line after it is one Reading.
+A trace is a JSON Lines file, plain or gzip. Its first line is the header, `{"psi_kv_trace": 2}` at the
+least; each line after it is an object whose `reading` is a Reading. What else such a line holds (a governor's
+recording has the cache and the decision: `psi_kv_governor.recording`) is no matter of this room.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
 from psi_kv_governor.errors import BadInputError, SourceLostError
 from psi_kv_governor.pressure.reading import Reading
 
-VERSION = 1
+VERSION = 2
+
+MOST_BYTES = 1 << 30
+"""Largest trace that is read, unpacked: a week at ten readings a second. A gzip file can claim any size."""
+
+_GZIP = b"\x1f\x8b"
+_L = TypeVar("_L", bound=msgspec.Struct)
 
 
-class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The first line of a trace: what the lines after it were taken with."""
+
     psi_kv_trace: int
+    """Version of the format."""
+    package: str = ""
+    """Version of the package that wrote it."""
+    machine: dict[str, str | int] = {}
+    """What sort of machine it was; nothing that says whose."""
+    config: dict[str, Any] = {}
+    """The governor's settings."""
+
+
+class Lines(NamedTuple):
+    """A trace file, taken apart."""
+
+    header: Header
+    lines: list[tuple[int, bytes]]
+    """Number in the file and text of each line after the header."""
+    note: str
+    """What is missing at the end, in a clause; empty for a whole file."""
+
+
+class _Line(msgspec.Struct, frozen=True):
+    reading: Reading
 
 
 def write_trace(path: Path, readings: Iterable[Reading]) -> None:
@@ -28,9 +61,9 @@ def write_trace(path: Path, readings: Iterable[Reading]) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with partial.open("wb") as file:
-            file.write(encoder.encode(_Header(VERSION)) + b"\n")
+            file.write(encoder.encode(Header(psi_kv_trace=VERSION)) + b"\n")
             for reading in readings:
-                file.write(encoder.encode(reading) + b"\n")
+                file.write(encoder.encode(_Line(reading)) + b"\n")
         partial.replace(path)
     except OSError as error:
         raise BadInputError(f"cannot write the trace {path}: {error.strerror}") from error
@@ -40,36 +73,79 @@ def write_trace(path: Path, readings: Iterable[Reading]) -> None:
 
 def read_trace(path: Path) -> list[Reading]:
     """The readings of a trace file. Raises BadInputError, with the number of the line, on a broken one."""
+    return [line.reading for line in decode_lines(path, read_lines(path), _Line)]
+
+
+def read_lines(path: Path) -> Lines:
+    """Header and lines of a trace. Raises BadInputError where there is none, or one of another version.
+
+    A last line without its end was cut off when the writer was killed: it is left out, and noted.
+    """
     try:
-        lines = path.read_bytes().splitlines()
+        data = path.read_bytes()
     except OSError as error:
         raise BadInputError(f"cannot read the trace {path}: {error.strerror}") from error
-    _check_header(path, lines[0] if lines else b"")
-    decoder = msgspec.json.Decoder(Reading)
-    readings: list[Reading] = []
-    for number, line in enumerate(lines[1:], start=2):
+    note = ""
+    if data.startswith(_GZIP):
+        data, note = _unpacked(path, data)
+    *whole, rest = data.split(b"\n")
+    header = _header(path, whole[0] if whole else rest)
+    if rest and whole:
+        note = f"its last line ({len(rest)} bytes) was cut off and is left out"
+    return Lines(header, list(enumerate(whole[1:], start=2)), note)
+
+
+def decode_lines(path: Path, trace: Lines, kind: type[_L]) -> Iterator[_L]:
+    """Each line as a `kind` with a `reading`. Raises BadInputError, with its number, on a bad one."""
+    decoder = msgspec.json.Decoder(kind)
+    before: Reading | None = None
+    for number, line in trace.lines:
         try:
-            reading = decoder.decode(line)
-        except (msgspec.DecodeError, ValueError) as error:
+            entry = decoder.decode(line)
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
             raise BadInputError(f"line {number} of the trace {path} is broken: {error}") from error
-        problem = _problem(reading, readings[-1] if readings else None)
+        reading: Reading = entry.reading  # type: ignore[attr-defined]  # every kind of line has one
+        problem = _problem(reading, before)
         if problem:
             raise BadInputError(f"line {number} of the trace {path} makes no sense: {problem}")
-        readings.append(reading)
-    return readings
+        before = reading
+        yield entry
 
 
-def _check_header(path: Path, line: bytes) -> None:
+def _unpacked(path: Path, data: bytes) -> tuple[bytes, str]:
+    """The content of a gzip file, as far as it goes, and a note where that is not all."""
+    unpacker = zlib.decompressobj(wbits=31)  # 16 for gzip, 15 for its largest window
     try:
-        header = msgspec.json.decode(line, type=_Header)
-    except (msgspec.DecodeError, ValueError) as error:
+        content = unpacker.decompress(data, MOST_BYTES)
+    except zlib.error as error:
+        raise BadInputError(f"cannot unpack the trace {path}: {error}") from error
+    if unpacker.unconsumed_tail:
+        raise BadInputError(f"the trace {path} holds more than {MOST_BYTES >> 20} MiB: give a shorter one")
+    return content, "" if unpacker.eof else "its end is missing"
+
+
+def _header(path: Path, line: bytes) -> Header:
+    try:
+        version = msgspec.json.decode(line, type=_Version).psi_kv_trace
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise BadInputError(
-            f'line 1 of {path} is not the header of a trace: give {{"psi_kv_trace": 1}}'
+            f'line 1 of {path} is not the header of a trace: give {{"psi_kv_trace": {VERSION}}}'
         ) from error
-    if header.psi_kv_trace != VERSION:
+    if version != VERSION:
         raise BadInputError(
-            f"line 1 of {path}: version {header.psi_kv_trace} of the trace is not known, only {VERSION} is"
+            f"line 1 of {path}: version {version} of the trace is not known, only {VERSION} is; "
+            "record it again with this package"
         )
+    try:
+        return msgspec.json.decode(line, type=Header)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise BadInputError(f"line 1 of {path} is not usable: {error}") from error
+
+
+class _Version(msgspec.Struct, frozen=True):
+    """What every version of the header has."""
+
+    psi_kv_trace: int
 
 
 def _problem(reading: Reading, before: Reading | None) -> str:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import msgspec
 
-from psi_kv_governor.control.law import BUDGET_WINDOW_S
+from psi_kv_governor.control.state import BUDGET_WINDOW_S
 
 
 class Deed(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from psi_kv_governor.config import GovernorConfig
-from psi_kv_governor.control import Action, CacheSnapshot, LawState, Mode, decide
+from psi_kv_governor.control import Action, CacheSnapshot, LawState, Turn, decide, pause_s
 from psi_kv_governor.engine.simulated import SimulatedEngine, SimulatedStore
 from psi_kv_governor.ledger import LIVE, LOST, SPILLED
 from psi_kv_governor.policy import get_policy
@@ -44,6 +44,8 @@ class Pilot:
 
     def __init__(self, config: GovernorConfig, engine: SimulatedEngine) -> None:
         self.deeds: list[Deed] = []
+        self.turn: Turn | None = None
+        """The last step, whole."""
         self._config = config
         self._engine = engine
         self._chooser = Chooser(
@@ -52,10 +54,25 @@ class Pilot:
         self._store = SimulatedStore(config.store_limit_bytes) if config.store == "disk" else None
         self._state = LawState()
 
-    def step(self, reading: Reading) -> float:
+    def resize(self, cells: int) -> None:
+        """Bring the context to `cells`: tokens were decoded, or its end was forgotten."""
+        more = cells - len(self._engine.ledger)
+        if more > 0:
+            self._engine.grow(more)
+        elif more < 0:
+            self._engine.truncate(cells, self._store)
+
+    def give_up(self, spilled: int, lost: int) -> None:
+        """Begin with so many cells away: those that the policy would choose."""
+        for cells, store in ((spilled, self._store), (lost, None)):
+            if cells > 0:
+                self._engine.trim(self._chooser.choose(cells), store)
+
+    def step(self, reading: Reading, cache_limit: float | None = None) -> float:
         """Decide and act. Gives the time until the next reading."""
-        config = self._config
-        decision, self._state = decide(config, self._state, reading, self._snapshot())
+        config, cache = self._config, self._snapshot()
+        decision, self._state = decide(config, self._state, reading, cache, cache_limit)
+        self.turn = Turn(reading=reading, cache=cache, cache_limit=cache_limit, decision=decision)
         seconds = 0.0
         if decision.action is Action.TRIM:
             seconds = self._trim(reading.time_s, decision.cells, decision.reason)
@@ -63,13 +80,7 @@ class Pilot:
             restored = self._engine.restore(decision.cells, self._store, self._chooser.worth)
             seconds = restored.seconds
             self._note(reading.time_s, Action.RESTORE, restored.cells, 0, decision.reason)
-        scarce = (
-            reading.headroom_bytes is not None
-            and reading.limit_bytes is not None
-            and reading.headroom_bytes < config.headroom_plenty * reading.limit_bytes
-        )
-        busy = scarce or self._state.mode is not Mode.CALM
-        return max(config.poll_busy_s if busy else config.poll_s, seconds)
+        return max(pause_s(config, reading), seconds)
 
     def _snapshot(self) -> CacheSnapshot:
         ledger = self._engine.ledger

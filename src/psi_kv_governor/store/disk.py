@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import sys
 import time
 import weakref
@@ -37,6 +36,10 @@ _SAMPLE_BYTES = 64 << 10  # what the checksums are tried on: 0.2 ms in all
 _FADE = 0.5  # weight that the past keeps in the measured speed when one more blob is written
 
 
+_NEEDED = ("O_DIRECT", "posix_fadvise", "posix_fallocate", "preadv")
+"""Without these, what is spilled would wait in the page cache, which is memory."""
+
+
 def default_directory() -> Path:
     """Where spilled ranges wait unless told otherwise."""
     return Path(platformdirs.user_cache_dir("psi-kv")) / "spill"
@@ -66,6 +69,8 @@ class DiskStore:
         default one (None) cannot: the first is to be put right, the second to be lived with.
         """
         unusable = StoreError if directory is None else BadInputError
+        if missing := [name for name in _NEEDED if not hasattr(os, name)]:
+            raise unusable(f"the disk store needs Linux (no {', '.join(missing)} here): set store = 'none'")
         self._directory = (directory or default_directory()).expanduser().absolute()
         self._limit_bytes = limit_bytes
         self._reserve_bytes = reserve_bytes
@@ -297,5 +302,7 @@ def _close_files(blobs: dict[int, Blob]) -> None:
 
 def _most_blobs() -> int:
     """Each blob is an open file: half of what the process may open stays with the rest of the program."""
+    import resource  # here, because Windows has none
+
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return sys.maxsize if soft == resource.RLIM_INFINITY else soft // 2

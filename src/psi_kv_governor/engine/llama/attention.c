@@ -4,6 +4,9 @@
 // A cell's mean is `sum / weight`, both decaying with every observation that could see it. So a young cell is
 // not at a disadvantage (its weight is small as well), and a cell that is masked (spilled, or free) keeps its
 // last mean: nothing is added to it, and nothing decays.
+//
+// What a token's near neighbours gave it does not count: everybody looks at its neighbours. Were it counted, the
+// last tokens of each of a prompt's batches would seem important, since its sampled queries are among them.
 
 #include <math.h>
 #include <stdlib.h>
@@ -19,6 +22,7 @@ struct psikv_sampler {
     int64_t    n_cells;
     int32_t    every;    // of tokens decoded singly, one in so many is sampled
     int32_t    window;   // last queries of a prompt's batch that are
+    int32_t    near;     // nearer cells are not observed, in tokens; 0: all are
     float      keep;     // what is left of an older observation at the next one
     int32_t    since;    // tokens since the last sample
     bool       due;      // the graph that is about to run is sampled
@@ -27,6 +31,8 @@ struct psikv_sampler {
     float *    sum;      // [n_cells]
     float *    weight;   // [n_cells]
     uint32_t * used;     // [n_cells] number of the newest token that gave the cell more than an equal share
+    uint32_t   written;  // tokens written so far
+    uint32_t * born;     // [n_cells] number of the token that was written into the cell
     float *    share;    // [n_cells] attention of one query, mean over the heads; < 0: masked
     float *    logits;   // [MAX_QUERIES][n_cells]
 };
@@ -43,9 +49,10 @@ EXPORT struct psikv_sampler * psikv_sampler_new(int64_t n_cells, int32_t every, 
     s->sum     = calloc((size_t) n_cells, sizeof(float));
     s->weight  = calloc((size_t) n_cells, sizeof(float));
     s->used    = calloc((size_t) n_cells, sizeof(uint32_t));
+    s->born    = calloc((size_t) n_cells, sizeof(uint32_t));
     s->share   = calloc((size_t) n_cells, sizeof(float));
     s->logits  = calloc((size_t) n_cells * MAX_QUERIES, sizeof(float));
-    if (!s->sum || !s->weight || !s->used || !s->share || !s->logits) {
+    if (!s->sum || !s->weight || !s->used || !s->born || !s->share || !s->logits) {
         psikv_sampler_free(s);
         return NULL;
     }
@@ -57,6 +64,7 @@ void psikv_sampler_free(struct psikv_sampler * s) {
         free(s->sum);
         free(s->weight);
         free(s->used);
+        free(s->born);
         free(s->share);
         free(s->logits);
         free(s);
@@ -70,6 +78,7 @@ EXPORT void psikv_tap_sample(struct psikv_tap * tap, struct psikv_sampler * samp
 }
 
 EXPORT void           psikv_tap_sample_layer(struct psikv_tap * tap, int32_t i, int32_t on) { tap->tensors[i].sampled = on; }
+EXPORT void           psikv_sampler_near(struct psikv_sampler * s, int32_t near) { s->near = near; }
 EXPORT const float *  psikv_sampler_sum(const struct psikv_sampler * s) { return s->sum; }
 EXPORT const float *  psikv_sampler_weight(const struct psikv_sampler * s) { return s->weight; }
 EXPORT const uint32_t * psikv_sampler_used(const struct psikv_sampler * s) { return s->used; }
@@ -87,6 +96,7 @@ void psikv_sampler_written(struct psikv_sampler * s, const int64_t * cells, int6
         s->sum[cells[i]]    = 0.0f;
         s->weight[cells[i]] = 0.0f;
         s->used[cells[i]]   = 0;
+        s->born[cells[i]]   = ++s->written;
     }
     s->since += n > 1 ? s->every : 1;
     s->due = s->since >= s->every;
@@ -167,6 +177,7 @@ static void observe(struct psikv_sampler * s, const struct ggml_tensor * node, i
     const int64_t    group = q->ne[2] / k->ne[2];
     const uint32_t   query = s->queries - (uint32_t) (q->ne[1] - 1 - token);
     const uint16_t * mask  = (const uint16_t *) ((const char *) m->data + (size_t) token * m->nb[1]);
+    const uint32_t   born  = s->written - (uint32_t) (q->ne[1] - 1 - token);
     int64_t          seen  = 0;
     for (int64_t i = 0; i < n_kv; i++) {
         s->share[i] = mask[i] ? -1.0f : 0.0f;  // without ALiBi a mask holds 0 and -inf only
@@ -182,7 +193,7 @@ static void observe(struct psikv_sampler * s, const struct ggml_tensor * node, i
         }
     }
     for (int64_t i = 0; i < n_kv; i++) {
-        if (s->share[i] < 0.0f) {
+        if (s->share[i] < 0.0f || born - s->born[i] < (uint32_t) s->near) {
             continue;
         }
         const float times_equal = s->share[i] * (float) seen;

@@ -29,6 +29,8 @@ class CellMap:
         self._cell_of: Cells = np.full(n_cells, -1, dtype=np.int64)
         self._live = np.zeros(n_cells, dtype=np.bool_)
         self._written = np.zeros(n_cells, dtype=np.bool_)
+        self.stale = False
+        """Something may be returnable. May be read without a safe point."""
 
     def cells(self, positions: Range) -> Cells:
         """The cells of `positions`, in order. Only live and spilled positions have one."""
@@ -60,6 +62,7 @@ class CellMap:
     def park(self, positions: Range) -> None:
         """The rows of live `positions` are in the store; their cells wait for them."""
         self._live[self.cells(positions)] = False
+        self.stale = True
         self.ledger.mark(positions, SPILLED)
 
     def unpark(self, positions: Range) -> None:
@@ -74,14 +77,21 @@ class CellMap:
     def _vacate(self, positions: Range, place: int) -> None:
         for run in self.ledger.ranges(place, positions):
             self._live[self.cells(run)] = False
+            self.stale = True
+
+    def stray(self, cells: Cells) -> None:
+        """Rows of `cells` may have been written by a decode that did not come to its end."""
+        self._written[cells] = True
+        self.stale = True
 
     def touched(self, positions: Range) -> None:
         """The rows of spilled `positions` were written (a restore that failed half way)."""
-        self._written[self.cells(positions)] = True
+        self.stray(self.cells(positions))
 
     def all_written(self) -> None:
         """Somebody wrote to the whole cache: any row may be resident."""
         self._written[:] = True
+        self.stale = True
 
     def returnable(self) -> Cells:
         """What can be released, shape (runs, 4): dead cells [0, 1), and of them the written ones [2, 3).
@@ -97,3 +107,4 @@ class CellMap:
     def released(self) -> None:
         """Everything returnable has been returned."""
         self._written &= self._live
+        self.stale = False

@@ -6,8 +6,9 @@ import ctypes
 from typing import TYPE_CHECKING
 
 import llama_cpp
-import numpy as np
 from llama_cpp import _internals
+
+from psi_kv_governor.engine.llama.batch import Batch
 
 if TYPE_CHECKING:
     from psi_kv_governor.engine.llama.engine import LlamaEngine
@@ -33,17 +34,15 @@ class GovernedContext(_internals.LlamaContext):  # type: ignore[misc]  # llama_c
 
     def decode(self, batch: _internals.LlamaBatch) -> None:
         raw = batch.batch
-        n_tokens = int(raw.n_tokens)
-        if n_tokens == 0 or raw.seq_id[0][0] != 0:
+        if raw.n_tokens == 0 or raw.seq_id[0][0] != 0:
             raise ValueError("a governed context decodes sequence 0 only")
-        start = int(raw.pos[0])
-        if start + n_tokens > self.n_ctx():
+        whole = Batch(self, raw)
+        if whole.start + whole.n_tokens > self.n_ctx():
             # What llama.cpp says when no cell is free. After an eviction some are, past the context's end.
             raise RuntimeError(
-                f"llama_decode returned 1: position {start} + {n_tokens} tokens > {self.n_ctx()}"
+                f"llama_decode returned 1: position {whole.start} + {whole.n_tokens} tokens > {self.n_ctx()}"
             )
-        tokens = np.array(raw.token[:n_tokens], dtype=np.int32) if raw.token else None
-        self.engine.decode(start, tokens, lambda: _internals.LlamaContext.decode(self, batch))
+        self.engine.decode(whole)
 
     def kv_cache_clear(self) -> None:
         self.engine.clear()

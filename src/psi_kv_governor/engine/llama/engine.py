@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 from llama_cpp import _internals
 
 from psi_kv_governor.engine.base import Capabilities, Capability, RestoreResult, TrimResult, Worth
+from psi_kv_governor.engine.llama.batch import Batch, interrupt
 from psi_kv_governor.engine.llama.cells import Cells
 from psi_kv_governor.engine.llama.context import Sequences
+from psi_kv_governor.engine.llama.decoding import Decoding
 from psi_kv_governor.engine.llama.evidence import LlamaEvidence
 from psi_kv_governor.engine.llama.parking import Parked, ParkingLot
 from psi_kv_governor.engine.llama.rows import Rows
@@ -29,6 +31,9 @@ from psi_kv_governor.store.base import BlobTag, Store
 # enough that a store of 8 GiB needs no more than the usual 1,024 file descriptors.
 _BLOB_BYTES = 16 << 20
 
+# A single token mostly takes less; for the end of a prefill, freeing pages nobody uses can wait.
+_RELEASE_WAIT_S = 0.02
+
 
 class LlamaEngine:
     """Gives memory of one llama.cpp context back. Made by `GovernedLlama`, and proven by the self-test.
@@ -41,16 +46,16 @@ class LlamaEngine:
     def __init__(
         self, context: _internals.LlamaContext, tap: Tap, rows: Rows, able: Capabilities, origin: BlobTag
     ) -> None:
-        self.guard = SafePoint()
+        self.guard = SafePoint(lambda wanted: interrupt(tap, wanted))
         self.cell_bytes = rows.cell_bytes
         self.row_bytes = rows.smallest_row_bytes
         self.track = Track(Sequences(context), tap, rows, context.n_ctx())
         self.evidence = LlamaEvidence(tap, rows, self.track.map)
-        self._context = context
         self._rows = rows
         self._able = able
         self._origin = origin
         self._parking = ParkingLot()
+        self._decoding = Decoding(context, tap, self.track, self.guard, self)
         self._demand_paged_bytes = tap.native.library.psikv_demand_paged_bytes
 
     @property
@@ -66,32 +71,18 @@ class LlamaEngine:
 
     # -- what the context does --------------------------------------------------------------------------
 
-    def decode(self, start: int, tokens: npt.NDArray[np.int32] | None, run: Callable[[], None]) -> None:
-        """Do `run`, which decodes `tokens` at positions `start` on: no safe point until it is over."""
-        track = self.track
-        with self.guard.hold():
-            if not track.in_step or start != len(track.ledger):
-                track.catch_up()
-                self._mend_end(start)
-            track.expect(start, tokens)
-            try:
-                run()
-            except BaseException:
-                track.catch_up()
-                raise
-            if tokens is None:
-                track.catch_up()
-            else:
-                track.decoded(start, len(tokens))
+    def decode(self, batch: Batch) -> None:
+        """Decode `batch`. While a piece of it runs there is no safe point."""
+        self._decoding.decode(batch)
 
-    def _mend_end(self, length: int) -> None:
+    def mend_end(self, length: int) -> None:
         """llama.cpp decodes only right after the last live position: put back what is missing there."""
         sequences = self.track.sequences
         while sequences.length() < length == len(self.ledger) and not self.track.distrust:
             here = Range(sequences.length(), length)
             parked = self._parking.first(here)
             if parked is None or parked.wanted.start > here.start:
-                self._recompute(next(self.ledger.ranges(LOST, here)))
+                self._decoding.again(next(self.ledger.ranges(LOST, here)))
                 continue
             with contextlib.suppress(StoreError):  # its positions are lost then, and recomputed next
                 self._put_back(parked, parked.wanted)
@@ -138,11 +129,11 @@ class LlamaEngine:
 
     # -- giving up --------------------------------------------------------------------------------------
 
-    def at_safe_point(self) -> contextlib.AbstractContextManager[None]:
+    def at_safe_point(self, patience_s: float = math.inf) -> contextlib.AbstractContextManager[None]:
         """See Engine.at_safe_point."""
-        return self.guard.hold(urgent=True)
+        return self.guard.hold(urgent=True, patience_s=patience_s)
 
-    def trim(self, ranges: Sequence[Range], store: Store | None) -> TrimResult:
+    def trim(self, ranges: Sequence[Range], store: Store | None, deadline_s: float = math.inf) -> TrimResult:
         """See Engine.trim. The last position stays. Raises EngineError where no range can be given up."""
         begin = time.monotonic()
         cells = spilled = returned = 0
@@ -157,6 +148,8 @@ class LlamaEngine:
             if not self.capabilities.spill.able:
                 raise EngineError(f"this cache can't give up a range: {self.capabilities.spill.why}")
             for run in self._in_blobs(live):
+                if store is not None and time.monotonic() - begin > deadline_s:
+                    problem, store = f"the store did not take it in {deadline_s:g} s", None
                 if store is not None:
                     try:
                         self._spill(run, store)
@@ -175,8 +168,12 @@ class LlamaEngine:
 
     def release(self) -> int:
         """See Engine.release."""
-        with self.guard.hold(urgent=True):
+        if not self.track.map.stale or not self.guard.enter_urgently(timeout_s=_RELEASE_WAIT_S):
+            return 0
+        try:
             return self._release()
+        finally:
+            self.guard.leave()
 
     def _catch_up(self) -> None:
         """Enter what was decoded past `decoding`, before its cells are taken for free ones."""
@@ -206,7 +203,7 @@ class LlamaEngine:
         self.track.map.park(run)
 
     def _evict(self, run: Range) -> bool:
-        if self._tokens(run) is None:
+        if not self._decoding.can_again(run):
             return False
         self.track.sequences.remove(Sequences.MAIN, run.start, run.stop)
         self.track.map.lose(run)
@@ -215,7 +212,11 @@ class LlamaEngine:
     # -- back again -------------------------------------------------------------------------------------
 
     def restore(
-        self, max_cells: int, store: Store | None = None, worth: Worth | None = None
+        self,
+        max_cells: int,
+        store: Store | None = None,
+        worth: Worth | None = None,
+        patience_s: float = math.inf,
     ) -> RestoreResult:
         """See Engine.restore: lowest positions first without `worth`, with a safe point between blobs.
 
@@ -225,7 +226,7 @@ class LlamaEngine:
         cells = 0
         problem = ""
         while cells < max_cells:
-            with self.guard.hold(urgent=True):
+            with self.guard.hold(urgent=True, patience_s=patience_s):
                 parked = self._parking.best(worth) if worth else self._parking.first()
                 if parked is None:
                     break
@@ -260,47 +261,19 @@ class LlamaEngine:
     def recompute(self, max_tokens: int) -> int:
         """Decode the first lost tokens again, at most `max_tokens`; gives how many. Changes the logits.
 
-        None while spilled ones come before them, which have to be restored first. Raises EngineError when
-        their tokens are not known.
+        None while spilled ones come before them, which have to be restored first. Fewer when somebody urgent
+        came. Raises EngineError when their tokens are not known.
         """
+        outermost = not self.guard.mine
         with self.guard.hold():
             self.track.catch_up()
             lost = next(self.ledger.ranges(LOST), None)
             if lost is None or self.ledger.holes(Range(0, lost.start)):
                 return 0
-            return self._recompute(Range(lost.start, min(lost.stop, lost.start + max_tokens)))
-
-    def _recompute(self, lost: Range) -> int:
-        """The tokens after the hole are set aside meanwhile (metadata only), since llama.cpp decodes only at
-        the end of a sequence; they keep the rows they have."""
-        sequences = self.track.sequences
-        part = Range(lost.start, min(lost.stop, lost.start + self._context.params.n_batch))
-        tokens = self._tokens(part)
-        if tokens is None:
-            raise EngineError("lost tokens can't be recomputed here: they are not known as tokens")
-        after = list(self.ledger.ranges(LIVE, Range(part.stop, len(self.ledger))))
-        for run in after:
-            sequences.move(Sequences.MAIN, Sequences.SCRATCH, run.start, run.stop)
-        try:
-            self._decode(tokens, part.start)
-        finally:
-            # Also when the rest failed, or Ctrl-C came: llama.cpp has what was decoded, and so must the map.
-            self.track.recomputed(part.start)
-            for run in after:
-                sequences.move(Sequences.SCRATCH, Sequences.MAIN, run.start, run.stop)
-        return part.cells
-
-    def _tokens(self, part: Range) -> list[int] | None:
-        return self.track.tokens(part) if self.capabilities.recompute.able else None
-
-    def _decode(self, tokens: list[int], start: int) -> None:
-        batch = _internals.LlamaBatch(n_tokens=len(tokens), embd=0, n_seq_max=1, verbose=False)
-        try:
-            batch.set_batch(tokens, n_past=start, logits_all=False)
-            # Past GovernedContext, whose decode is for the end of the sequence.
-            _internals.LlamaContext.decode(self._context, batch)
-        finally:
-            batch.close()
+            before = self.ledger.count(LOST)
+            wanted = Range(lost.start, min(lost.stop, lost.start + max_tokens))
+            self._decoding.again(wanted, interruptible=outermost)
+            return before - self.ledger.count(LOST)
 
     def close(self) -> None:
         """Drop what waits in the store. Safe to call twice."""

@@ -55,7 +55,11 @@ class LlamaEvidence:
         return self._why_no_attention if kind in {"attention", "last_used"} else ""
 
     def collect(self, kinds: frozenset[Kind], sampling: Sampling | None = None) -> None:
-        """Sample attention from now on if any of `kinds` needs it; and reserve what scoring needs."""
+        """Sample attention from now on if any of `kinds` needs it; and reserve what scoring needs.
+
+        Kinds that can't be had are left out.
+        """
+        kinds = frozenset(kind for kind in kinds if not self.why_not(kind))
         n_cells = self._map.ledger.capacity
         if kinds & {"key_norms", "key_diffs"}:
             self._out, self._scratch = np.empty((2, n_cells), dtype=np.float32)

@@ -98,6 +98,8 @@ class GovernedLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is unty
         params.kv_unified = True
         params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(native.load().eval_callback)
         params.cb_eval_user_data = self._tap.user_data
+        params.abort_callback = llama_cpp.ggml_abort_callback(native.load().abort_callback)
+        params.abort_callback_data = self._tap.user_data
 
     @property
     def _model(self) -> _internals.LlamaModel:
@@ -183,6 +185,8 @@ class GovernedLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is unty
             while (lost := next(engine.ledger.ranges(LOST, prefix), None)) is not None:
                 if engine.ledger.holes(Range(0, lost.start)):
                     break  # what came before could not be put back: decoding now would attend to a hole
+                if not self.governor.has_room_for(lost.cells):
+                    break  # memory became short meanwhile
                 self._requires_eval = True  # the logits are those of the recomputed tokens from here on
                 cells += engine.recompute(min(self.n_batch, lost.cells))
         except EngineError as error:

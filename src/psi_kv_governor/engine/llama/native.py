@@ -100,6 +100,8 @@ def _cc() -> list[str]:
 
 def library_path() -> Path:
     """The compiled tap for the installed llama.cpp, compiled now if need be. Raises EngineError."""
+    if sys.platform == "win32":
+        raise EngineError("no memory can be returned on Windows, which lacks mmap, mincore and dlopen")
     headers = header_dir()
     digest = hashlib.sha256("\0".join((*_FLAGS, *_TUNED, platform.machine(), _processor())).encode())
     for part in (*_SOURCES, *_OWN_HEADERS, *(headers / name for name in _HEADERS)):
@@ -177,6 +179,7 @@ class Native:
             "psikv_small_pages": (None, (tensor,)),
             "psikv_score_keys": (int32, (tensor, int32, ctypes.POINTER(number), number, floats, floats)),
             "psikv_sampler_new": (tap, (number, int32, int32, ctypes.c_float)),
+            "psikv_sampler_near": (None, (tap, int32)),
             "psikv_sampler_sum": (floats, (tap,)),
             "psikv_sampler_weight": (floats, (tap,)),
             "psikv_sampler_used": (ctypes.POINTER(ctypes.c_uint32), (tap,)),
@@ -191,6 +194,7 @@ class Native:
             function.restype, function.argtypes = result, arguments
         self.library = library
         self.eval_callback = ctypes.cast(library.psikv_tap_eval, ctypes.c_void_p).value
+        self.abort_callback = ctypes.cast(library.psikv_tap_abort, ctypes.c_void_p).value
 
 
 @functools.cache

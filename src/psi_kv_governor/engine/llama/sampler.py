@@ -32,11 +32,18 @@ class Sampling:
     half_life: int = 16
     """Sampled tokens after which an observation weighs half: half a window, so that what the newest batch
     of a prompt looked at has three quarters of the weight. With 32 the divergence above is 0.025."""
+    near: int = 256
+    """Queries within so many tokens of a cell say nothing of it. So many are protected by default, and every
+    token is looked at by its neighbours: with them, the last 64 tokens of the last but one batch of a prompt
+    had the highest attention of all in eight passages of nine, and the divergence of `hybrid` from the full
+    cache was 0.91 of `window`'s in the geometric mean. Without them it is 0.85."""
 
     def __post_init__(self) -> None:
         for name in ("layers", "every", "window", "half_life"):
             if getattr(self, name) < 1:
                 raise BadInputError(f"{name} = {getattr(self, name)} is not usable: give 1 or more")
+        if self.near < 0:
+            raise BadInputError(f"near = {self.near} is not usable: give 0 or more")
 
     def of(self, layers: Sequence[str]) -> list[str]:
         """The ones of `layers` (in the order of the model) that are sampled."""
@@ -55,6 +62,7 @@ class Sampler:
         keep = 0.5 ** (1.0 / (sampling.half_life * len(self._layers)))
         self._library = tap.native.library
         self._sampler = tap.sample(self._layers, n_cells, sampling.every, sampling.window, keep)
+        self._library.psikv_sampler_near(self._sampler, sampling.near)
         shape = (n_cells,)
         self._sum = np.ctypeslib.as_array(self._library.psikv_sampler_sum(self._sampler), shape)
         self._weight = np.ctypeslib.as_array(self._library.psikv_sampler_weight(self._sampler), shape)

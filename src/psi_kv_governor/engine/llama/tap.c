@@ -7,7 +7,11 @@
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#if defined(__APPLE__)
+#include <mach-o/dyld.h>
+#else
 #include <link.h>
+#endif
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -19,6 +23,18 @@
 
 // ---- what is looked up in libggml-base ------------------------------------------------------------------
 
+// By what is loaded and not by a path: a wheel may hold the same library under several names, as copies.
+#if defined(__APPLE__)
+static void * base_library(void) {
+    for (uint32_t i = 0; i < _dyld_image_count(); i++) {
+        const char * name = _dyld_get_image_name(i);
+        if (name && strstr(name, "libggml-base.")) {
+            return dlopen(name, RTLD_LAZY | RTLD_NOLOAD);
+        }
+    }
+    return NULL;
+}
+#else
 static int find_base_library(struct dl_phdr_info * info, size_t size, void * found) {
     (void) size;
     if (info->dlpi_name && strstr(info->dlpi_name, "libggml-base.")) {
@@ -27,11 +43,17 @@ static int find_base_library(struct dl_phdr_info * info, size_t size, void * fou
     return *(void **) found != NULL;
 }
 
-// By what is loaded and not by a path: a wheel may hold the same library under several names, as copies.
+static void * base_library(void) {
+    void * library = NULL;
+    dl_iterate_phdr(find_base_library, &library);
+    return library;
+}
+#endif
+
 static void * ggml_symbol(const char * name) {
     static void * library = NULL;
     if (!library) {
-        dl_iterate_phdr(find_base_library, &library);
+        library = base_library();
     }
     return library ? dlsym(library, name) : NULL;
 }
@@ -46,6 +68,28 @@ static size_t page_bytes(void) {
 
 static uintptr_t page_floor(uintptr_t address) { return address & ~(uintptr_t) (page_bytes() - 1); }
 static uintptr_t page_ceil(uintptr_t address) { return page_floor(address + page_bytes() - 1); }
+
+// Gives whole pages back; they read as zeros when they are touched again. 0 when it worked.
+static int drop_pages(uintptr_t first, uintptr_t last) {
+#if defined(__linux__)
+    return madvise((void *) first, last - first, MADV_DONTNEED);
+#else
+    // Elsewhere MADV_DONTNEED is a hint that frees nothing, and MADV_FREE frees when it suits the kernel. Fresh
+    // pages mapped over the old ones free them at once.
+    const int flags = MAP_PRIVATE | MAP_ANON | MAP_FIXED;
+    return mmap((void *) first, last - first, PROT_READ | PROT_WRITE, flags, -1, 0) == MAP_FAILED ? -1 : 0;
+#endif
+}
+
+// A huge page would make 2 MiB resident for one row, and a part of it can't be returned.
+static void keep_pages_small(uintptr_t first, uintptr_t last) {
+#if defined(MADV_NOHUGEPAGE)
+    (void) madvise((void *) first, last - first, MADV_NOHUGEPAGE);
+#else
+    (void) first;
+    (void) last;
+#endif
+}
 
 // ---- the cache is demand-paged from its first moment ----------------------------------------------------
 
@@ -82,9 +126,8 @@ EXPORT void ggml_backend_buffer_clear(ggml_backend_buffer_t buffer, uint8_t valu
     char *    end   = base + get_size(buffer);
     uintptr_t first = page_ceil((uintptr_t) base);
     uintptr_t last  = page_floor((uintptr_t) end);
-    // A huge page would make 2 MiB resident for one row, and a part of it can't be returned.
-    (void) madvise((void *) first, last - first, MADV_NOHUGEPAGE);
-    if (madvise((void *) first, last - first, MADV_DONTNEED) != 0) {
+    keep_pages_small(first, last);
+    if (drop_pages(first, last) != 0) {
         real_clear(buffer, value);  // locked memory
         return;
     }
@@ -101,6 +144,12 @@ EXPORT struct psikv_tap * psikv_tap_new(void) {
         tap->learning = true;
     }
     return tap;
+}
+
+// For `llama_context_params.abort_callback`, which is asked before each node of a graph on the CPU.
+EXPORT bool psikv_tap_abort(void * user_data) {
+    const struct psikv_tap * tap = user_data;
+    return __atomic_load_n(&tap->interrupt, __ATOMIC_RELAXED) && tap->interruptible;
 }
 
 // Room for as many cell indices, so that the log never grows while a graph runs. 0 when there is no memory.
@@ -245,7 +294,7 @@ static uint64_t resident_bytes(uintptr_t first, uintptr_t last) {
     while (first < last) {
         size_t n = (last - first) / page;
         n        = n > sizeof(here) ? sizeof(here) : n;
-        if (mincore((void *) first, n * page, here) == 0) {
+        if (mincore((void *) first, n * page, (void *) here) == 0) {
             for (size_t i = 0; i < n; i++) {
                 pages += here[i] & 1;
             }
@@ -272,7 +321,7 @@ EXPORT int64_t psikv_release(const struct psikv_tensor * tensor, const int64_t *
             continue;
         }
         const uint64_t before = resident_bytes(first, last);
-        if (madvise((void *) first, last - first, MADV_DONTNEED) != 0) {
+        if (drop_pages(first, last) != 0) {
             return -1;
         }
         returned += (int64_t) (before - resident_bytes(first, last));
@@ -285,6 +334,6 @@ EXPORT void psikv_small_pages(const struct psikv_tensor * tensor) {
     const uintptr_t first = page_ceil(tensor->base);
     const uintptr_t last  = page_floor(tensor->base + tensor->rows * tensor->row_bytes);
     if (first < last) {
-        (void) madvise((void *) first, last - first, MADV_NOHUGEPAGE);
+        keep_pages_small(first, last);
     }
 }

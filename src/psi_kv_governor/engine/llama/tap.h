@@ -30,8 +30,12 @@ struct psikv_tensor {
 struct psikv_sampler;
 
 struct psikv_tap {
-    int64_t log_count;  // these two first: Python reads and resets them in place
-    int32_t problem;    // 1: indices not readable, 2: more tensors or indices than there is room for
+    // These first: Python reads and writes them in place.
+    int64_t log_count;
+    int32_t problem;       // 1: indices not readable, 2: more tensors or indices than there is room for
+    int32_t interrupt;     // somebody waits for the context and can't any longer
+    int32_t interruptible; // the decode that runs is run again by whoever started it
+    int32_t unused;
     struct psikv_tensor        tensors[MAX_TENSORS];
     const struct ggml_tensor * identity[MAX_TENSORS];
     int32_t   n_tensors;

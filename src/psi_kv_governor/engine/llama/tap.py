@@ -20,7 +20,12 @@ _PROBLEMS = {
 class Counters(ctypes.Structure):
     """The head of `struct psikv_tap`, read in place: a call into the library costs more than the look."""
 
-    _fields_ = (("log_count", ctypes.c_int64), ("problem", ctypes.c_int32))
+    _fields_ = (
+        ("log_count", ctypes.c_int64),
+        ("problem", ctypes.c_int32),
+        ("interrupt", ctypes.c_int32),
+        ("interruptible", ctypes.c_int32),
+    )
 
 
 class Tap:
@@ -47,6 +52,10 @@ class Tap:
     def user_data(self) -> int | None:
         """What goes into `llama_context_params.cb_eval_user_data`."""
         return self._tap
+
+    def interrupt(self, wanted: bool) -> None:
+        """Whether a decode that can be run again is to end before its next node."""
+        self.counters.interrupt = wanted
 
     def problem(self) -> str:
         """Why the tap can't be trusted, or ''."""

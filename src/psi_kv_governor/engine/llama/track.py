@@ -98,6 +98,7 @@ class Track:
         cells, problem = self._tap.cells(), self._tap.problem()
         self._tap.clear()
         if part.cells <= 0 or self.distrust:
+            self.map.stray(cells)
             return
         if problem or len(cells) < part.cells or part.stop > len(self._tokens):
             self.distrust = problem or "a decode went past the governor"
@@ -105,6 +106,7 @@ class Track:
         holes = self.ledger.holes(Range(0, part.start))
         self._affected[part.start : part.stop] = holes > 0
         self.peak_holes = max(self.peak_holes, holes)
+        self.map.stray(cells[part.cells :])
         self.map.place(part.start, cells[: part.cells])
 
     def truncate(self, length: int) -> None:

@@ -1,0 +1,195 @@
+"""From what was asked to what is played: the isolation, the limit, the scene."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from psi_kv_governor.bench.pen import Pen, Swap
+from psi_kv_governor.bench.pressure.options import PressureOptions
+from psi_kv_governor.bench.pressure.sizing import Size, size_of
+from psi_kv_governor.bench.reference import POLL_S, THRESHOLD
+from psi_kv_governor.bench.scene import outside_room_bytes
+from psi_kv_governor.bench.script import MIB, SceneOptions
+from psi_kv_governor.config import load_config
+from psi_kv_governor.errors import BadInputError, PsiKvError
+
+_SHORT_SHARE = 0.4
+"""Of the cache, that does not fit beside the load and the weights. The governor may give up twice as much."""
+_HOT_SHARE = 0.1
+"""Of what a process takes beside weights and cache, that decoding uses: the rest (the interpreter, buffers
+for a prompt's batches) goes to swap at once and for good. Measured: with all of it inside the limit, plain
+llama.cpp swapped 64 MB out once, stalled for 4 % of the time, and was not pressed."""
+_LEAST_TIMES = 1.15
+"""Of what the model takes at first: it grows by a tenth while the prompt comes in."""
+_CALM_TIMES = 2.0
+"""Without a neighbour nothing is to be pressed: twice what the model takes leaves the governor calm."""
+_SWAP_BYTES = 512 * MIB
+_DECODE_MAX_S = 60.0
+"""A run that has come to a stand is cut off here, and counts with the tokens that it got done."""
+
+BOUNDARY = (
+    "all variants: flash attention on, the same threads, batch and prompt, greedy; plain llama_cpp.Llama for "
+    "fixed and reference, GovernedLlama for psi"
+)
+
+
+class Setting(msgspec.Struct, frozen=True, kw_only=True):
+    """What all runs of a benchmark have in common."""
+
+    isolate: str
+    """`cgroup`: each run in a memory cgroup of its own. `host`: none, and so no real pressure."""
+    limit_bytes: int | None
+    swap: Swap | None
+    swap_bytes: int
+    prompt_tokens: int
+    pressure_bytes: int
+    decode_max_s: float
+    size: Size | None
+    """What plain llama.cpp took, from which the limit was chosen; None where the limit was given."""
+    reference: dict[str, Any]
+    governor: dict[str, Any]
+    """Its settings."""
+    same: str = BOUNDARY
+
+
+def choose_isolation(options: PressureOptions) -> tuple[bool, str]:
+    """Whether each run has a pen, and why not where `auto` had to do without.
+
+    Raises PsiKvError, saying what to do, where a pen was asked for and can't be had.
+    """
+    if options.isolate == "host":
+        return False, ""
+    able, why = Pen.available()
+    if able:
+        swap_able, why_no_swap = Pen.available(options.swap)
+        if not swap_able:
+            raise PsiKvError(f"{why_no_swap}; or choose another --swap")
+        return True, ""
+    if options.isolate == "cgroup":
+        raise PsiKvError(f"{why}; or choose --isolate host, where nothing is pressed")
+    return False, why
+
+
+def limit_for(size: Size, options: PressureOptions) -> int:
+    """The limit under which the full cache and the load do not fit.
+
+    Raises BadInputError where the model alone would not fit either: the load is too small to press it.
+    """
+    if not options.pressure_mib:
+        return int(size.resident_bytes * _CALM_TIMES)
+    cache_bytes = size.cell_bytes * options.ctx_size
+    other_bytes = max(0, size.resident_bytes - size.weights_bytes - cache_bytes)
+    kept_bytes = size.weights_bytes + (1 - _SHORT_SHARE) * cache_bytes + _HOT_SHARE * other_bytes
+    limit_bytes = int(kept_bytes) + options.pressure_mib * MIB
+    if limit_bytes < size.resident_bytes * _LEAST_TIMES:
+        lacking = size.resident_bytes * _LEAST_TIMES - limit_bytes
+        raise BadInputError(
+            f"--pressure-mib {options.pressure_mib} is too little: beside it, the model alone would not fit; "
+            f"give {options.pressure_mib + math.ceil(lacking / MIB)} or more, or --memory-limit-mib"
+        )
+    return limit_bytes
+
+
+def choose_setting(options: PressureOptions) -> Setting:
+    """Decide all that was left open. Runs the model once where the limit is to be found.
+
+    Raises PsiKvError where the isolation or swap that was asked for can't be had.
+    """
+    penned, _ = choose_isolation(options)
+    size, limit_bytes = None, None
+    if options.memory_limit_mib is not None:
+        limit_bytes = options.memory_limit_mib * MIB
+    elif penned:
+        size = size_of(Path(options.model), options.ctx_size, options.threads)
+        limit_bytes = limit_for(size, options)
+    pressure_bytes = options.pressure_mib * MIB
+    return Setting(
+        isolate="cgroup" if penned else "host",
+        limit_bytes=limit_bytes if penned else None,
+        swap=options.swap if penned else None,
+        swap_bytes=_SWAP_BYTES if penned and options.swap != "none" else 0,
+        prompt_tokens=options.prompt,
+        pressure_bytes=pressure_bytes if penned else min(pressure_bytes, outside_room_bytes()),
+        decode_max_s=_DECODE_MAX_S,
+        size=size,
+        reference={
+            "polls": "avg10 of `some` in the cgroup's memory.pressure"
+            if penned
+            else "avg10 of `some` in /proc",
+            "every_s": POLL_S,
+            "threshold": THRESHOLD,
+            "min_prune": options.min_prune,
+        },
+        governor=msgspec.to_builtins(load_config(sink_cells=options.keep, window_cells=options.tail)),
+    )
+
+
+def scene_of(options: PressureOptions, setting: Setting, folder: Path) -> SceneOptions:
+    """The scene that every variant plays. A neighbour that reads files makes them in `folder`."""
+    return SceneOptions(
+        model=options.model,
+        context_tokens=setting.prompt_tokens,
+        context_cells=options.ctx_size,
+        tokens=options.n_predict,
+        threads=options.threads,
+        keep=options.keep,
+        tail=options.tail,
+        min_prune=options.min_prune,
+        limit_bytes=setting.limit_bytes or MIB,
+        load=options.load,
+        pressure_bytes=setting.pressure_bytes,
+        step_bytes=options.pressure_step_mib * MIB,
+        rate_bytes_per_s=options.pressure_rate_mib_s * MIB,
+        folder=str(folder) if options.load == "files" else "",
+        seed=options.seed,
+        warmup_s=options.pressure_warmup_s,
+        swap=setting.swap or "none",
+        swap_bytes=setting.swap_bytes,
+        decode_max_s=setting.decode_max_s,
+        isolated=setting.isolate == "cgroup",
+    )
+
+
+def is_judged(options: PressureOptions, setting: Setting) -> bool:
+    """Whether what is asked was asked of this: of memory taken beside the model in a cgroup with zram, and of
+    a machine without a neighbour. All else is for information."""
+    calm = not setting.pressure_bytes
+    return setting.isolate == "cgroup" and (calm or (options.load == "memory" and setting.swap == "zram"))
+
+
+def remarks(options: PressureOptions, setting: Setting) -> Iterator[str]:
+    """What a reader has to know before he believes a figure."""
+    if setting.isolate == "host":
+        _, why = choose_isolation(options)
+        yield "NOT ISOLATED, so nothing was pressed and no verdict is given" + (f": {why}" if why else "")
+        asked_bytes = options.pressure_mib * MIB
+        if setting.pressure_bytes < asked_bytes:
+            yield (
+                f"the neighbour took {setting.pressure_bytes // MIB} MiB of the {options.pressure_mib} MiB "
+                "asked for: a quarter of what was available"
+            )
+    elif not is_judged(options, setting):
+        yield "no verdict is given: what is asked is asked of --load memory with --swap zram"
+    for pid, name in mapped_by_others(Path(options.model)):
+        yield (
+            f"process {pid} ({name}) had the model mapped: its weights were charged there and not to the "
+            "cgroup, so every variant had more room than the limit says"
+        )
+
+
+def mapped_by_others(model: Path, root: Path = Path("/")) -> Iterator[tuple[int, str]]:
+    """Processes that have the model's file mapped: their pages stay, and are charged where they are."""
+    wanted = str(model.resolve())
+    for maps in sorted((root / "proc").glob("[0-9]*/maps")):
+        try:
+            with maps.open(errors="surrogateescape") as lines:
+                found = any(line.rstrip("\n").endswith(wanted) for line in lines)
+            if found:
+                yield int(maps.parent.name), (maps.parent / "comm").read_text().strip()
+        except OSError:  # gone meanwhile, or not ours to see
+            continue

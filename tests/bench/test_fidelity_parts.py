@@ -1,0 +1,276 @@
+"""The parts of the benchmark that need no model: plan, hiding, steps, targets, report, store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from psi_kv_governor.bench.fidelity import likelihood, plots, retrieval, spike, targets
+from psi_kv_governor.bench.fidelity.contenders import contenders, needs
+from psi_kv_governor.bench.fidelity.intervals import Interval, Share
+from psi_kv_governor.bench.fidelity.memory_store import MemoryStore
+from psi_kv_governor.bench.fidelity.metrics import Compared
+from psi_kv_governor.bench.fidelity.plan import Options, plan
+from psi_kv_governor.bench.fidelity.results import Likelihood, Retrieval, Speed, Spike
+from psi_kv_governor.bench.fidelity.tasks import Counts
+from psi_kv_governor.config import GovernorConfig
+from psi_kv_governor.errors import BadInputError, BlobCorruptError
+from psi_kv_governor.store.base import BlobTag
+
+CONFIG = GovernorConfig()
+MODEL = Path("model.gguf")
+
+
+def options(**given: object) -> Options:
+    return Options(model=MODEL, **given)
+
+
+# -- plan --------------------------------------------------------------------------------------------------
+
+
+def test_the_quick_form_compares_the_default_with_window_and_random():
+    made = plan(options(quick=True), CONFIG)
+    assert {CONFIG.policy, "window", "random"} <= set(made.names)
+    assert made.ctx == [2048]
+    assert len(made.texts) == 1
+
+
+def test_random_always_joins_in_under_several_seeds_and_full_is_no_policy():
+    made = contenders(["full", "window", "window"], seed=7, seeds=3)
+    assert [one.name for one in made] == ["window", "random"]
+    assert [policy.seed for policy in made[1].policies] == [7, 8, 9]
+
+
+def test_evidence_is_gathered_for_all_together():
+    assert needs(contenders(["window"], seed=0, seeds=1)) == frozenset()
+    assert needs(contenders(["attention", "keydiff"], seed=0, seeds=1)) == {"attention", "key_diffs"}
+
+
+def test_shares_and_lengths_are_sorted_and_taken_once():
+    made = plan(options(shares=(0.5, 0.25, 0.5), ctx=(4096, 2048, 2048)), CONFIG)
+    assert made.shares == [0.25, 0.5]
+    assert made.ctx == [2048, 4096]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"policies": ("windw",)}, "did you mean window"),
+        ({"shares": (1.5,)}, "share of 1.5 is not usable"),
+        ({"shares": (0.0,)}, "share of 0 is not usable"),
+        ({"shares": (float("nan"),)}, "share of nan is not usable"),
+        ({"shares": (-0.25,)}, "share of -0.25 is not usable"),
+        ({"ctx": (1024,)}, "too short to give up 75%"),
+        ({"ctx": (2048, 0)}, "context of 0 tokens is too short"),
+        ({"texts": ("novel",)}, "unknown text 'novel'"),
+        ({"seed": -1}, "seed of -1 is not usable"),
+    ],
+)
+def test_what_can_not_be_measured_is_refused_in_one_line(given, told):
+    with pytest.raises(BadInputError, match=told) as caught:
+        plan(options(**given), CONFIG)
+    assert "\n" not in str(caught.value)
+
+
+# -- hiding and asking -------------------------------------------------------------------------------------
+
+
+class Letters:
+    """A subject whose tokens are letters, and which reads nothing."""
+
+    opening = (1,)
+
+    def tokens(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+
+def test_facts_are_hidden_whole_in_order_of_depth_and_the_text_is_as_long_as_asked():
+    made = msgspec.structs.replace(
+        plan(options(ctx=(2048,), texts=("syntax",)), CONFIG),
+        haystacks=1,
+        counts=(Counts(needles=6, keys=3),),
+    )
+    hay = next(iter(retrieval.haystacks(Letters(), made)))
+    text = "".join(map(chr, hay.tokens))
+    assert len(hay.tokens) == 2048
+    for asked in hay.asked:
+        place = text.index(asked.question.facts[0].sentence) / len(text)
+        assert asked.third == retrieval.THIRDS[min(2, int((place - 0.08) / (0.80 - 0.08) * 3))]
+
+
+def test_greedy_decoding_has_to_give_every_token_of_the_answer():
+    made = msgspec.structs.replace(
+        plan(options(ctx=(2048,), texts=("syntax",)), CONFIG), haystacks=1, counts=(Counts(needles=3),)
+    )
+    asked = next(iter(retrieval.haystacks(Letters(), made))).asked[0]
+    answer = f" {asked.question.steps[0].answer}"
+    assert "".join(chr(asked.tokens[i]) for i in sorted(asked.answer)) == answer
+    logits = np.zeros((len(asked.tokens) - 1, 128), dtype=np.float32)
+    logits[np.arange(len(logits)), asked.tokens[1:]] = 1.0
+    assert asked.right(logits, 0)
+    assert asked.right(logits[asked.stem - 1 :], asked.stem - 1)
+    logits[max(asked.answer) - 1, 0] = 2.0
+    assert not asked.right(logits, 0)
+
+
+def test_a_text_too_short_to_hide_in_is_refused():
+    made = msgspec.structs.replace(
+        plan(options(ctx=(2048,), texts=("syntax",)), CONFIG), haystack_tokens=1_000_000
+    )
+    with pytest.raises(BadInputError, match="too few to hide facts"):
+        next(iter(retrieval.haystacks(Letters(), made)))
+
+
+def test_a_task_is_beyond_the_model_below_four_fifths():
+    def outcomes(task: str, right: int) -> list[retrieval.Outcome]:
+        return [retrieval.Outcome(task, "early", "later", "full", 0.0, i < right) for i in range(10)]
+
+    table = retrieval.tasks([*outcomes("needle", 8), *outcomes("chain", 7)])
+    assert [(task.name, task.able) for task in table] == [("needle", True), ("chain", False)]
+
+
+# -- distributions -----------------------------------------------------------------------------------------
+
+
+def compared(kl: float, nll: float) -> Compared:
+    return Compared(kl=np.full(32, kl), top1=np.ones(32), nll=np.full(32, nll))
+
+
+def test_lines_are_over_all_by_text_and_by_length_and_seeds_count_as_one():
+    made = msgspec.structs.replace(plan(options(ctx=(2048, 4096), texts=("syntax", "code")), CONFIG))
+    runs = [
+        likelihood.Run(text, ctx, policy, share, compared(kl, nll))
+        for text in made.texts
+        for ctx in made.ctx
+        for policy, share, kl, nll in (
+            ("full", 0.0, 0.0, 1.0),
+            ("random", 0.5, 0.1, 1.2),
+            ("random", 0.5, 0.3, 1.2),
+        )
+    ]
+    table = likelihood.summed(runs, made)
+    mine = {(line.text, line.ctx): line for line in table if line.policy == "random"}
+    assert set(mine) == {("", 0), ("syntax", 0), ("code", 0), ("", 2048), ("", 4096)}
+    for found in mine.values():
+        assert found.kl.mean == pytest.approx(0.2)
+        assert found.perplexity == pytest.approx(np.exp(1.2))
+        assert found.perplexity_ratio.mean == pytest.approx(np.exp(0.2))
+
+
+@given(st.integers(0, 100), st.sampled_from([16, 64, 128]))
+def test_five_steps_are_whole_blocks_and_make_the_whole(blocks, block_cells):
+    goals = likelihood._goals(blocks * block_cells, block_cells)
+    assert len(goals) == likelihood.STEPS
+    assert sum(goals) == blocks * block_cells
+    assert all(goal >= 0 and goal % block_cells == 0 for goal in goals)
+    assert max(goals) - min(goals) <= block_cells
+
+
+def test_agreement_is_counted_up_to_the_first_other_token():
+    assert spike.agreeing([1, 2, 3], [1, 2, 3]) == 3
+    assert spike.agreeing([1, 2, 3], [1, 9, 3]) == 1
+    assert spike.agreeing([], []) == 0
+
+
+# -- targets -----------------------------------------------------------------------------------------------
+
+
+def line(text: str, policy: str, share: float, kl: float, top1: float = 1.0) -> Likelihood:
+    one = Interval(1.0, 1.0, 1.0)
+    return Likelihood(
+        text=text, ctx=0, policy=policy, share=share, kl=Interval(kl, kl, kl),
+        top1=Interval(top1, top1, top1), perplexity=2.0, perplexity_ratio=one,
+    )  # fmt: skip
+
+
+def test_the_worst_text_is_judged():
+    table = [
+        line("a", "hybrid", 0.5, 0.02), line("a", "window", 0.5, 0.03), line("a", "random", 0.5, 0.08),
+        line("b", "hybrid", 0.5, 0.05), line("b", "window", 0.5, 0.04), line("b", "random", 0.5, 0.08),
+        line("a", "hybrid", 0.25, 0.0, 0.99), line("b", "hybrid", 0.25, 0.0, 0.94),
+    ]  # fmt: skip
+    random, window, agreement = targets.likelihood_figures(table, "hybrid")
+    assert (targets.judged(random), random.passed) == (pytest.approx(0.625), False)
+    assert (targets.judged(window), window.passed) == (pytest.approx(1.25), False)
+    assert (targets.judged(agreement), agreement.passed) == (0.94, False)
+
+
+def test_what_was_not_measured_is_not_judged():
+    assert list(targets.likelihood_figures([line("a", "hybrid", 0.4, 0.02)], "hybrid")) == []
+    assert list(targets.needle_figures([])) == []
+    assert list(targets.exact_figures([], None)) == []
+    assert list(targets.speed_figures(None)) == []
+
+
+def needles(policy: str, right: int, when: str = "known") -> Retrieval:
+    return Retrieval(
+        task="needle", when=when, policy=policy, share=0.75, all=Share(right, 20, 0.0, 1.0), by_depth={}
+    )
+
+
+@pytest.mark.parametrize(
+    ("window", "attention", "passed"), [(0, 1, False), (0, 2, True), (5, 9, False), (5, 10, True)]
+)
+def test_twice_as_many_needles_as_window_and_none_of_window_counts_as_one(window, attention, passed):
+    (found,) = targets.needle_figures([needles("window", window), needles("attention", attention)])
+    assert found.passed is passed
+
+
+def test_only_a_question_that_was_known_is_judged_and_both_are_told():
+    table = [needles("window", 2), needles("attention", 8)]
+    table += [needles("window", 2, "later"), needles("attention", 3, "later")]
+    assert [found.passed for found in targets.needle_figures(table)] == [True, None]
+
+
+def test_one_wrong_bit_after_a_restore_is_a_failure():
+    kept = Spike(
+        text="a", policy="window", share=0.5, same_under_pressure=3, same_after_restore=16, tokens=16,
+        differing_logits=0,
+    )  # fmt: skip
+    assert all(found.passed for found in targets.exact_figures([kept], 0))
+    other = msgspec.structs.replace(kept, differing_logits=1)
+    assert [found.passed for found in targets.exact_figures([kept, other], 1)] == [False, True, False]
+
+
+def test_half_the_cache_has_to_be_faster():
+    slow = Speed(policy="window", ctx=2048, full_s=[1.0, 1.0, 1.0], trimmed_s=[0.8, 1.1, 1.2])
+    assert [found.passed for found in targets.speed_figures(slow)] == [False]
+    fast = msgspec.structs.replace(slow, trimmed_s=[0.8, 0.9, 1.2])
+    assert [found.passed for found in targets.speed_figures(fast)] == [True]
+
+
+def test_every_policy_of_the_package_has_a_colour_of_its_own():
+    names = [*plan(options(), CONFIG).names, "mine", "yours"]
+    colours = [plots._colour(name, names) for name in names]
+    assert len(set(colours)) == len(names)
+
+
+# -- the store ---------------------------------------------------------------------------------------------
+
+TAG = BlobTag(model="m", library="l", layout="f16", start=0, stop=4)
+
+
+@given(st.lists(st.binary(min_size=1, max_size=50), min_size=1, max_size=5))
+def test_the_memory_store_gives_back_what_it_got(chunks):
+    store = MemoryStore()
+    total = sum(map(len, chunks))
+    key = store.put(TAG, total, map(memoryview, chunks))
+    assert store.used_bytes == total
+    back = [bytearray(len(chunk)) for chunk in chunks]
+    store.get(key, TAG, map(memoryview, back))
+    assert [bytes(part) for part in back] == chunks
+    store.drop(key)
+    store.drop(key)
+    assert store.used_bytes == 0
+
+
+def test_the_memory_store_refuses_another_tag():
+    store = MemoryStore()
+    key = store.put(TAG, 2, [memoryview(b"ab")])
+    with pytest.raises(BlobCorruptError):
+        store.get(key, msgspec.structs.replace(TAG, stop=5), [memoryview(bytearray(2))])

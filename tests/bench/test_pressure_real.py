@@ -1,0 +1,217 @@
+"""The pressure benchmark with the real model under real pressure, and what is left of it however it ends."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from psi_kv_governor.bench import guardian
+from psi_kv_governor.bench.pressure.sizing import size_of
+from psi_kv_governor.bench.scene import run_scene
+from psi_kv_governor.bench.script import MIB, SceneOptions, StageChanged
+from psi_kv_governor.errors import PsiKvError
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks/pressure_bench.py"
+ENV = {**os.environ, "PYTHONPATH": guardian.package_path()}
+SMALL = [
+    *("-c", "1024", "--prompt-tokens", "448", "-n", "24", "--variant-cooldown-s", "0"),
+    *("--pressure-mib", "100", "--memory-limit-mib", "230"),
+]
+"""A cache of 22 MiB, all of it resident with plain llama.cpp."""
+LONG = ["-c", "4096", "--prompt-tokens", "352", "-n", "3000", "--pressure-mib", "150", "--variants", "fixed"]
+"""A pressed time of minutes."""
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENV,
+        text=True,
+    )
+
+
+def wait_for(process: subprocess.Popen[str], end_of_line: str) -> None:
+    """Until a line of its progress ends so."""
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if line.rstrip().endswith(end_of_line):
+            return
+    pytest.fail("it ended too soon: " + "".join(said))
+
+
+def swap_devices() -> set[str]:
+    return {line.split()[0] for line in Path("/proc/swaps").read_text().splitlines()[1:]}
+
+
+def pens_of(pid: int) -> list[Path]:
+    return list(Path("/sys/fs/cgroup").glob(f"**/psi-kv-pen-{pid}-*"))
+
+
+def pids_in(pens: list[Path]) -> set[int]:
+    return {int(word) for pen in pens for word in (pen / "cgroup.procs").read_text().split()}
+
+
+def running(pids: set[int]) -> set[int]:
+    """Those that are there and are no zombies that their new parent has not yet collected."""
+    found = set()
+    for pid in pids:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if state != "Z":
+            found.add(pid)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.llama
+@pytest.mark.swap
+def test_three_variants_under_pressure_give_a_whole_report(demo_model, tmp_path):
+    folder = tmp_path / "report"
+    process = start(*SMALL, "--model", str(demo_model), "--repeats", "1", "--out-dir", str(folder), "--json")
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode in {0, 1}, errors  # so small a scene may miss what is asked
+    assert "Traceback" not in errors
+    result = json.loads(output)
+    assert result["complete"] is True
+    found = {run["result"]["variant"]: run["result"] for run in result["runs"]}
+    assert list(found) == ["fixed", "reference", "psi"]
+    for run in found.values():
+        assert run["tokens"] == 24 or run["killed"]
+        assert run["neighbour_work"][-1][1] > 100 * MIB
+        assert run["peak_resident_bytes"] > 100 * MIB
+        assert 0.0 <= run["stall"] <= 1.0
+    assert found["fixed"]["bytes_returned"] == found["fixed"]["trims"] == 0
+    assert found["reference"]["bytes_returned"] < MIB
+    assert found["psi"]["missing_cells"] == 0
+    rows = list(csv.DictReader((folder / "samples.csv").open()))
+    assert {row["variant"] for row in rows} == set(found)
+    assert all(int(row["resident_bytes"]) > 0 for row in rows)
+    assert (folder / "timeline.png").stat().st_size > 10_000
+    assert (folder / "runs.png").stat().st_size > 10_000
+
+
+@pytest.mark.llama
+@pytest.mark.cgroup
+def test_the_reference_removes_the_middle_decodes_on_and_returns_nothing(demo_model, monkeypatch, tmp_path):
+    # Its own file instead of the pen's, so that it sees pressure whatever this machine does.
+    psi = tmp_path / "memory.pressure"
+    psi.write_text("some avg10=50.00 avg60=0.00 avg300=0.00 total=1\n")
+    monkeypatch.setattr("psi_kv_governor.bench.scene.MACHINE_PRESSURE", psi)
+    options = SceneOptions(
+        model=str(demo_model), context_tokens=448, context_cells=1024, tokens=12, keep=16, tail=64,
+        min_prune=64, isolated=False, pressure_bytes=0,
+    )  # fmt: skip
+    found = run_scene("reference", options)
+    assert found.tokens == 12
+    assert found.trims == 1
+    assert found.missing_cells == pytest.approx(448 + 16 - 64 - 16, abs=1)
+    assert found.final_cells == 448 + 16 + 12 - found.missing_cells
+    assert found.restored is False
+    assert found.bytes_returned < MIB
+    assert found.neighbour_bytes_per_s is None
+
+
+@pytest.mark.llama
+@pytest.mark.cgroup
+def test_a_neighbour_that_reads_files_or_ramps_is_counted_too(demo_model, tmp_path):
+    for load in ("files", "ramp"):
+        options = SceneOptions(
+            model=str(demo_model), context_tokens=96, context_cells=512, tokens=8, swap="none", load=load,
+            pressure_bytes=50 * MIB, rate_bytes_per_s=50 * MIB, folder=str(tmp_path), warmup_s=0.5,
+            limit_bytes=600 * MIB,
+        )  # fmt: skip
+        stages = []
+        found = run_scene("fixed", options, stages.append)
+        assert found.tokens == 8
+        assert found.decoding_from_s >= 0.5
+        assert found.neighbour_bytes_per_s > 0
+        assert any(isinstance(event, StageChanged) and event.stage == "pressed" for event in stages)
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.llama
+def test_the_size_of_a_model_is_its_process_with_the_whole_cache(demo_model):
+    small, large = (size_of(demo_model, cells, 1) for cells in (512, 4096))
+    assert large.weights_bytes == demo_model.stat().st_size
+    assert small.cell_bytes == large.cell_bytes == pytest.approx(23_040, rel=0.01)
+    assert large.resident_bytes - small.resident_bytes == pytest.approx(3584 * 23_040, rel=0.25)
+    with pytest.raises(PsiKvError, match="can't be run with 512 cells"):
+        size_of(Path(__file__), 512, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.llama
+@pytest.mark.swap
+def test_interrupted_it_keeps_the_runs_it_finished_and_cleans_up(demo_model, tmp_path):
+    folder = tmp_path / "report"
+    before = swap_devices()
+    process = start(
+        *SMALL, "--model", str(demo_model), "--variants", "fixed", "--repeats", "3", "--out-dir", str(folder),
+    )  # fmt: skip
+    wait_for(process, "run 2 of 3: fixed")
+    wait_for(process, "fixed: filling the context")
+    pens, devices = pens_of(process.pid), swap_devices() - before
+    pids = pids_in(pens)
+    assert pens
+    assert devices
+    assert pids
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert output == ""
+    assert errors.splitlines()[-1] == "psi-kv: interrupted"
+    assert "1 finished runs are kept in" in errors
+    kept = json.loads((folder / "result.json").read_text())
+    assert (kept["complete"], len(kept["runs"])) == (False, 1)
+    assert (folder / "timeline.png").exists()
+    assert not running(pids)
+    assert not any(pen.exists() for pen in pens)
+    assert not devices & swap_devices()
+
+
+@pytest.mark.slow
+@pytest.mark.llama
+@pytest.mark.swap
+@pytest.mark.parametrize("load", ["memory", "files"])
+def test_nothing_outlives_a_benchmark_that_is_killed_under_pressure(demo_model, tmp_path, load):
+    folder = tmp_path / "report"
+    before = swap_devices()
+    process = start(
+        *LONG,
+        "--model",
+        str(demo_model),
+        "--memory-limit-mib",
+        "360",
+        "--load",
+        load,
+        "--out-dir",
+        str(folder),
+    )
+    wait_for(process, "fixed: decoding")
+    pens, devices = pens_of(process.pid), swap_devices() - before
+    pids = pids_in(pens)
+    assert len(pids) == 2, "the model and its neighbour"
+    assert devices
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=10)
+    deadline_s = time.monotonic() + 20.0
+    while time.monotonic() < deadline_s:
+        left = running(pids), [pen for pen in pens if pen.exists()], devices & swap_devices()
+        if not any(left):
+            break
+        time.sleep(0.1)
+    assert not any(left)
+    assert list(folder.iterdir()) == []

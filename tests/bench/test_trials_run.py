@@ -1,0 +1,159 @@
+"""The trials with the real model in real pens, with tiny settings, and that nothing of them stays behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from psi_kv_governor.bench import guardian
+from psi_kv_governor.bench.record import Options
+from psi_kv_governor.bench.script import MIB
+from psi_kv_governor.bench.trials import capacity_bench, latency_bench, oom_bench
+from psi_kv_governor.bench.trials.capacity_plan import CapacityOptions
+from psi_kv_governor.bench.trials.latency_plan import LatencyOptions
+from psi_kv_governor.bench.trials.oom_plan import OomOptions
+from psi_kv_governor.errors import BadInputError, PsiKvError
+
+pytestmark = [pytest.mark.llama, pytest.mark.cgroup, pytest.mark.slow]
+
+OOM = OomOptions(context_tokens=1536, runs=2, rates=(100.0,), hold_s=0.5, mmap=False)
+GENTLE = OomOptions(
+    context_tokens=256, runs=2, rates=(0.0,), hold_s=0.2, limit_bytes=400 * MIB, load_bytes=20 * MIB
+)
+LATENCY = LatencyOptions(
+    context_tokens=1024, onsets=1, control=0, modes=("decode",), rate=0.0, hold_s=0.5, hold_max_s=5.0
+)
+
+
+def leftovers() -> list[str]:
+    """Pens and model processes on this machine that the trials started."""
+    found = [
+        str(path) for path in Path("/sys/fs/cgroup").glob("**/psi-kv-pen-*") if str(os.getpid()) in str(path)
+    ]
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        if parent == os.getpid() and b"psi_kv_governor.bench" in b" ".join(words):
+            found.append(b" ".join(words).decode())
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left():
+    yield
+    assert leftovers() == []
+
+
+def test_a_fixed_cache_is_killed_and_what_is_finished_is_not_run_again(demo_model, tmp_path):
+    told: list[str] = []
+    options = Options(model=demo_model)
+    report = oom_bench.run(options, OOM, tmp_path, told.append, resume=False)
+    assert not report.interrupted
+    by_variant = {row["variant"]: row for row in report.rows}
+    assert by_variant["fixed"]["model_killed"] == 1
+    assert by_variant["fixed"]["returned_bytes"] == [0]
+    assert by_variant["psi"]["runs"] == 1
+    assert by_variant["psi"]["returned_bytes"][0] > 5 * MIB  # whether it was in time is the governor's matter
+    assert (tmp_path / "kills.png").exists()
+    assert any("decoding the context once" in word for word in told)
+    lines = (tmp_path / "trials.jsonl").read_bytes()
+    again = oom_bench.run(options, OOM, tmp_path, resume=True)
+    assert (tmp_path / "trials.jsonl").read_bytes() == lines
+    assert again.rows == report.rows
+    with pytest.raises(BadInputError, match="other options"):
+        oom_bench.run(options, OomOptions(), tmp_path, resume=True)
+
+
+def test_an_interrupted_run_reports_what_is_finished(demo_model, tmp_path):
+    def say(doing: str) -> None:
+        if doing.startswith("run 2"):
+            raise KeyboardInterrupt
+
+    report = oom_bench.run(Options(model=demo_model), GENTLE, tmp_path, say, resume=False)
+    assert report.interrupted
+    assert sum(row["runs"] for row in report.rows) == 1
+    assert "Interrupted" in (tmp_path / "summary.md").read_text()
+
+
+def test_an_onset_is_answered_and_the_context_is_whole_again(demo_model, tmp_path):
+    report = latency_bench.run(Options(model=demo_model), LATENCY, tmp_path, resume=False)
+    (onset,) = report.rows
+    assert not onset["killed"]
+    assert onset["whole"]
+    assert onset["returned_s"] is not None
+    assert onset["returned_bytes"] > MIB
+    assert onset["restore_s"] is not None
+    assert onset["near"]["calm"]
+    assert onset["near"]["restore"]
+    assert 0.0 < onset["watch_share"] < 0.5
+    assert (tmp_path / "reactions.png").exists()
+
+
+def test_a_limit_is_probed_until_the_longest_is_known(demo_model, tmp_path):
+    options = CapacityOptions(
+        limits_bytes=(400 * MIB,), most_tokens=512, tokens=4, resolution=2.0, least_tokens_per_s=0.5
+    )
+    report = capacity_bench.run(Options(model=demo_model), options, tmp_path, resume=False)
+    assert [(row["variant"], row["length"], row["ending"]) for row in report.rows] == [
+        ("fixed", 512, "survived"),
+        ("psi", 512, "survived"),
+    ]
+    assert all(row["live_cells"] + row["spilled_cells"] + row["lost_cells"] == 512 for row in report.rows)
+    assert all(len(row["token_s"]) == 4 for row in report.rows)
+    assert (tmp_path / "probes.csv").read_text().count("\n") == 3
+
+
+def test_a_context_that_does_not_fit_is_killed_and_nothing_survives(demo_model):
+    options = CapacityOptions(limits_bytes=(48 * MIB,), most_tokens=256, tokens=4)
+    report = capacity_bench.run(Options(model=demo_model), options, None, resume=False)
+    assert {row["ending"] for row in report.rows} == {"killed"}
+    assert report.figures == []
+
+
+def test_a_model_that_does_not_fit_alone_says_so(demo_model):
+    options = OomOptions(
+        context_tokens=256, runs=1, limit_bytes=64 * MIB, load_bytes=32 * MIB, rates=(0.0,), mmap=False
+    )
+    with pytest.raises(PsiKvError, match="does not fit into 64 MiB"):
+        oom_bench.run(Options(model=demo_model), options, None, resume=False)
+
+
+def test_a_killed_benchmark_leaves_nothing(demo_model):
+    argv = [sys.executable, "-m", "psi_kv_governor.cli", "bench", "oom", "--ctx", "256", "--limit-mib", "400"]
+    argv += ["--load-mib", "20", "--rates", "10", "--hold-s", "60", "--model", str(demo_model)]
+    process = subprocess.Popen(
+        argv,
+        env={**os.environ, "PYTHONPATH": guardian.package_path()},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def pens() -> list[Path]:
+        return list(Path("/sys/fs/cgroup").glob(f"**/psi-kv-pen-{process.pid}-*"))
+
+    def inside() -> set[str]:
+        return {pid for pen in pens() for pid in (pen / "cgroup.procs").read_text().split()}
+
+    def wait_for(met) -> bool:
+        deadline_s = time.monotonic() + 60.0
+        while not met() and time.monotonic() < deadline_s and process.poll() in {None, -signal.SIGKILL}:
+            time.sleep(0.05)
+        return bool(met())
+
+    try:
+        assert wait_for(lambda: len(inside()) >= 2), "the model and its neighbour run in the pen"
+        started = inside()
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert wait_for(lambda: not pens())
+    assert wait_for(lambda: not any(Path("/proc", pid).exists() for pid in started))

@@ -1,0 +1,91 @@
+"""Fabricated outcomes of trials."""
+
+from __future__ import annotations
+
+from psi_kv_governor.bench.trials.capacity_plan import Probe
+from psi_kv_governor.bench.trials.latency_plan import Near, Onset
+from psi_kv_governor.bench.trials.oom_plan import Trial
+from psi_kv_governor.bench.trials.sizing import Sizes
+from psi_kv_governor.bench.trials.watch import Look
+
+MIB = 1 << 20
+
+
+def trial(variant="psi", rate=100.0, **changed) -> Trial:
+    """A run that both survived."""
+    fields = {
+        "number": 1,
+        "sizes": Sizes(limit_bytes=400 * MIB, load_bytes=150 * MIB),
+        "fresh": True,
+        "model_killed": False,
+        "neighbour_killed": False,
+        "stuck": False,
+        "seconds": 3.0,
+        "taken_bytes": 150 * MIB,
+        "token_s": [0.02, 0.03, 0.5],
+        "peak_bytes": 300 * MIB,
+        "held_bytes": 200 * MIB,
+        "returned_bytes": 100 * MIB,
+        "trims": 2,
+        "first_returned_s": 0.2,
+        "least_headroom_bytes": MIB,
+        "stall_s": 0.1,
+        "whole": True,
+        "whole_s": 0.5,
+        "trail": [],
+    }
+    return Trial(variant=variant, rate=rate, **{**fields, **changed})
+
+
+def probe(variant="psi", length=1024, ending="survived", **changed) -> Probe:
+    """A probe in 200 MiB."""
+    fields = {
+        "limit_bytes": 200 * MIB,
+        "why": "" if ending == "survived" else "the kernel killed it",
+        "done_tokens": length,
+        "prefill_tokens_per_s": 80.0,
+        "token_s": [0.05, 0.1] if ending == "survived" else [],
+        "peak_bytes": 190 * MIB,
+        "live_cells": length,
+        "spilled_cells": 0,
+        "lost_cells": 0,
+        "returned_bytes": 0,
+        "trims": 0,
+        "last_turn": "",
+    }
+    return Probe(variant=variant, length=length, ending=ending, **{**fields, **changed})
+
+
+def onset(mode="decode", **changed) -> Onset:
+    """A governed onset: a sign after 0.3 s, bytes back 0.1 s later, and no poller that noticed."""
+    fields = {
+        "number": 1,
+        "variant": "psi",
+        "killed": False,
+        "signal": "headroom",
+        "signal_s": 0.3,
+        "returned_s": 0.4,
+        "fell_s": 0.35,
+        "poll_s": [None, None],
+        "hold_s": 3.0,
+        "returned_bytes": 30 * MIB,
+        "trims": 1,
+        "reason": "headroom",
+        "restore_s": 0.1,
+        "whole": True,
+        "near": Near(calm=[0.02], trim=[0.1], restore=[0.08], pressed=[0.03]),
+        "watch_share": 0.02,
+    }
+    return Onset(mode=mode, **{**fields, **changed})
+
+
+def look(time_s, some_us=0, avg10=0.0, headroom_bytes=100 * MIB, anonymous_bytes=100 * MIB) -> Look:
+    """A look at a calm pen."""
+    return Look(
+        time_s=time_s,
+        some_us=some_us,
+        full_us=0,
+        avg10=avg10,
+        headroom_bytes=headroom_bytes,
+        anonymous_bytes=anonymous_bytes,
+    )

@@ -1,0 +1,459 @@
+"""Everything that can go wrong with sensing, a row each: with the kernel's own files wherever that can be."""
+
+from __future__ import annotations
+
+import base64
+import errno
+import os
+import select
+import socket
+from pathlib import Path
+
+import pytest
+from sensing_help import Watched, as_nobody, in_own_process, lasted_s, v2_group
+
+from psi_kv_governor.bench.cgroups import find_place, make_group, remove_group
+from psi_kv_governor.errors import BadInputError, SourceLostError
+from psi_kv_governor.pressure import machine as machine_module
+from psi_kv_governor.pressure import waker as waker_module
+from psi_kv_governor.pressure import waking as waking_module
+from psi_kv_governor.pressure.cgroup import Cgroup, OwnCgroups
+from psi_kv_governor.pressure.discovery import discover
+from psi_kv_governor.pressure.headroom import HeadroomReader
+from psi_kv_governor.pressure.machine import MachineSource
+from psi_kv_governor.pressure.psi import PsiFile
+from psi_kv_governor.pressure.waker import PLAIN_TRIGGER, QUICK_TRIGGER, PsiTrigger, arm
+from psi_kv_governor.pressure.waking import find_waker
+
+OWN, MACHINE = "sys/fs/cgroup/app/memory.pressure", "proc/pressure/memory"
+WHOLE = Path("/proc/pressure/memory")
+needs_psi = pytest.mark.skipif(not WHOLE.exists(), reason="this kernel keeps no PSI: boot with psi=1")
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture
+def v2(tree):
+    """A machine with PSI everywhere, whose files a test can break."""
+    tree.membership("0::/app")
+    tree.mounts(("v2", "/", "/sys/fs/cgroup"))
+    tree.v2("sys/fs/cgroup/app", max="400000000", current="100000000")
+    tree.machine_psi()
+    return tree
+
+
+@pytest.fixture
+def watched(v2, monkeypatch):
+    made = Watched(monkeypatch, v2.root, {})
+    assert made.sensor.name == str(v2.root / OWN)
+    yield made
+    made.sensor.close()
+
+
+def refuse(monkeypatch, module, number: int) -> None:
+    """Arming a trigger fails as the kernel would have it fail."""
+
+    def refused(path: Path) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(module, "arm", refused)
+
+
+# -- the PSI file --------------------------------------------------------------------------------------------
+
+
+def lose(path: Path) -> None:
+    path.write_text("")  # what an open file answers whose cgroup is on its way out
+    path.unlink()
+
+
+def garble(path: Path) -> None:
+    path.write_text("<html>\n")
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+BREAKS = [
+    pytest.param(lose, "No such file", id="PSI file missing"),
+    pytest.param(garble, "not a line of a PSI file", id="PSI file garbage"),
+    pytest.param(truncate, "middle of a line", id="PSI file truncated"),
+]
+
+
+@pytest.mark.parametrize(("damage", "why"), BREAKS)
+def test_at_start_the_next_rung_is_taken(v2, damage, why):
+    damage(v2.root / OWN)
+    discovery = discover(v2.root, {})
+    assert discovery.source.name == str(v2.root / MACHINE)
+    assert discovery.considered[1].why
+    discovery.source.close()
+
+
+@pytest.mark.parametrize(("damage", "why"), BREAKS)
+def test_while_running_the_next_rung_is_taken_and_the_better_one_tried_again(watched, v2, damage, why):
+    assert watched.sensor.read() is not None
+    good = (v2.root / OWN).read_bytes()
+    damage(v2.root / OWN)
+    assert watched.sensor.read() is None
+    assert watched.sensor.read().source == str(v2.root / MACHINE)
+    (source, said), *more = watched.changes()
+    assert (source, more) == (str(v2.root / MACHINE), [])
+    assert why in said
+    (v2.root / OWN).write_bytes(good)
+    watched.later()
+    assert watched.sensor.read().source == str(v2.root / MACHINE)  # it failed just now: no flapping
+    watched.sensor._bars._bars.clear()  # some time has passed
+    watched.later()
+    assert watched.sensor.read().source == str(v2.root / OWN)
+    assert watched.changes()[1:] == [(str(v2.root / OWN), "a better source answers")]
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOENT], ids=["EOPNOTSUPP", "ENOENT"])
+def test_a_kernel_with_psi_off_says_how_to_turn_it_on(v2, monkeypatch, number):
+    real = os.open
+
+    def off(path, *rest, **named):
+        if str(path).endswith(("memory.pressure", "pressure/memory")):
+            raise OSError(number, os.strerror(number))
+        return real(path, *rest, **named)
+
+    monkeypatch.setattr(os, "open", off)
+    discovery = discover(v2.root, {})
+    assert discovery.source.name.startswith("headroom alone")
+    assert all("psi=1" in candidate.why for candidate in discovery.considered[1:3])
+    waking = find_waker(v2.root, {})
+    assert waking.waker is None
+    assert "psi=1" in waking.considered[-1].why
+    discovery.source.close()
+
+
+def test_psi_that_is_switched_off_for_the_cgroup_while_running_is_lost():
+    """With the kernel's own switch."""
+    with v2_group("switch") as folder:
+        switch = folder / "cgroup.pressure"
+        if not switch.exists():
+            pytest.skip("this kernel has no cgroup.pressure: Linux 6.1 or later")
+        file = PsiFile(folder / "memory.pressure")
+        file.read()
+        switch.write_text("0")
+        with pytest.raises(SourceLostError, match="no longer answers"):
+            file.read()
+        switch.write_text("1")
+        file.read()
+        file.close()
+
+
+def test_unreadable_says_whose_right_is_missing():
+    with v2_group("unreadable") as folder:
+        path = folder / "memory.pressure"
+        path.chmod(0)
+        with as_nobody(), pytest.raises(PermissionError):
+            PsiFile(path)
+        with as_nobody(), pytest.raises(PermissionError):
+            arm(path)
+
+
+def test_a_right_that_is_lost_while_running_is_a_lost_source(v2, monkeypatch, watched):
+    watched.sensor.read()
+    real = os.pread
+
+    def denied(descriptor: int, size: int, offset: int) -> bytes:
+        if str(Path(f"/proc/self/fd/{descriptor}").readlink()).endswith(OWN):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", denied)
+    assert watched.sensor.read() is None
+    assert watched.sensor.read().source == str(v2.root / MACHINE)
+    assert "Permission denied" in watched.changes()[0][1]
+
+
+# -- the trigger ---------------------------------------------------------------------------------------------
+
+
+@needs_psi
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(b"junk\0", id="EINVAL: no trigger"),
+        pytest.param(b"some 0 2000000\0", id="EINVAL: no threshold"),
+        pytest.param(b"some 3000000 2000000\0", id="EINVAL: more than the window"),
+        pytest.param(b"some 100000 20000000\0", id="EINVAL: too long a window"),
+        pytest.param(b"", id="EINVAL: empty"),
+    ],
+)
+def test_the_kernel_refuses_a_bad_trigger_and_no_descriptor_is_left(spec):
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(OSError, match="Invalid argument"):
+        PsiTrigger(WHOLE, spec)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@needs_psi
+def test_a_short_window_that_is_refused_becomes_a_long_one(monkeypatch):
+    """EINVAL without CAP_SYS_RESOURCE; with it the quick trigger is had at once."""
+    tried = []
+
+    def spy(path: Path, spec: bytes) -> PsiTrigger:
+        tried.append(spec)
+        return PsiTrigger(path, spec)
+
+    monkeypatch.setattr(waker_module, "PsiTrigger", spy)
+    trigger = arm(WHOLE)
+    assert not select_once(trigger, 0) & select.POLLERR
+    trigger.close()
+    assert tried in ([QUICK_TRIGGER], [QUICK_TRIGGER, PLAIN_TRIGGER])
+
+
+@needs_psi
+def test_ebusy_leaves_the_trigger_armed():
+    trigger = arm(WHOLE)
+    with pytest.raises(OSError, match="busy"):
+        os.write(trigger.fileno(), PLAIN_TRIGGER)
+    assert not select_once(trigger, 0) & select.POLLERR
+    trigger.close()
+
+
+def select_once(trigger: PsiTrigger, timeout_ms: int) -> int:
+    poll = select.poll()
+    poll.register(trigger.fileno(), trigger.mask)
+    return dict(poll.poll(timeout_ms)).get(trigger.fileno(), 0)
+
+
+@pytest.mark.parametrize(
+    "number", [errno.EINVAL, errno.EBUSY, errno.EPERM, errno.EACCES], ids=errno.errorcode.get
+)
+def test_a_trigger_that_is_refused_leaves_polling(v2, monkeypatch, number):
+    refuse(monkeypatch, waking_module, number)
+    made = Watched(monkeypatch, v2.root, {})
+    assert made.sensor.bell.waker is None
+    assert made.sensor.read().source == str(v2.root / OWN)
+    assert 0.05 <= lasted_s(lambda: made.sensor.wait(0.05)) < 5.0
+    refused = find_waker(v2.root, {}).considered[1:]
+    assert all(not candidate.usable and candidate.why for candidate in refused)
+    made.sensor.close()
+
+
+def test_a_trigger_is_never_written_into_somebody_s_file(v2, tmp_path):
+    """A file that only looks like PSI stays as it is."""
+    for path in (v2.root / OWN, v2.root / MACHINE):
+        before = path.read_bytes()
+        with pytest.raises(BadInputError, match="no file of the kernel"):
+            arm(path)
+        assert path.read_bytes() == before
+    (tmp_path / "empty").touch()
+    with pytest.raises(BadInputError, match="PSI"):
+        arm(tmp_path / "empty")
+
+
+def test_a_false_first_event_costs_one_reading_and_says_nothing(v2, monkeypatch, tmp_path):
+    """A trigger wakes; the counters decide."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    made = Watched(monkeypatch, v2.root, {"MEMORY_PRESSURE_WATCH": str(fifo)})
+    made.sensor.read()
+    writing = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
+    os.write(writing, b"x")
+    assert lasted_s(lambda: made.sensor.wait(20.0)) < 10.0
+    reading = made.sensor.read()
+    assert (reading.some, reading.full) == (0.0, 0.0)
+    assert lasted_s(lambda: made.sensor.wait(0.3)) >= 0.3
+    os.close(writing)
+    made.sensor.close()
+
+
+MOVES = """
+import os, sys
+from pathlib import Path
+from psi_kv_governor.bus import Bus
+from psi_kv_governor.pressure import machine
+from psi_kv_governor.sensor import Sensor
+first, second, remove = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "removed"
+machine._MOVED_EVERY_S = 0.0
+(first / "cgroup.procs").write_text(str(os.getpid()))
+bus = Bus()
+sensor = Sensor(None, bus)
+bus.subscribe(lambda event: print(event.source, event.why, sep=": "))
+assert sensor.read().source == str(first / "memory.pressure"), sensor.name
+assert sensor.bell.waker.name == f"trigger on {first}/memory.pressure", sensor.bell.waker
+(second / "cgroup.procs").write_text(str(os.getpid()))
+if remove:
+    first.rmdir()
+    sensor.wait(50.0)  # POLLERR ends it
+    assert sensor.bell.lost
+for _ in range(3):
+    sensor.read()
+assert sensor.read().source == str(second / "memory.pressure"), sensor.name
+assert sensor.bell.waker.name == f"trigger on {second}/memory.pressure", sensor.bell.waker
+sensor.close()
+"""
+
+
+@needs_psi
+@pytest.mark.parametrize("how", ["removed", "moved"])
+def test_the_cgroup_is_left_while_running(how):
+    """With real cgroups and a real trigger. One that is removed answers ENODEV, and its trigger POLLERR."""
+    with v2_group(f"{how}-1") as first, v2_group(f"{how}-2") as second:
+        said = in_own_process(MOVES, first, second, how).splitlines()
+        assert said[-1].startswith(f"{second}/memory.pressure: ")
+        why = {"removed": "the cgroup is gone", "moved": "moved to another cgroup"}[how]
+        assert any(why in line for line in said), said
+
+
+def test_a_move_takes_nothing_away_that_is_still_right(tree, monkeypatch):
+    """Between v1 cgroups: the stall is the whole machine's as before, the limit is another."""
+    monkeypatch.setattr(machine_module, "_MOVED_EVERY_S", 0.0)
+    tree.mounts(("v1", "/", "/sys/fs/cgroup/memory"))
+    for name, limit in (("one", "400000000"), ("two", "200000000")):
+        tree.v1(f"sys/fs/cgroup/memory/{name}", limit_in_bytes=limit, usage_in_bytes="100000000")
+    tree.machine_psi()
+    tree.membership("4:memory:/one")
+    made = Watched(monkeypatch, tree.root, {})
+    assert made.sensor.read().limit_bytes == 400_000_000
+    tree.membership("4:memory:/two")
+    assert made.sensor.read() is None
+    reading = made.sensor.read()
+    assert (reading.source, reading.limit_bytes) == (str(tree.root / MACHINE), 200_000_000)
+    made.sensor.close()
+
+
+@needs_psi
+def test_pollerr_wakes_once_and_never_spins():
+    with v2_group("pollerr") as folder:
+        trigger = arm(folder / "memory.pressure")
+        folder.rmdir()
+        for _ in range(3):
+            with pytest.raises(SourceLostError, match="cgroup is gone"):
+                trigger.answer(select_once(trigger, 1000))
+        trigger.close()
+
+
+# -- limits and clocks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.cgroup
+def test_a_limit_that_is_changed_while_running_counts_at_the_next_look():
+    """With the kernel's own limit."""
+    group = make_group(find_place(), f"psi-kv-limit-{os.getpid()}", 300 << 20, 0)
+    try:
+        version = group.place.version
+        own = Cgroup(version, group.memory, group.memory)
+        reader = HeadroomReader(OwnCgroups(own, None) if version == 2 else OwnCgroups(None, own))
+        assert reader.read().limit_bytes == 300 << 20
+        limit = group.memory / ("memory.max" if version == 2 else "memory.limit_in_bytes")
+        limit.write_text(str(100 << 20))
+        assert reader.read().limit_bytes == 100 << 20
+    finally:
+        assert remove_group(group) == ""
+    assert reader.read().source == "/proc/meminfo"  # and when the group is gone, the machine's
+    reader.close()
+
+
+@pytest.mark.parametrize("jump_s", [3600.0, -3600.0, 11.0], ids=["an hour on", "an hour back", "11 s on"])
+def test_a_clock_jump_is_no_stall(v2, jump_s):
+    clock = iter([5000.0, 5000.5, 5000.5 + jump_s, 5001.0 + jump_s])
+    psi = PsiFile(v2.machine_psi(0))
+    source = MachineSource(psi, HeadroomReader(OwnCgroups(None, None), v2.root), "test", lambda: next(clock))
+    source.read()
+    v2.machine_psi(50_000)
+    assert source.read().some == pytest.approx(0.1)
+    v2.machine_psi(10**12)
+    jumped = source.read()
+    assert (jumped.some, jumped.full, jumped.interval_s) == (0.0, 0.0, 0.0)
+    v2.machine_psi(10**12 + 100_000)
+    assert source.read().some == pytest.approx(0.2)  # and from there on it counts again
+    source.close()
+
+
+# -- the service manager's watch -----------------------------------------------------------------------------
+
+
+def watch(path: object, first: bytes = b"") -> dict[str, str]:
+    written = {"MEMORY_PRESSURE_WRITE": base64.b64encode(first).decode()} if first else {}
+    return {"MEMORY_PRESSURE_WATCH": str(path), **written}
+
+
+@pytest.mark.parametrize(
+    ("environ", "why"),
+    [
+        pytest.param(watch("relative/path"), "no absolute path", id="relative"),
+        pytest.param(watch("/nowhere/at/all"), "No such file", id="missing"),
+        pytest.param(watch("/tmp/" + "x" * 300), "too long", id="too long a name"),
+        pytest.param(watch("/"), "neither a PSI file", id="a folder"),
+        pytest.param(watch("/dev/zero"), "neither a PSI file", id="a device"),
+        pytest.param({**watch(WHOLE), "MEMORY_PRESSURE_WRITE": "&%"}, "not base64", id="no base64"),
+        pytest.param({**watch(WHOLE), "MEMORY_PRESSURE_WRITE": "ä"}, "not base64", id="no ASCII"),
+        pytest.param(watch(WHOLE, b"garbage\0"), "refuses the trigger", id="a bad trigger", marks=needs_psi),
+    ],
+)
+def test_watch_garbage_is_passed_over(v2, monkeypatch, environ, why):
+    waking = find_waker(v2.root, environ)
+    assert why in waking.considered[0].why
+    made = Watched(monkeypatch, v2.root, environ)
+    assert made.sensor.read() is not None
+    made.sensor.close()
+
+
+def test_a_dead_fifo_never_blocks_and_never_wakes(v2, monkeypatch, tmp_path):
+    """Nobody has it open, and nobody ever will."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    made = Watched(monkeypatch, v2.root, watch(fifo))
+    assert made.sensor.bell.waker.name == f"FIFO {fifo}"
+    assert lasted_s(lambda: made.sensor.wait(0.1)) >= 0.1
+    fifo.unlink()
+    assert lasted_s(lambda: made.sensor.wait(0.1)) >= 0.1
+    assert made.sensor.read().source == str(v2.root / OWN)
+    made.sensor.close()
+
+
+def test_a_socket_that_is_closed_is_left_and_polling_goes_on(v2, monkeypatch, tmp_path):
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+        made = Watched(monkeypatch, v2.root, watch(path, b"hello"))
+        peer, _ = server.accept()
+        assert peer.recv(100) == b"hello"
+        peer.send(b"x")
+        assert lasted_s(lambda: made.sensor.wait(20.0)) < 10.0
+        assert made.sensor.bell.lost == ""
+        peer.close()
+        assert lasted_s(lambda: made.sensor.wait(20.0)) < 10.0
+    assert made.sensor.read().source == str(v2.root / OWN)
+    (source, why), *more = made.changes()
+    assert (source, more) == (str(v2.root / OWN), [])
+    assert "closed at its other end: it is only polled now" in why
+    assert lasted_s(lambda: made.sensor.wait(0.1)) >= 0.1
+    made.sensor.close()
+
+
+def test_a_socket_that_nobody_listens_to_is_passed_over(v2, tmp_path):
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+    waking = find_waker(v2.root, watch(path))
+    assert waking.waker is None
+    assert "refused" in waking.considered[0].why
+
+
+def test_dev_null_turns_it_off(v2, monkeypatch):
+    made = Watched(monkeypatch, v2.root, watch("/dev/null"))
+    assert made.sensor.read() is None
+    assert made.sensor.name == "none"
+    assert made.sensor.bell.waker is None
+    assert lasted_s(lambda: made.sensor.wait(0.05)) >= 0.05
+    made.sensor.close()
+
+
+@needs_psi
+def test_the_kernel_s_file_by_the_service_manager_s_word(monkeypatch):
+    """The usual case: its own file, its own trigger."""
+    with v2_group("service") as folder:
+        path = folder / "memory.pressure"
+        made = Watched(monkeypatch, Path("/"), watch(path, b"some 150000 2000000\0"))
+        assert made.sensor.name == str(path)
+        assert made.sensor.bell.waker.name == f"trigger on {path}"
+        assert made.sensor.read() is not None
+        made.sensor.close()

@@ -1,0 +1,126 @@
+"""The package and its command where there is no PSI, no cgroup, no /proc, and half of POSIX is missing."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import psi_kv_governor
+from psi_kv_governor.engine.llama import native
+from psi_kv_governor.errors import EngineError
+
+RUNNER = Path(__file__).with_name("other_system.py")
+SYSTEMS = pytest.mark.parametrize("system", ["darwin", "win32"])
+
+
+def psi_kv(system: str, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`psi-kv` as it would run on `system`."""
+    sources = str(Path(psi_kv_governor.__file__).parents[1])
+    return subprocess.run(
+        [sys.executable, str(RUNNER), system, *arguments],
+        env={**os.environ, "PYTHONPATH": sources, "XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@SYSTEMS
+def test_simulate_gives_the_same_as_on_linux(system, tmp_path):
+    arguments = ("simulate", "--scenario", "ramp", "--seed", "7", "--json")
+    done = psi_kv(system, tmp_path, *arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    here = subprocess.run(
+        [sys.executable, "-m", "psi_kv_governor.cli", *arguments],
+        env={**os.environ, "PYTHONPATH": str(Path(psi_kv_governor.__file__).parents[1])},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout == here.stdout
+
+
+@SYSTEMS
+def test_doctor_says_what_there_is_and_what_is_not(system, tmp_path):
+    """With a model that is not there: llama.cpp itself can't be loaded as on another system."""
+    done = psi_kv(system, tmp_path, "doctor", "--model", "absent.gguf", "--json")
+    assert done.stderr == ""
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert checks["pressure"]["state"] == "warn"
+    assert "psutil" in checks["pressure"]["detail"]
+    assert "polled only" in checks["pressure"]["detail"]
+    assert any("only Linux has them" in line for line in checks["pressure"]["more"])
+    assert "needs Linux" in checks["store"]["remedy"]
+
+
+GOVERN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import other_system
+other_system.become(sys.argv[2])
+import time
+from psi_kv_governor import Governor, GovernorConfig
+from psi_kv_governor.engine.simulated import SimulatedEngine
+engine = SimulatedEngine(4096)
+engine.grow(3000)
+events = []
+with Governor(engine, config=GovernorConfig(poll_s=0.02)) as governor:
+    governor.subscribe(lambda event: events.append(event))
+    time.sleep(0.3)
+    status = governor.status()
+    print(status.source, status.some, status.headroom_bytes > 0, governor.trim(0.5).cells > 0)
+"""
+
+
+@SYSTEMS
+def test_the_governor_runs_on_what_psutil_tells(system, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", GOVERN, str(RUNNER.parent), system],
+        env={**os.environ, "PYTHONPATH": str(Path(psi_kv_governor.__file__).parents[1])},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout == "headroom alone (psutil) 0.0 True True\n", done.stderr
+
+
+@pytest.mark.llama
+@pytest.mark.parametrize("system", [[], ["-U__linux__"]], ids=["Linux", "another POSIX system"])
+def test_pages_are_given_back_by_what_the_system_has(system, tmp_path):
+    """Where MADV_DONTNEED frees nothing (macOS), fresh pages take the place of the old ones."""
+    built = tmp_path / "tap.so"
+    sources = [str(Path(native.__file__).with_name(name)) for name in ("tap.c", "keys.c", "attention.c")]
+    command = [native.compiler(), "-shared", "-fPIC", *system, f"-I{native.header_dir()}", *sources]
+    subprocess.run([*command, "-o", str(built), "-ldl", "-lm"], check=True, timeout=60)
+    release = ctypes.CDLL(str(built)).psikv_release
+    release.restype = ctypes.c_int64
+
+    page, rows = mmap.PAGESIZE, 64
+    memory = mmap.mmap(-1, rows * page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory[:] = b"x" * len(memory)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    tensor = native.TensorInfo(base=base, row_bytes=page, rows=rows)
+    run = (ctypes.c_int64 * 4)(10, 50, 10, 50)
+    assert release(ctypes.byref(tensor), run, ctypes.c_int64(1)) == 40 * page
+    assert memory[: 10 * page] == b"x" * (10 * page)
+    assert memory[10 * page : 50 * page] == bytes(40 * page)
+    assert memory[50 * page :] == b"x" * (14 * page)
+
+
+def test_on_windows_no_memory_can_be_returned_and_it_says_so(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(EngineError, match="on Windows"):
+        native.library_path()
