@@ -113,6 +113,7 @@ def test_an_interrupted_run_keeps_its_finished_pieces_and_the_same_command_goes_
     whole = run(asked, again, tmp_path)
     assert not any("25%" in doing and "disk" not in doing for doing in again.seen)  # no text is read anew
     assert whole.likelihood == cut.likelihood
+    assert whole.header.seconds >= 0.5 * cut.header.seconds  # what was measured before counts
     assert whole.spikes
     assert not (tmp_path / FOLDER).exists()
 

@@ -253,6 +253,15 @@ def test_headroom_that_falls_to_its_line_is_acted_upon_before_it_is_there():
     assert "falling by 1000 MB/s" in decisions[first_trim].reason
 
 
+def test_what_this_process_takes_itself_is_no_fall():
+    """It opens a context, or loads a state: hundreds of MB in a moment, and nobody is to be feared."""
+    looks = [
+        msgspec.structs.replace(look, own_resident_bytes=100_000_000 + i * 20_000_000)
+        for i, look in enumerate(falling(20, by_share=0.02))
+    ]
+    assert [d.cells for d in replay(looks, snapshot())] == [0] * 20
+
+
 def test_headroom_that_falls_slowly_is_not_acute():
     looks = falling(40, by_share=0.0001, start=0.044)  # 5 MB/s: a model that fills its own cache
     decisions = replay(looks, snapshot())

@@ -50,8 +50,9 @@ class LawState(msgspec.Struct, frozen=True, kw_only=True):
     """First of the unbroken run of quiet readings; None when the last reading was not quiet."""
     given_up: tuple[tuple[float, int], ...] = ()
     """(time, cells) of each trim asked for in the last 60 s, oldest first."""
-    headrooms: tuple[tuple[float, int], ...] = ()
-    """(time, bytes) of the readings of the last quarter of a second, oldest first."""
+    rooms: tuple[tuple[float, int], ...] = ()
+    """(time, bytes) of the readings of the last quarter of a second, oldest first: what all but this process
+    leave of the limit."""
     noise: float = 0.0
     """Stall of this machine while there is plenty of headroom, smoothed."""
     futile: int = 0
@@ -84,18 +85,20 @@ def quiet_time_s(config: GovernorConfig, state: LawState) -> float:
 
 
 def fall_bytes_per_s(state: LawState, reading: Reading) -> float:
-    """How fast headroom went down until this reading: the steepest over the last quarter of a second.
+    """How fast others took headroom until this reading: the steepest over the last quarter of a second.
 
-    It has to fall twice in a row: a burst of file pages moves it once, and back.
+    What this process itself took or gave (a context that fills, a restore, a trim) is no fall and no rise.
+    And it has to fall twice in a row: a burst of file pages moves it once, and back.
     """
-    if reading.headroom_bytes is None or reading.own > 0.0:  # a restore of our own takes memory
+    if reading.headroom_bytes is None or reading.own > 0.0:
         return 0.0
-    before = [n_bytes for _, n_bytes in state.headrooms[-2:]]
-    if len(before) < 2 or not reading.headroom_bytes < before[1] < before[0]:
+    room = _room_bytes(reading)
+    before = [n_bytes for _, n_bytes in state.rooms[-2:]]
+    if len(before) < 2 or not room < before[1] < before[0]:
         return 0.0
     falls = (
-        (n_bytes - reading.headroom_bytes) / (reading.time_s - time_s)
-        for time_s, n_bytes in state.headrooms
+        (n_bytes - room) / (reading.time_s - time_s)
+        for time_s, n_bytes in state.rooms
         if _LEAST_FALL_S <= reading.time_s - time_s <= FALL_WINDOW_S
     )
     return max(0.0, max(falls, default=0.0))
@@ -113,7 +116,7 @@ def seen(config: GovernorConfig, state: LawState, reading: Reading, now: View) -
         time_s=reading.time_s,
         given_up=tuple(past for past in state.given_up if reading.time_s - past[0] <= BUDGET_WINDOW_S),
         quiet_since_s=begin_s if quiet else None,
-        headrooms=_headrooms(state, reading),
+        rooms=_rooms(state, reading),
         noise=_noise(state, reading, now),
         stall_since_s=state.stall_since_s + now.stall * _passed_s(state, reading),
         futile=state.futile if pressed else 0,
@@ -121,12 +124,17 @@ def seen(config: GovernorConfig, state: LawState, reading: Reading, now: View) -
     )
 
 
-def _headrooms(state: LawState, reading: Reading) -> tuple[tuple[float, int], ...]:
+def _room_bytes(reading: Reading) -> int:
+    """What all but this process leave of the limit."""
+    return (reading.headroom_bytes or 0) + (reading.own_resident_bytes or 0)
+
+
+def _rooms(state: LawState, reading: Reading) -> tuple[tuple[float, int], ...]:
     if reading.headroom_bytes is None:
         return ()
-    kept = () if reading.own > 0.0 else state.headrooms
+    kept = () if reading.own > 0.0 else state.rooms
     recent = tuple(past for past in kept if reading.time_s - past[0] <= FALL_WINDOW_S)
-    return (*recent, (reading.time_s, reading.headroom_bytes))
+    return (*recent, (reading.time_s, _room_bytes(reading)))
 
 
 def _noise(state: LawState, reading: Reading, now: View) -> float:
@@ -180,11 +188,11 @@ def trimmed(config: GovernorConfig, state: LawState, now: View, cache: CacheSnap
 
 
 def restored(state: LawState, now: View) -> LawState:
-    """The state after asking for a restore. What it takes of the headroom is nobody else's taking."""
+    """The state after asking for a restore, whose taking is no fall, also where nothing tells who takes."""
     return msgspec.structs.replace(
         state,
         mode=Mode.RESTORING,
         last_restore_s=now.time_s,
-        headrooms=(),
+        rooms=(),
         regrowth=min(1.0, 2 * state.regrowth),
     )

@@ -59,6 +59,7 @@ def flaw(reading: Reading, last_time_s: float) -> str:
         ("own", reading.own, 0.0, 1.0),
         ("headroom_bytes", reading.headroom_bytes, 0, math.inf),
         ("limit_bytes", reading.limit_bytes, 1, math.inf),
+        ("own_resident_bytes", reading.own_resident_bytes, 0, math.inf),
     )
     for name, value, least, most in ranges:
         if value is not None and not least <= value <= most:  # also refuses NaN

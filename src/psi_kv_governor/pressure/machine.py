@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import mmap
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 from psi_kv_governor.errors import SourceLostError
 from psi_kv_governor.pressure.cgroup import Membership
 from psi_kv_governor.pressure.headroom import Room
+from psi_kv_governor.pressure.kernel_file import KernelFile
 from psi_kv_governor.pressure.psi import PsiTotals, Stall, StallMeter
 from psi_kv_governor.pressure.reading import Reading
 
@@ -53,6 +56,7 @@ class MachineSource:
         self._name = name
         self._clock = clock
         self._membership = membership
+        self._own = KernelFile(Path("/proc/self/statm"))
         self._meter = StallMeter()
         self._look_s = 0.0
 
@@ -80,8 +84,14 @@ class MachineSource:
             full=stall.full,
             headroom_bytes=None if room is None else room.headroom_bytes,
             limit_bytes=None if room is None else room.limit_bytes,
+            own_resident_bytes=self._own_resident_bytes(),
             source=self._name,
         )
+
+    def _own_resident_bytes(self) -> int | None:
+        """The second number of statm, in pages: proc(5)."""
+        words = (self._own.read() or b"").split()
+        return int(words[1]) * mmap.PAGESIZE if len(words) > 1 and words[1].isdigit() else None
 
     def _check_place(self, time_s: float) -> None:
         if self._membership is None or time_s < self._look_s:
@@ -95,5 +105,6 @@ class MachineSource:
         if self._counters is not None:
             self._counters.close()
         self._headroom.close()
+        self._own.close()
         if self._membership is not None:
             self._membership.close()

@@ -25,6 +25,8 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes that can still be taken before a limit bites; None where nothing tells."""
     limit_bytes: int | None = None
     """The limit that `headroom_bytes` is measured against: the cgroup's, or the machine's memory."""
+    own_resident_bytes: int | None = None
+    """Resident memory of this process: what it took itself, nobody else took. None where nothing tells."""
     own: float = 0.0
     """Share of the interval (0 to 1) in which the governor itself was spilling or restoring: so much of the
     stall may be its own doing. Filled in by the governor."""

@@ -46,6 +46,7 @@ class Machine:
         self._neighbour = neighbour
         self._random = random
         self._jitter = 0.0
+        self._own_bytes = 0
         self._read_s: float | None = None
         self._read_stall_s = 0.0
 
@@ -53,6 +54,7 @@ class Machine:
         """Let `step_s` pass with a cache of `cache_bytes`."""
         self.time_s = round(self.time_s + step_s, 6)  # no drift, and no long numbers in the output
         ours = BASE_SHARE + cache_bytes / self.limit_bytes
+        self._own_bytes = int(ours * self.limit_bytes)
         self._jitter = 0.9 * self._jitter + self._random.uniform(-JITTER, JITTER)
         wanted = self._neighbour.demand(self.time_s, 1.0 - ours) + self._jitter
         used = ours + max(0.0, wanted)
@@ -79,5 +81,6 @@ class Machine:
             full=some * some,  # of two tasks that stall alike and independently, both do
             headroom_bytes=self.headroom_bytes,
             limit_bytes=self.limit_bytes,
+            own_resident_bytes=self._own_bytes,
             source="simulated machine",
         )

@@ -46,18 +46,19 @@ class Kept:
         self._folder = folder / FOLDER if folder is not None else None
         self._tag = hashlib.sha256(repr(setting).encode()).hexdigest()[:16]
 
-    def get(self, piece: Piece[T]) -> T | None:
-        """The result of `piece`; None where there is none, or it can't be read."""
+    def get(self, piece: Piece[T]) -> tuple[float, T] | None:
+        """Seconds that `piece` took, and its result; None where there is none, or it can't be read."""
         if self._folder is None:
             return None
         try:
             found = self._path(self._folder, piece).read_bytes()
-            result: T = msgspec.msgpack.decode(found, type=piece.kind, dec_hook=_decode)
+            seconds, rest = msgspec.msgpack.decode(found, type=tuple[float, msgspec.Raw])
+            result: T = msgspec.msgpack.decode(rest, type=piece.kind, dec_hook=_decode)
         except (OSError, msgspec.DecodeError):
             return None
-        return result
+        return seconds, result
 
-    def put(self, piece: Piece[T], result: T) -> None:
+    def put(self, piece: Piece[T], seconds: float, result: T) -> None:
         """Keep it. Raises PsiKvError where it can't be written."""
         if self._folder is None:
             return
@@ -65,7 +66,7 @@ class Kept:
         try:
             self._folder.mkdir(exist_ok=True)
             new = path.with_suffix(".new")
-            new.write_bytes(msgspec.msgpack.encode(result, enc_hook=_encode))
+            new.write_bytes(msgspec.msgpack.encode((seconds, result), enc_hook=_encode))
             new.replace(path)
         except OSError as error:
             raise PsiKvError(f"cannot write {path}: {error.strerror}") from error

@@ -154,7 +154,7 @@ def _figure(panels: Sequence[Panel], report: FidelityReport) -> Figure:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 9),
+        handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 3 * columns),
         frameon=False, fontsize=9,
     )  # fmt: skip
     return figure

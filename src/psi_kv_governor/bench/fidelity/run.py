@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -36,6 +37,8 @@ class Bench:
         self.threads = options.threads or record.cores()
         self.found = Found()
         self.part = next(iter(PARTS))
+        self.seconds = 0.0
+        """That its pieces took, also in runs that were cut short."""
         measured = msgspec.structs.replace(self.setting, default_policy="")  # which is only judged by it
         size = options.model.stat().st_size
         self.kept = Kept(folder, (self.plan, measured, options.model.name, size, record.versions()))
@@ -54,12 +57,15 @@ class Bench:
                 if self.options.only and piece.part not in self.options.only:
                     continue
                 self.part = piece.part
-                result = self.kept.get(piece)
-                if result is None:
+                kept = self.kept.get(piece)
+                if kept is None:
                     subject = subject or stack.enter_context(self._subject(which))
+                    began_s = time.monotonic()
                     result = piece.measure(subject, self._tick(piece))
-                    self.kept.put(piece, result)
-                piece.take(result)
+                    kept = time.monotonic() - began_s, result
+                    self.kept.put(piece, *kept)
+                self.seconds += kept[0]
+                piece.take(kept[1])
 
     @contextmanager
     def _subject(self, which: Weights) -> Iterator[Subject]:
@@ -92,7 +98,7 @@ class Bench:
         kept = recorder.report([])
         return judged(
             FidelityReport(
-                header=kept.header,
+                header=msgspec.structs.replace(kept.header, seconds=max(self.seconds, kept.header.seconds)),
                 added={},
                 passed=False,
                 unfinished=unfinished,
