@@ -235,7 +235,7 @@ class Governor:
             self._state.mode is Mode.CALM
             and reading.time_s - self._state.time_s < _CALM_TURN_S
             and reading.some < self.config.low
-            and pause_s(self.config, reading) == self.config.poll_s
+            and pause_s(self.config, reading) >= self.config.poll_s / 2
         )
 
     def _act(self, reading: Reading) -> None:
