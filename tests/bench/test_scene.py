@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
+from bench_help import leftovers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,20 +14,6 @@ from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.events import Restored, Trimmed
 
 SMALL = {"context_tokens": 96, "tokens": 8}
-
-
-def leftovers() -> list[str]:
-    """Pens and neighbours that this process started and that are still there."""
-    found = [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/psi-kv-pen-{os.getpid()}-*")]
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (process / "cmdline").read_bytes().split(b"\0")
-            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-        if parent == os.getpid() and b"psi_kv_governor.bench" in b" ".join(words):
-            found.append(b" ".join(words).decode())
-    return found
 
 
 @pytest.fixture(autouse=True)

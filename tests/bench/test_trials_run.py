@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from bench_help import leftovers
 
 from psi_kv_governor.bench import guardian
 from psi_kv_governor.bench.record import Options
@@ -29,22 +30,6 @@ GENTLE = OomOptions(
 LATENCY = LatencyOptions(
     context_tokens=1024, onsets=1, control=0, modes=("decode",), rate=0.0, hold_s=0.5, hold_max_s=5.0
 )
-
-
-def leftovers() -> list[str]:
-    """Pens and model processes on this machine that the trials started."""
-    found = [
-        str(path) for path in Path("/sys/fs/cgroup").glob("**/psi-kv-pen-*") if str(os.getpid()) in str(path)
-    ]
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (process / "cmdline").read_bytes().split(b"\0")
-            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-        if parent == os.getpid() and b"psi_kv_governor.bench" in b" ".join(words):
-            found.append(b" ".join(words).decode())
-    return found
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from psi_kv_governor._nearest import nearest
-from psi_kv_governor.errors import PsiKvError
+from psi_kv_governor.errors import BadInputError, PsiKvError
 
 INTERRUPTED = 130
 """128 + SIGINT, as shells count."""
@@ -126,3 +126,14 @@ def _mute_stdout() -> None:
 def example(*lines: str) -> str:
     """An epilog of commands to copy, kept as they stand."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def settings_given(option: str, given: Sequence[str]) -> dict[str, str]:
+    """What a repeatable `option` KEY=VALUE was given. Raises BadInputError where there is no value."""
+    values: dict[str, str] = {}
+    for setting in given:
+        key, separator, value = setting.partition("=")
+        if not separator:
+            raise BadInputError(f"{option} {setting} says no value: give KEY=VALUE")
+        values[key.strip()] = value.strip()
+    return values

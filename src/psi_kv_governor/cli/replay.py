@@ -12,9 +12,8 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from psi_kv_governor.cli._group import example
+from psi_kv_governor.cli._group import example, settings_given
 from psi_kv_governor.config import GovernorConfig, load_config
-from psi_kv_governor.errors import BadInputError
 from psi_kv_governor.recording import Recording, package_version, read_recording
 from psi_kv_governor.simulation.playback import Account, Difference, account, first_difference, play
 
@@ -87,21 +86,11 @@ def _imagined(
 
 def _changed(config: GovernorConfig, changes: Sequence[str], config_file: Path | None) -> GovernorConfig:
     """`config` with other settings: of the file, and over them the single ones. Raises BadInputError."""
-    given: dict[str, object] = dict(_parsed(changes))
+    given: dict[str, object] = dict(settings_given("--what-if", changes))
     base = msgspec.to_builtins(config)
     if config_file is not None:
         base = msgspec.to_builtins(load_config(config_file, {}))
     return load_config(Path(os.devnull), {}, **{**base, **given})  # no file: all is given
-
-
-def _parsed(changes: Sequence[str]) -> Mapping[str, str]:
-    values: dict[str, str] = {}
-    for change in changes:
-        key, separator, value = change.partition("=")
-        if not separator:
-            raise BadInputError(f"--what-if {change} says no value: give KEY=VALUE")
-        values[key.strip()] = value.strip()
-    return values
 
 
 # -- what it prints ----------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from psi_kv_governor.cli._group import example
+from psi_kv_governor.cli._group import example, settings_given
 from psi_kv_governor.config import GovernorConfig, load_config
 from psi_kv_governor.errors import BadInputError
 from psi_kv_governor.simulation import SCENARIOS, Outcome, Track, get_scenario, replay, simulate
@@ -70,7 +70,9 @@ def command(  # noqa: PLR0917  (one parameter an option)
     Each scenario is a neighbour that wants memory, against a limit that the cache is under as well; what
     the cache gives back, the machine has. The same seed gives the same output, byte for byte.
     """
-    config = load_config(file, None, **{**_parsed(settings), **({"policy": policy} if policy else {})})
+    config = load_config(
+        file, None, **{**settings_given("--set", settings), **({"policy": policy} if policy else {})}
+    )
     if plot is not None:
         check_plotting()
     if trace is not None:
@@ -87,16 +89,6 @@ def command(  # noqa: PLR0917  (one parameter an option)
         click.echo(_json(outcomes, config, seed=None if trace else seed, ctx=ctx))
     else:
         _print_tables(outcomes, config)
-
-
-def _parsed(settings: Sequence[str]) -> Mapping[str, str]:
-    values: dict[str, str] = {}
-    for setting in settings:
-        key, separator, value = setting.partition("=")
-        if not separator:
-            raise BadInputError(f"--set {setting} says no value: give KEY=VALUE")
-        values[key.strip()] = value.strip()
-    return values
 
 
 def _replayed(trace: Path, config: GovernorConfig, ctx: int) -> Run:
