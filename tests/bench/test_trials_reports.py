@@ -14,14 +14,14 @@ from trials_help import MIB, onset, probe, trial
 from psi_kv_governor.bench.record import Options, Recorder
 from psi_kv_governor.bench.trials import capacity_bench, keep, latency_bench, oom_report, plots
 from psi_kv_governor.bench.trials.capacity_plan import CapacityOptions
-from psi_kv_governor.bench.trials.journal import Journal
+from psi_kv_governor.bench.trials.journal import Journal, Plan
 from psi_kv_governor.bench.trials.keep import TrialsReport
 from psi_kv_governor.bench.trials.latency_plan import near
 from psi_kv_governor.bench.trials.messages import Token, Turned
-from psi_kv_governor.bench.trials.oom_plan import OomOptions, OomPlan, Trial, rate_words, remaining, schedule
+from psi_kv_governor.bench.trials.oom_plan import OomOptions, Trial, rate_words, remaining, schedule
 from psi_kv_governor.errors import BadInputError, PsiKvError
 
-PLAN = OomPlan.of("any.gguf", 100, OomOptions())
+PLAN = Plan(bench="oom", model="any.gguf", model_bytes=100, options=OomOptions())
 
 
 class TestOom:
@@ -205,9 +205,8 @@ class TestJournal:
     def test_runs_of_other_options_are_not_mixed(self, tmp_path):
         path = tmp_path / "trials.jsonl"
         Journal(path, PLAN, Trial, go_on=False)
-        more = OomPlan.of("any.gguf", 100, OomOptions(runs=1000))
-        assert Journal(path, more, Trial, go_on=True).parts == []
-        other = OomPlan.of("any.gguf", 100, OomOptions(context_tokens=99))
+        assert Journal(path, PLAN, Trial, go_on=True).parts == []
+        other = msgspec.structs.replace(PLAN, options=OomOptions(context_tokens=99))
         with pytest.raises(BadInputError, match="other options"):
             Journal(path, other, Trial, go_on=True)
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import msgspec
 
-from psi_kv_governor.bench.pen import Pen
 from psi_kv_governor.bench.record import Asked, Figure, Options, Recorder, Say, figure
 from psi_kv_governor.bench.sampling import percentile
 from psi_kv_governor.bench.script import MIB
@@ -18,12 +17,11 @@ from psi_kv_governor.bench.trials.capacity_plan import (
     NO_LIMIT,
     THRASH_SHARE,
     CapacityOptions,
-    CapacityPlan,
     Probe,
     longest,
 )
-from psi_kv_governor.bench.trials.journal import Journal
-from psi_kv_governor.bench.trials.keep import Table, TrialsReport, check_folder, save
+from psi_kv_governor.bench.trials.journal import Plan
+from psi_kv_governor.bench.trials.keep import Table, TrialsReport, opened, save
 from psi_kv_governor.bench.trials.oom_plan import NAMES, VARIANTS
 from psi_kv_governor.errors import PsiKvError
 
@@ -40,15 +38,8 @@ def run(
     resume: bool,
 ) -> TrialsReport:
     """Probe what is not yet in the journal of `folder`, and report. Raises BadInputError or PsiKvError."""
-    able, why = Pen.available(asked.swap)
-    if not able:
-        raise PsiKvError(f"this needs a memory cgroup of its own: {why}")
-    if folder is not None:
-        check_folder(folder)
-    plan = CapacityPlan(
-        bench="capacity", model=options.model.name, model_bytes=options.model.stat().st_size, options=asked
-    )
-    journal = Journal(folder and folder / "probes.jsonl", plan, Probe, go_on=resume)
+    plan = Plan.of("capacity", options.model, asked)
+    journal = opened(folder, "probes.jsonl", plan, Probe, swap=asked.swap, resume=resume)
     recorder = Recorder("capacity", options, [asked.threads])
     interrupted = False
     try:
@@ -62,13 +53,11 @@ def run(
         raise PsiKvError("interrupted before the first probe was finished: there is nothing to report")
     asked = _completed(asked, in_peace(options.model, asked, journal, say), quick=options.quick)
     # The short form ends at a length that says little about the gain.
-    found = list(figures(probes, None if options.quick else CLAIMED))
-    report = TrialsReport(
-        header=recorder.report(found).header,
+    report = TrialsReport.of(
+        recorder,
+        list(figures(probes, None if options.quick else CLAIMED)),
         options={"asked": asked},
         interrupted=interrupted,
-        passed=not any(one.passed is False for one in found),
-        figures=found,
         tables=[best_table(probes), probes_table(probes)],
         notes=_notes(asked),
         rows=msgspec.to_builtins(list(probes)),

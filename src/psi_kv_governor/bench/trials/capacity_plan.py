@@ -62,15 +62,6 @@ class CapacityOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise BadInputError("the least tokens per second has to be above 0")
 
 
-class CapacityPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run goes on with."""
-
-    bench: str
-    model: str
-    model_bytes: int
-    options: CapacityOptions
-
-
 class Probe(msgspec.Struct, frozen=True, kw_only=True):
     """One context of one length in a pen of its own."""
 

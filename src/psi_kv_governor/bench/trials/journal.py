@@ -5,13 +5,28 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
 from psi_kv_governor.errors import BadInputError, PsiKvError
 
 _T = TypeVar("_T")
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run goes on with: other options or another model would be another experiment."""
+
+    bench: str
+    model: str
+    model_bytes: int
+    options: Any
+    """Without what may grow from one time to the next, such as the number of runs."""
+
+    @classmethod
+    def of(cls, bench: str, model: Path, options: msgspec.Struct) -> Plan:
+        """The plan for a model's file."""
+        return cls(bench=bench, model=model.name, model_bytes=model.stat().st_size, options=options)
 
 
 class Journal(Generic[_T]):
@@ -22,7 +37,7 @@ class Journal(Generic[_T]):
     written.
     """
 
-    def __init__(self, path: Path | None, plan: msgspec.Struct, kind: type[_T], *, go_on: bool) -> None:
+    def __init__(self, path: Path | None, plan: Plan, kind: type[_T], *, go_on: bool) -> None:
         self.parts: list[_T] = []
         self._path = path
         if path is None:
@@ -55,7 +70,7 @@ class Journal(Generic[_T]):
             raise PsiKvError(f"cannot write {self._path}: {error.strerror}") from error
 
 
-def _read(path: Path, plan: msgspec.Struct, kind: type[_T]) -> Iterator[_T]:
+def _read(path: Path, plan: Plan, kind: type[_T]) -> Iterator[_T]:
     data = path.read_bytes()
     whole, _, cut = data.rpartition(b"\n")
     if cut:  # a line that was being written when the machine went down

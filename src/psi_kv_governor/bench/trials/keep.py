@@ -1,4 +1,4 @@
-"""What the trials report, and how it is kept: result.json, summary.md, a CSV file, plots."""
+"""What the trials begin with and report, and how it is kept: result.json, summary.md, a CSV file, plots."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import io
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
-from psi_kv_governor.bench.record import Figure, Header
+from psi_kv_governor.bench.pen import Pen, Swap
+from psi_kv_governor.bench.record import Figure, Header, Recorder
+from psi_kv_governor.bench.trials.journal import Journal, Plan
 from psi_kv_governor.errors import BadInputError, PsiKvError
+
+_T = TypeVar("_T")
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,6 +43,12 @@ class TrialsReport(msgspec.Struct, frozen=True, kw_only=True):
     rows: Any
     """The same as the tables, as numbers."""
 
+    @classmethod
+    def of(cls, recorder: Recorder, figures: Sequence[Figure], **rest: Any) -> TrialsReport:
+        """The report of what `recorder` saw the machine do; `rest` are the fields that say the most."""
+        judged = recorder.report(figures)
+        return cls(header=judged.header, passed=judged.passed, figures=judged.figures, **rest)
+
     def missed(self) -> list[Figure]:
         """The figures that miss what was asked."""
         return [found for found in self.figures if found.passed is False]
@@ -56,6 +66,21 @@ def check_folder(path: Path) -> None:
         raise BadInputError(f"cannot make {path}: {error.strerror}; give another --out-dir") from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise BadInputError(f"cannot write into {path}: give an --out-dir that is yours")
+
+
+def opened(
+    folder: Path | None, name: str, plan: Plan, kind: type[_T], *, swap: Swap = "none", resume: bool
+) -> Journal[_T]:
+    """The journal of a run that is possible here: with what `folder` holds of it, or in memory alone.
+
+    Raises BadInputError for a folder that can't be used, PsiKvError where no memory cgroup can be made.
+    """
+    able, why = Pen.available(swap)
+    if not able:
+        raise PsiKvError(f"this needs a memory cgroup of its own: {why}")
+    if folder is not None:
+        check_folder(folder)
+    return Journal(folder and folder / name, plan, kind, go_on=resume)
 
 
 def save(

@@ -21,7 +21,7 @@ from psi_kv_governor.bench.trials.latency_plan import (
     near,
 )
 from psi_kv_governor.bench.trials.sizing import Need, Sizes
-from psi_kv_governor.bench.trials.start import Starter
+from psi_kv_governor.bench.trials.start import Serving, Starter
 from psi_kv_governor.bench.trials.watch import Watch, first_fall, first_signal, poll_time
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.events import Released, Restored, Trimmed
@@ -42,10 +42,10 @@ _CALM_SHARE = 0.2
 35 s; without the wait, the last onset's pressure would pass for an early alarm."""
 
 
-class Runner:
+class Runner(Serving):
     """Runs onsets; one model serves them all, and is started anew where it was killed or is not whole.
 
-    `setup` and `need` come from `sizing.prepared`. A context manager: what still runs ends with it.
+    `setup` and `need` come from `sizing.prepared`.
     """
 
     def __init__(
@@ -58,42 +58,22 @@ class Runner:
         config: GovernorConfig,
         say: Say,
     ) -> None:
-        self._starter = Starter(setup, need, sizes, options.swap, options.swap_bytes)
-        self._sizes = sizes
-        self._options, self._config, self._say = options, config, say
-        self._host: Host | None = None
-        self._variant: Variant = "psi"
-
-    def __enter__(self) -> Runner:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
-
-    def end(self) -> None:
-        """End the model's process and its pen."""
-        if self._host is not None:
-            host, self._host = self._host, None
-            host.close()
+        super().__init__(Starter(setup, need, sizes, options.swap, options.swap_bytes), say)
+        self._sizes, self._options, self._config = sizes, options, config
 
     def run(self, number: int, mode: Mode, variant: Variant) -> Onset:
         """One onset, and back to a calm and whole context. Raises PsiKvError where the model can't be run."""
-        if self._variant != variant:
-            self.end()
-        self._variant = variant
-        if self._host is None:
-            self._host = self._starter.start(variant, self._say)
+        host, _ = self._ready(variant)
         line_bytes = self._config.headroom_low * self._sizes.limit_bytes
-        seen = _Seen(self._host, self._sizes, self._options, (mode, variant), line_bytes)
+        seen = _Seen(host, self._sizes, self._options, (mode, variant), line_bytes)
         try:
             onset = seen.play()
-            whole = not onset.killed and not self._starter.make_whole(self._host) and seen.calm()
+            whole = not onset.killed and not self._starter.make_whole(host) and seen.calm()
         finally:
             seen.close()
         killed = onset.killed
         if not whole:
-            killed = killed or self._host.model_killed()  # while its context came back
-            self.end()
+            killed = self._give_up(host) or killed  # also while its context came back
         return msgspec.structs.replace(onset, number=number, whole=whole, killed=killed)
 
 

@@ -9,21 +9,14 @@ from typing import Any
 import msgspec
 
 from psi_kv_governor.bench.messages import Variant
-from psi_kv_governor.bench.pen import Pen
 from psi_kv_governor.bench.record import Asked, Figure, Options, Recorder, Say, figure
 from psi_kv_governor.bench.sampling import percentile
 from psi_kv_governor.bench.trials import plots
 from psi_kv_governor.bench.trials.host import Setup
-from psi_kv_governor.bench.trials.journal import Journal
-from psi_kv_governor.bench.trials.keep import Table, TrialsReport, check_folder, save
+from psi_kv_governor.bench.trials.journal import Plan
+from psi_kv_governor.bench.trials.keep import Table, TrialsReport, opened, save
 from psi_kv_governor.bench.trials.latency import LIFTED_BUDGET_PER_MIN, Runner
-from psi_kv_governor.bench.trials.latency_plan import (
-    POLLS_S,
-    LatencyOptions,
-    LatencyPlan,
-    Mode,
-    Onset,
-)
+from psi_kv_governor.bench.trials.latency_plan import POLLS_S, LatencyOptions, Mode, Onset
 from psi_kv_governor.bench.trials.oom_plan import NAMES
 from psi_kv_governor.bench.trials.sizing import mild, prepared
 from psi_kv_governor.config import load_config
@@ -43,13 +36,8 @@ def run(
     resume: bool,
 ) -> TrialsReport:
     """Run what is not yet in the journal of `folder`, and report. Raises BadInputError or PsiKvError."""
-    able, why = Pen.available(asked.swap)
-    if not able:
-        raise PsiKvError(f"this needs a memory cgroup of its own: {why}")
-    if folder is not None:
-        check_folder(folder)
-    plan = LatencyPlan.of(options.model.name, options.model.stat().st_size, asked)
-    journal = Journal(folder and folder / "onsets.jsonl", plan, Onset, go_on=resume)
+    plan = Plan.of("latency", options.model, msgspec.structs.replace(asked, onsets=1))
+    journal = opened(folder, "onsets.jsonl", plan, Onset, swap=asked.swap, resume=resume)
     recorder = Recorder("latency", options, [asked.threads])
     setup = Setup(
         model=str(options.model),
@@ -72,13 +60,11 @@ def run(
     if not journal.parts:
         raise PsiKvError("interrupted before the first onset was finished: there is nothing to report")
     onsets = journal.parts
-    found = list(figures(onsets))
-    report = TrialsReport(
-        header=recorder.report(found).header,
+    report = TrialsReport.of(
+        recorder,
+        list(figures(onsets)),
         options={"asked": asked, "sizes": sizes, "need": need},
         interrupted=interrupted,
-        passed=not any(one.passed is False for one in found),
-        figures=found,
         tables=[reaction_table(onsets), jitter_table(onsets)],
         notes=notes(onsets, asked),
         rows=msgspec.to_builtins(list(onsets)),

@@ -63,20 +63,6 @@ class LatencyOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise BadInputError(f"avg10 = {self.avg10} is not usable: give a share above 0 and up to 1")
 
 
-class LatencyPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run goes on with; more onsets of the same are no other experiment."""
-
-    bench: str
-    model: str
-    model_bytes: int
-    options: LatencyOptions
-
-    @classmethod
-    def of(cls, model: str, model_bytes: int, options: LatencyOptions) -> LatencyPlan:
-        same = msgspec.structs.replace(options, onsets=1)
-        return cls(bench="latency", model=model, model_bytes=model_bytes, options=same)
-
-
 class Near(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds of each token, by what was going on while it was decoded."""
 

@@ -15,7 +15,7 @@ from psi_kv_governor.bench.trials import messages
 from psi_kv_governor.bench.trials.host import MB, Host, ModelKilledError, Setup
 from psi_kv_governor.bench.trials.oom_plan import OomOptions, Trial
 from psi_kv_governor.bench.trials.sizing import Need, Sizes
-from psi_kv_governor.bench.trials.start import Starter
+from psi_kv_governor.bench.trials.start import Serving, Starter
 from psi_kv_governor.bench.trials.watch import Look, Watch
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.control.state import BUDGET_WINDOW_S
@@ -30,10 +30,10 @@ _STUCK_S = 30.0
 _TRAIL = 40
 
 
-class Runner:
+class Runner(Serving):
     """Runs trials one after the other; a model that came back whole serves the next one of its variant.
 
-    `setup` and `need` come from `sizing.prepared`. A context manager: what still runs ends with it.
+    `setup` and `need` come from `sizing.prepared`.
     """
 
     def __init__(
@@ -46,36 +46,18 @@ class Runner:
         config: GovernorConfig,
         say: Say,
     ) -> None:
-        self._starter = Starter(setup, need, sizes, "none", 0)
-        self._need, self._sizes = need, sizes
-        self._options, self._config, self._say = options, config, say
-        self._host: Host | None = None
-        self._variant: Variant = "fixed"
-
-    def __enter__(self) -> Runner:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
-
-    def end(self) -> None:
-        """End the model's process and its pen."""
-        if self._host is not None:
-            host, self._host = self._host, None
-            host.close()
+        super().__init__(Starter(setup, need, sizes, "none", 0), say)
+        self._need, self._sizes, self._options, self._config = need, sizes, options, config
 
     def run(self, number: int, variant: Variant, rate: float) -> Trial:
         """One trial. Raises PsiKvError where the model can't be run at all."""
-        fresh = self._ready(variant)
-        assert self._host is not None, "_ready started it"
-        watched = _Watched(self._host, self._sizes, self._options, rate)
-        outcome = watched.play()
+        host, fresh = self._ready(variant, self._has_budget)
+        outcome = _Watched(host, self._sizes, self._options, rate).play()
         began_s = time.monotonic()
         killed = outcome.model_killed
-        back = not killed and not outcome.stuck and not self._starter.make_whole(self._host)
+        back = not killed and not outcome.stuck and not self._starter.make_whole(host)
         if not back:
-            killed = killed or self._host.model_killed()  # while its context came back
-            self.end()
+            killed = self._give_up(host) or killed  # also while its context came back
         return msgspec.structs.replace(
             outcome,
             number=number,
@@ -86,21 +68,12 @@ class Runner:
             whole_s=time.monotonic() - began_s if back else None,
         )
 
-    def _ready(self, variant: Variant) -> bool:
-        """A whole context of `variant` is there; gives whether its process is a new one.
+    def _has_budget(self, host: Host) -> bool:
+        """Whether a whole context may still be given up in this minute.
 
         A process that has used up the minute's budget of cells would stand the next trial without a
         governor: that is the guard against a hostile neighbour, and not what is measured here.
         """
-        if self._host is not None and self._variant == variant and self._has_budget(self._host):
-            return False
-        self.end()
-        self._host = self._starter.start(variant, self._say, self._has_budget)
-        self._variant = variant
-        return True
-
-    def _has_budget(self, host: Host) -> bool:
-        """Whether a whole context may still be given up in this minute."""
         now_s = time.monotonic()
         spent = sum(cells for time_s, cells in host.given_up if now_s - time_s <= BUDGET_WINDOW_S)
         return spent <= (self._config.budget_per_min - 1.0) * self._need.context_tokens

@@ -8,18 +8,16 @@ from pathlib import Path
 import msgspec
 
 from psi_kv_governor.bench.messages import Variant
-from psi_kv_governor.bench.pen import Pen
 from psi_kv_governor.bench.record import Options, Recorder, Say
 from psi_kv_governor.bench.trials import oom_report, plots
 from psi_kv_governor.bench.trials.host import Setup
-from psi_kv_governor.bench.trials.journal import Journal
-from psi_kv_governor.bench.trials.keep import TrialsReport, check_folder, save
+from psi_kv_governor.bench.trials.journal import Journal, Plan
+from psi_kv_governor.bench.trials.keep import TrialsReport, opened, save
 from psi_kv_governor.bench.trials.oom import Runner
 from psi_kv_governor.bench.trials.oom_plan import (
     NAMES,
     QUICK_RATES,
     OomOptions,
-    OomPlan,
     Trial,
     rate_words,
     remaining,
@@ -39,11 +37,8 @@ def run(
 
     Ctrl-C ends it early: the trials that are finished are reported. Raises BadInputError or PsiKvError.
     """
-    need_pen()
-    if folder is not None:
-        check_folder(folder)
-    plan = OomPlan.of(options.model.name, options.model.stat().st_size, asked)
-    journal = Journal(folder and folder / "trials.jsonl", plan, Trial, go_on=resume)
+    plan = Plan.of("oom", options.model, msgspec.structs.replace(asked, runs=1))
+    journal = opened(folder, "trials.jsonl", plan, Trial, resume=resume)
     recorder = Recorder("oom", options, [asked.threads])
     ahead = list(remaining(asked, [(trial.variant, trial.rate) for trial in journal.parts]))
     scene, interrupted = _run(options, asked, journal, ahead, say) if ahead else (None, False)
@@ -99,21 +94,12 @@ def _report(
     *,
     interrupted: bool,
 ) -> TrialsReport:
-    found = list(oom_report.figures(trials))
-    return TrialsReport(
-        header=recorder.report(found).header,
+    return TrialsReport.of(
+        recorder,
+        list(oom_report.figures(trials)),
         options={"asked": asked, "scene": scene},
         interrupted=interrupted,
-        passed=not any(one.passed is False for one in found),
-        figures=found,
         tables=oom_report.tables(trials),
         notes=oom_report.notes(trials, scene),
         rows=msgspec.to_builtins(oom_report.cells(trials)),
     )
-
-
-def need_pen() -> None:
-    """Raises PsiKvError, with what to do, where no memory cgroup can be made."""
-    able, why = Pen.available()
-    if not able:
-        raise PsiKvError(f"this needs a memory cgroup of its own: {why}")

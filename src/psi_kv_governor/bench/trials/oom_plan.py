@@ -49,21 +49,6 @@ class OomOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise BadInputError(f"hold_s = {self.hold_s} is not usable: give seconds from 0")
 
 
-class OomPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run goes on with: other options or another model would be another experiment."""
-
-    bench: str
-    model: str
-    model_bytes: int
-    options: OomOptions
-
-    @classmethod
-    def of(cls, model: str, model_bytes: int, options: OomOptions) -> OomPlan:
-        """More runs of the same are no other experiment, so their number is left out."""
-        same = msgspec.structs.replace(options, runs=1)
-        return cls(bench="oom", model=model, model_bytes=model_bytes, options=same)
-
-
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
     """One run: a neighbour took memory beside a model that was decoding. None: it never was."""
 

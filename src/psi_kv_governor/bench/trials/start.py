@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from psi_kv_governor.bench.messages import Variant
 from psi_kv_governor.bench.pen import Swap
@@ -18,6 +19,7 @@ STARTS = 5
 """Attempts to begin whole: while a model opens, its own growth can look like pressure to its governor."""
 _ANSWER_S = 300.0
 """A chunk of a prompt takes seconds, and ten times as long when weights have to be read again."""
+_S = TypeVar("_S", bound="Serving")
 
 
 class Starter:
@@ -80,3 +82,42 @@ class Starter:
             host.close()
             raise
         return host
+
+
+class Serving:
+    """One model's process for trial after trial, started anew where it is no longer good for the next one.
+
+    A context manager: what still runs ends with it.
+    """
+
+    def __init__(self, starter: Starter, say: Say) -> None:
+        self._starter, self._say = starter, say
+        self._host: Host | None = None
+        self._variant: Variant | None = None
+
+    def __enter__(self: _S) -> _S:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def _ready(self, variant: Variant, fit: Callable[[Host], bool] = lambda host: True) -> tuple[Host, bool]:
+        """A process of `variant` that is whole and `fit`, and whether it is a new one. Raises PsiKvError."""
+        if self._host is not None and self._variant == variant and fit(self._host):
+            return self._host, False
+        self._end()
+        self._host, self._variant = self._starter.start(variant, self._say, fit), variant
+        return self._host, True
+
+    def _give_up(self, host: Host) -> bool:
+        """End a process that is not whole. Gives whether the kernel killed it; raises PsiKvError where it
+        ended otherwise."""
+        try:
+            return host.model_killed()
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        if self._host is not None:
+            host, self._host = self._host, None
+            host.close()
