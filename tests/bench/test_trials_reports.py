@@ -13,6 +13,7 @@ from trials_help import MIB, onset, probe, trial
 
 from psi_kv_governor.bench.record import Options, Recorder
 from psi_kv_governor.bench.trials import capacity_bench, keep, latency_bench, oom_report, plots
+from psi_kv_governor.bench.trials.capacity import too_slow
 from psi_kv_governor.bench.trials.capacity_plan import CapacityOptions
 from psi_kv_governor.bench.trials.journal import Journal, Plan
 from psi_kv_governor.bench.trials.keep import TrialsReport
@@ -110,6 +111,22 @@ class TestCapacity:
         best = capacity_bench.best_table(probes)
         assert [row[2] for row in best.rows] == ["1,024", "4,096"]
         assert best.rows[1][3:5] == ["25%", "3,072"]
+
+    @pytest.mark.parametrize(
+        ("seconds", "silent_s", "slow"),
+        [
+            ([(32, 3.2)], 3.1, False),
+            ([(32, 3.3)], 0.0, True),
+            ([(8, 0.8)], 3.1, False),  # a last chunk is a short one, the next may be whole
+            ([(32, 3.0)], 3.3, True),
+            ([(32, 3.0), (1, 0.7)], 0.1, False),  # one token, and there are seven more to come
+            ([(32, 3.0), (1, 0.7), (1, 0.2)], 0.1, True),
+            ([(32, 3.0), (1, 0.1)], 0.9, True),
+        ],
+    )
+    def test_slow_is_a_whole_chunk_or_all_of_the_single_tokens(self, seconds, silent_s, slow):
+        decoded = [Token(time_s=0.0, seconds=one, tokens=tokens) for tokens, one in seconds]
+        assert too_slow(decoded, silent_s, CapacityOptions(chunk=32, tokens=8), 10.0) is slow
 
     def test_where_nothing_survives_nothing_is_claimed(self):
         probes = [probe("fixed", 256, "killed"), probe("psi", 256)]

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 from bench_help import leftovers
 
@@ -23,7 +24,7 @@ from psi_kv_governor.errors import BadInputError, PsiKvError
 
 pytestmark = [pytest.mark.llama, pytest.mark.cgroup, pytest.mark.slow]
 
-OOM = OomOptions(context_tokens=1536, runs=2, rates=(100.0,), hold_s=0.5, mmap=False)
+OOM = OomOptions(context_tokens=2048, runs=2, rates=(50.0, 100.0, 200.0), hold_s=0.5, mmap=False)
 GENTLE = OomOptions(
     context_tokens=256, runs=2, rates=(0.0,), hold_s=0.2, limit_bytes=400 * MIB, load_bytes=20 * MIB
 )
@@ -38,21 +39,28 @@ def _nothing_is_left():
     assert leftovers() == []
 
 
-def test_a_fixed_cache_is_killed_and_what_is_finished_is_not_run_again(demo_model, tmp_path):
+def test_a_fixed_cache_is_killed_and_a_governed_one_is_not_in_twenty_runs(demo_model, tmp_path):
     told: list[str] = []
     options = Options(model=demo_model)
-    report = oom_bench.run(options, OOM, tmp_path, told.append, resume=False)
-    assert not report.interrupted
-    by_variant = {row["variant"]: row for row in report.rows}
-    assert by_variant["fixed"]["model_killed"] == 1
-    assert by_variant["fixed"]["returned_bytes"] == [0]
-    assert by_variant["psi"]["runs"] == 1
-    assert by_variant["psi"]["returned_bytes"][0] > 5 * MIB  # whether it was in time is the governor's matter
-    assert (tmp_path / "kills.png").exists()
+    begun = oom_bench.run(options, OOM, tmp_path, told.append, resume=False)
+    assert sum(row["runs"] for row in begun.rows) == 2
     assert any("decoding the context once" in word for word in told)
     lines = (tmp_path / "trials.jsonl").read_bytes()
-    again = oom_bench.run(options, OOM, tmp_path, resume=True)
-    assert (tmp_path / "trials.jsonl").read_bytes() == lines
+    twenty = msgspec.structs.replace(OOM, runs=20)
+    report = oom_bench.run(options, twenty, tmp_path, resume=True)
+    assert not report.interrupted
+    assert (tmp_path / "trials.jsonl").read_bytes().startswith(lines)  # what was finished is not run again
+    fixed, governed = ([row for row in report.rows if row["variant"] == which] for which in ("fixed", "psi"))
+    assert sum(row["runs"] for row in fixed) == sum(row["runs"] for row in governed) == 10
+    assert sum(row["model_killed"] for row in fixed) >= 9
+    assert all(n_bytes == 0 for row in fixed for n_bytes in row["returned_bytes"])
+    # The record has none; one is let pass: a shared machine can itself stand still for a moment.
+    assert sum(row["killed"] for row in governed) <= 1
+    assert all(row["whole"] == row["survived"] for row in governed)
+    lived = [row for row in governed if not row["killed"]]
+    assert all(n_bytes > 5 * MIB for row in lived for n_bytes in row["returned_bytes"])
+    assert (tmp_path / "kills.png").exists()
+    again = oom_bench.run(options, twenty, tmp_path, resume=True)
     assert again.rows == report.rows
     with pytest.raises(BadInputError, match="other options"):
         oom_bench.run(options, OomOptions(), tmp_path, resume=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -137,19 +137,13 @@ class _Probing:
             self._grown = message
 
     def _check_pace(self, silent_s: float) -> None:
-        """Raises _Slow. By chunks in the prompt, and by all tokens so far once they come one by one."""
+        """Raises _Slow."""
         least = self._options.least_tokens_per_s or _ANY_PACE
         if not self._tokens:
             if silent_s > _OPEN_S:
                 raise _Slow(f"it did not open in {_OPEN_S:.0f} s")
             return
-        singles = [token.seconds for token in self._tokens if token.tokens == 1]
-        done, seconds = len(singles), sum(singles)
-        if not singles:
-            last = self._tokens[-1]
-            done, seconds = last.tokens, last.seconds
-        waited_for = self._options.chunk if not singles else self._options.tokens
-        if silent_s > waited_for / least or done / seconds < least:
+        if too_slow(self._tokens, silent_s, self._options, least):
             raise _Slow(f"less than {least:g} tokens per second")
 
     def _probe(self, ending: Ending, why: str, peak_bytes: int) -> Probe:
@@ -173,6 +167,21 @@ class _Probing:
             trims=sum(isinstance(event, Trimmed) for event in self._returned),
             last_turn="" if ending == "survived" else self._last_turn,
         )
+
+
+def too_slow(
+    decoded: Sequence[messages.Token], silent_s: float, options: CapacityOptions, least_per_s: float
+) -> bool:
+    """Whether the last chunk of the prompt, or all of the tokens that come one by one, take too long.
+
+    `decoded` has at least one. What is waited for counts as well, by the `silent_s` that it has taken so
+    far. Single tokens are judged by their sum: the first one after a prompt is slower than the others.
+    """
+    singles_s = [token.seconds for token in decoded if token.tokens == 1]
+    if singles_s:
+        return max(sum(singles_s), silent_s) > options.tokens / least_per_s
+    last = decoded[-1]
+    return last.seconds > last.tokens / least_per_s or silent_s > options.chunk / least_per_s
 
 
 def in_peace(model: Path, options: CapacityOptions, journal: Journal[Probe], say: Say) -> Probe:
