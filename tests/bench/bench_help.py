@@ -6,9 +6,24 @@ import os
 from pathlib import Path
 
 
+def pens_of(pid: int) -> list[Path]:
+    """Folders of the pens that process `pid` has made."""
+    return list(Path("/sys/fs/cgroup").glob(f"**/psi-kv-pen-{pid}-*"))
+
+
+def pids_in(pens: list[Path]) -> set[int]:
+    """Processes in `pens`."""
+    return {int(word) for pen in pens for word in (pen / "cgroup.procs").read_text().split()}
+
+
+def swap_devices() -> set[str]:
+    """What the machine swaps to."""
+    return {line.split()[0] for line in Path("/proc/swaps").read_text().splitlines()[1:]}
+
+
 def leftovers() -> list[str]:
     """Pens and neighbours that this process started and that are still there."""
-    found = [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/psi-kv-pen-{os.getpid()}-*")]
+    found = [str(path) for path in pens_of(os.getpid())]
     for process in Path("/proc").glob("[0-9]*"):
         try:
             words = (process / "cmdline").read_bytes().split(b"\0")

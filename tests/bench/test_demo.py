@@ -8,9 +8,9 @@ import pty
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from bench_help import pens_of, swap_devices
 from click.testing import CliRunner
 
 from psi_kv_governor.bench import guardian
@@ -161,7 +161,7 @@ def test_interrupted_in_the_middle_it_cleans_up_and_ends_with_one_line(demo_mode
     for line in process.stderr:
         if b"filling the context" in line:
             break
-    pens = own_pens(process.pid)
+    pens = pens_of(process.pid)
     assert pens
     devices = swap_devices() - before
     assert devices
@@ -174,12 +174,3 @@ def test_interrupted_in_the_middle_it_cleans_up_and_ends_with_one_line(demo_mode
     assert "Traceback" not in errors.decode()
     assert not any(pen.exists() for pen in pens)
     assert not devices & swap_devices()
-
-
-def swap_devices() -> set[str]:
-    return {line.split()[0] for line in Path("/proc/swaps").read_text().splitlines()[1:]}
-
-
-def own_pens(pid: int) -> list[Path]:
-    """Folders of the pens of process `pid`."""
-    return list(Path("/sys/fs/cgroup").glob(f"**/psi-kv-pen-{pid}-*"))

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from bench_help import pens_of, pids_in, swap_devices
 
 from psi_kv_governor.bench import guardian
 from psi_kv_governor.bench.pressure.sizing import size_of
@@ -48,18 +49,6 @@ def wait_for(process: subprocess.Popen[str], end_of_line: str) -> None:
         if line.rstrip().endswith(end_of_line):
             return
     pytest.fail("it ended too soon: " + "".join(said))
-
-
-def swap_devices() -> set[str]:
-    return {line.split()[0] for line in Path("/proc/swaps").read_text().splitlines()[1:]}
-
-
-def pens_of(pid: int) -> list[Path]:
-    return list(Path("/sys/fs/cgroup").glob(f"**/psi-kv-pen-{pid}-*"))
-
-
-def pids_in(pens: list[Path]) -> set[int]:
-    return {int(word) for pen in pens for word in (pen / "cgroup.procs").read_text().split()}
 
 
 def running(pids: set[int]) -> set[int]:

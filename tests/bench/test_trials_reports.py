@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trials_help import MIB, onset, probe, trial
 
-from psi_kv_governor.bench.record import Options, Recorder
+from psi_kv_governor.bench.record import Options, Recorder, check_folder
 from psi_kv_governor.bench.trials import capacity_bench, keep, latency_bench, oom_report, plots
 from psi_kv_governor.bench.trials.capacity import too_slow
 from psi_kv_governor.bench.trials.capacity_plan import CapacityOptions
@@ -265,7 +265,7 @@ def test_everything_is_kept_in_the_folder(tmp_path):
     trials = [trial("fixed", rate=rate, model_killed=True, whole=None) for rate in (10.0, 0.0)]
     trials += [trial(rate=rate) for rate in (10.0, 0.0)]
     folder = tmp_path / "out"
-    keep.check_folder(folder)
+    check_folder(folder)
     draw = plots.drawn(plots.kills, oom_report.cells(trials))
     keep.save(
         a_report(tmp_path, trials, interrupted=True), folder, "trials.csv", oom_report.records(trials), draw
@@ -300,7 +300,7 @@ def test_plots_are_drawn_from_whatever_there_is(tmp_path, draw, what):
 def test_a_folder_that_cannot_be_made_is_bad_input(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(BadInputError, match="--out-dir"):
-        keep.check_folder(tmp_path / "file" / "inside")
+        check_folder(tmp_path / "file" / "inside")
 
 
 @pytest.mark.parametrize(("rate", "words"), [(10.0, "10 MB/s"), (0.0, "as fast as it can"), (None, "none")])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from bench_help import leftovers
+from bench_help import leftovers, pens_of, pids_in
 
 from psi_kv_governor.bench import guardian
 from psi_kv_governor.bench.record import Options
@@ -60,7 +60,9 @@ def test_a_fixed_cache_is_killed_and_a_governed_one_is_not_in_twenty_runs(demo_m
     lived = [row for row in governed if not row["killed"]]
     assert all(n_bytes > 5 * MIB for row in lived for n_bytes in row["returned_bytes"])
     assert (tmp_path / "kills.png").exists()
+    lines = (tmp_path / "trials.jsonl").read_bytes()
     again = oom_bench.run(options, twenty, tmp_path, resume=True)
+    assert (tmp_path / "trials.jsonl").read_bytes() == lines
     assert again.rows == report.rows
     with pytest.raises(BadInputError, match="other options"):
         oom_bench.run(options, OomOptions(), tmp_path, resume=True)
@@ -130,12 +132,6 @@ def test_a_killed_benchmark_leaves_nothing(demo_model):
         stderr=subprocess.DEVNULL,
     )
 
-    def pens() -> list[Path]:
-        return list(Path("/sys/fs/cgroup").glob(f"**/psi-kv-pen-{process.pid}-*"))
-
-    def inside() -> set[str]:
-        return {pid for pen in pens() for pid in (pen / "cgroup.procs").read_text().split()}
-
     def wait_for(met) -> bool:
         deadline_s = time.monotonic() + 60.0
         while not met() and time.monotonic() < deadline_s and process.poll() in {None, -signal.SIGKILL}:
@@ -143,10 +139,12 @@ def test_a_killed_benchmark_leaves_nothing(demo_model):
         return bool(met())
 
     try:
-        assert wait_for(lambda: len(inside()) >= 2), "the model and its neighbour run in the pen"
-        started = inside()
+        assert wait_for(lambda: len(pids_in(pens_of(process.pid))) >= 2), (
+            "the model and its neighbour run in the pen"
+        )
+        started = pids_in(pens_of(process.pid))
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert wait_for(lambda: not pens())
-    assert wait_for(lambda: not any(Path("/proc", pid).exists() for pid in started))
+    assert wait_for(lambda: not pens_of(process.pid))
+    assert wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))

@@ -223,6 +223,16 @@ def check_writable(path: Path) -> None:
         raise BadInputError(f"cannot write {path}: give a file in a folder that exists and is yours")
 
 
+def check_folder(path: Path) -> None:
+    """Make the folder, or say before minutes are spent that nothing can be kept. Raises BadInputError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInputError(f"cannot make {path}: {error.strerror}; give another --out-dir") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise BadInputError(f"cannot write into {path}: give an --out-dir that is yours")
+
+
 def save(report: Report, path: Path) -> None:
     """Write the report; an earlier one stays whole until the new one is. Raises PsiKvError."""
     try:

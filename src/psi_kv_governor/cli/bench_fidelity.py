@@ -95,8 +95,9 @@ def _run(*, as_json: bool, out_dir: Path | None, model: Path | None, **given: An
 
 def _measured(options: Options, out_dir: Path | None) -> FidelityReport:
     """The report, with what `out_dir` holds already where only some parts are measured; kept there."""
-    from psi_kv_governor.bench.fidelity.keeping import as_recorded, check_folder, keep, recorded
+    from psi_kv_governor.bench.fidelity.keeping import as_recorded, keep, recorded
     from psi_kv_governor.bench.fidelity.run import run
+    from psi_kv_governor.bench.record import check_folder
 
     earlier = None
     if out_dir is not None:

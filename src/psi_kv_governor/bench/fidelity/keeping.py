@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import msgspec
@@ -14,16 +13,6 @@ from psi_kv_governor.bench.fidelity.results import FidelityReport, Setting
 from psi_kv_governor.errors import BadInputError, PsiKvError
 
 JSON, TEXT = "fidelity.json", "README.md"
-
-
-def check_folder(folder: Path) -> None:
-    """Make `folder`; say before minutes are spent that the report could not be kept. Raises BadInputError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInputError(f"cannot make {folder}: {error.strerror}") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise BadInputError(f"cannot write into {folder}: give a folder that is yours (--out-dir)")
 
 
 def recorded(folder: Path) -> FidelityReport | None:

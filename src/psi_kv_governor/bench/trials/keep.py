@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,9 +11,9 @@ from typing import Any, TypeVar
 import msgspec
 
 from psi_kv_governor.bench.pen import Pen, Swap
-from psi_kv_governor.bench.record import Figure, Header, Recorder
+from psi_kv_governor.bench.record import Figure, Header, Recorder, check_folder
 from psi_kv_governor.bench.trials.journal import Journal, Plan
-from psi_kv_governor.errors import BadInputError, PsiKvError
+from psi_kv_governor.errors import PsiKvError
 
 _T = TypeVar("_T")
 
@@ -56,16 +55,6 @@ class TrialsReport(msgspec.Struct, frozen=True, kw_only=True):
     def to_json(self) -> bytes:
         """Indented, for files that are read and compared."""
         return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
-
-
-def check_folder(path: Path) -> None:
-    """Make the folder, or say before minutes are spent that nothing can be kept. Raises BadInputError."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInputError(f"cannot make {path}: {error.strerror}; give another --out-dir") from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise BadInputError(f"cannot write into {path}: give an --out-dir that is yours")
 
 
 def opened(
