@@ -1,0 +1,255 @@
+// The functions that stand before those of ggml and llama.cpp. Each does what the real one does, and more or less
+// around it; where llama.cpp is of another version, functions that it lacks are never called.
+
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "agent.h"
+
+struct agent agent = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
+void real_set_primary(const char * path);
+
+void agent_say(const char * format, ...) {
+    char    text[512];
+    va_list arguments;
+    va_start(arguments, format);
+    const int n = vsnprintf(text, sizeof(text), format, arguments);
+    va_end(arguments);
+    if (n > 0) {
+        dprintf(2, "psi-kv: %s\n", text);
+    }
+}
+
+double agent_now_s(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double) now.tv_sec + (double) now.tv_nsec * 1e-9;
+}
+
+static void left(int * unused) {
+    (void) unused;
+    gate_leave();
+}
+
+// The gate is left however the call ends, also by an exception that passes through.
+#define CALLER __builtin_return_address(0)
+#define REAL(name)                                                                       \
+    static struct real_cache cache;                                                      \
+    typeof(&name) real = (typeof(&name)) real_of(#name, CALLER, &cache)
+#define INSIDE                                                                           \
+    __attribute__((cleanup(left), unused)) int inside = 0;                               \
+    gate_enter()
+
+// ---- buffers ------------------------------------------------------------------------------------------------
+
+EXPORT ggml_backend_buffer_t ggml_backend_alloc_ctx_tensors_from_buft(struct ggml_context * context, ggml_backend_buffer_type_t type) {
+    REAL(ggml_backend_alloc_ctx_tensors_from_buft);
+    ggml_backend_buffer_t buffer = real(context, type);
+    region_born(lib_of(CALLER), buffer, context);
+    return buffer;
+}
+
+EXPORT void ggml_backend_buffer_clear(ggml_backend_buffer_t buffer, uint8_t value) {
+    REAL(ggml_backend_buffer_clear);
+    if (value != 0 || !region_clear(buffer)) {
+        real(buffer, value);
+    }
+}
+
+EXPORT void ggml_backend_buffer_free(ggml_backend_buffer_t buffer) {
+    REAL(ggml_backend_buffer_free);
+    if (buffer) {
+        region_gone(buffer);
+    }
+    real(buffer);
+}
+
+EXPORT void ggml_backend_tensor_get(const struct ggml_tensor * tensor, void * data, size_t offset, size_t size) {
+    REAL(ggml_backend_tensor_get);
+    if (!map_asking(tensor, offset, size)) {
+        real(tensor, data, offset, size);
+    }
+}
+
+EXPORT void ggml_backend_tensor_set(struct ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
+    REAL(ggml_backend_tensor_set);
+    rows_overwritten(tensor, offset, size);
+    real(tensor, data, offset, size);
+}
+
+// ---- graphs ---------------------------------------------------------------------------------------------------
+
+EXPORT void ggml_backend_sched_set_eval_callback(ggml_backend_sched_t sched, ggml_backend_sched_eval_callback callback, void * user) {
+    REAL(ggml_backend_sched_set_eval_callback);
+    graph_note_callback(sched, callback, user);
+    real(sched, callback, user);
+}
+
+EXPORT int32_t ggml_backend_sched_graph_compute_async(ggml_backend_sched_t sched, struct ggml_cgraph * graph) {
+    REAL(ggml_backend_sched_graph_compute_async);
+    INSIDE;  // whoever did not come through one of the functions below
+    struct lib * lib = lib_of(CALLER);
+    graph_before(lib, sched, graph);
+    gate_compute_begin();
+    const int32_t status = real(sched, graph);
+    gate_compute_end();
+    graph_after();
+    return status;
+}
+
+// ---- calls into llama.cpp -----------------------------------------------------------------------------------------
+
+EXPORT int32_t llama_decode(struct llama_context * ctx, struct llama_batch batch) {
+    REAL(llama_decode);
+    INSIDE;
+    graph_call_begin(ctx, lib_of((void *) real), &batch);
+    const int32_t result = real(ctx, batch);
+    graph_call_end();
+    return result;
+}
+
+EXPORT int32_t llama_encode(struct llama_context * ctx, struct llama_batch batch) {
+    REAL(llama_encode);
+    INSIDE;
+    graph_call_begin(ctx, lib_of((void *) real), NULL);
+    const int32_t result = real(ctx, batch);
+    graph_call_end();
+    return result;
+}
+
+struct llama_batch_ext;
+
+EXPORT int32_t llama_process(struct llama_context * ctx, struct llama_batch_ext * batch) {
+    REAL(llama_process);
+    INSIDE;
+    graph_call_begin(ctx, lib_of((void *) real), NULL);
+    const int32_t result = real(ctx, batch);
+    graph_call_end();
+    return result;
+}
+
+static void cells_changed(void) {
+    pthread_mutex_lock(&agent.lock);
+    agent.memory_generation++;
+    pthread_mutex_unlock(&agent.lock);
+}
+
+#define CHANGES(type, name, parameters, arguments)  \
+    EXPORT type name parameters {                   \
+        REAL(name);                                 \
+        INSIDE;                                     \
+        cells_changed();                            \
+        return real arguments;                      \
+    }
+
+EXPORT bool llama_memory_seq_rm(llama_memory_t mem, int32_t seq, int32_t p0, int32_t p1) {
+    REAL(llama_memory_seq_rm);
+    INSIDE;
+    if (!map_untouched(mem, p0)) {
+        cells_changed();
+    }
+    return real(mem, seq, p0, p1);
+}
+
+CHANGES(void, llama_memory_seq_cp, (llama_memory_t mem, int32_t from, int32_t to, int32_t p0, int32_t p1), (mem, from, to, p0, p1))
+CHANGES(void, llama_memory_seq_keep, (llama_memory_t mem, int32_t seq), (mem, seq))
+CHANGES(void, llama_memory_clear, (llama_memory_t mem, bool data), (mem, data))
+
+EXPORT void llama_memory_seq_add(llama_memory_t mem, int32_t seq, int32_t p0, int32_t p1, int32_t delta) {
+    REAL(llama_memory_seq_add);
+    INSIDE;
+    real(mem, seq, p0, p1, delta);
+    map_shift(mem, seq, p0, p1, delta, 1);
+}
+
+EXPORT void llama_memory_seq_div(llama_memory_t mem, int32_t seq, int32_t p0, int32_t p1, int d) {
+    REAL(llama_memory_seq_div);
+    INSIDE;
+    real(mem, seq, p0, p1, d);
+    map_shift(mem, seq, p0, p1, 0, d);
+}
+
+CHANGES(size_t, llama_state_set_data, (struct llama_context * ctx, const uint8_t * from, size_t size), (ctx, from, size))
+CHANGES(size_t, llama_state_seq_set_data, (struct llama_context * ctx, const uint8_t * from, size_t size, int32_t seq), (ctx, from, size, seq))
+CHANGES(bool, llama_state_load_file, (struct llama_context * ctx, const char * path, int32_t * tokens, size_t capacity, size_t * n), (ctx, path, tokens, capacity, n))
+CHANGES(size_t, llama_state_seq_load_file, (struct llama_context * ctx, const char * path, int32_t seq, int32_t * tokens, size_t capacity, size_t * n), (ctx, path, seq, tokens, capacity, n))
+
+#define READS(type, name, parameters, arguments)    \
+    EXPORT type name parameters {                   \
+        REAL(name);                                 \
+        INSIDE;                                     \
+        return real arguments;                      \
+    }
+
+READS(size_t, llama_state_get_data, (struct llama_context * ctx, uint8_t * to, size_t size), (ctx, to, size))
+READS(size_t, llama_state_get_size, (struct llama_context * ctx), (ctx))
+READS(size_t, llama_state_seq_get_data, (struct llama_context * ctx, uint8_t * to, size_t size, int32_t seq), (ctx, to, size, seq))
+READS(size_t, llama_state_seq_get_size, (struct llama_context * ctx, int32_t seq), (ctx, seq))
+READS(bool, llama_state_save_file, (struct llama_context * ctx, const char * path, const int32_t * tokens, size_t n), (ctx, path, tokens, n))
+READS(size_t, llama_state_seq_save_file, (struct llama_context * ctx, const char * path, int32_t seq, const int32_t * tokens, size_t n), (ctx, path, seq, tokens, n))
+READS(size_t, llama_state_seq_get_data_ext, (struct llama_context * ctx, uint8_t * to, size_t size, int32_t seq, uint32_t flags), (ctx, to, size, seq, flags))
+READS(size_t, llama_state_seq_get_size_ext, (struct llama_context * ctx, int32_t seq, uint32_t flags), (ctx, seq, flags))
+CHANGES(size_t, llama_state_seq_set_data_ext, (struct llama_context * ctx, const uint8_t * from, size_t size, int32_t seq, uint32_t flags), (ctx, from, size, seq, flags))
+READS(int32_t, llama_memory_seq_pos_min, (llama_memory_t mem, int32_t seq), (mem, seq))
+READS(int32_t, llama_memory_seq_pos_max, (llama_memory_t mem, int32_t seq), (mem, seq))
+
+EXPORT void llama_free(struct llama_context * ctx) {
+    REAL(llama_free);
+    INSIDE;
+    pthread_mutex_lock(&agent.lock);
+    for (int i = 0; i < MAX_CONTEXTS; i++) {
+        if (agent.contexts[i].ctx == ctx) {
+            agent.contexts[i].ctx = NULL;
+        }
+    }
+    pthread_mutex_unlock(&agent.lock);
+    real(ctx);
+}
+
+// ---- the beginning, and forks ---------------------------------------------------------------------------------------
+
+static __thread bool held_for_fork;
+
+static void before_fork(void) {
+    // Whole micro-batches, unless the fork comes from inside of one: then the child's copy of that context is half a
+    // decode, as without us.
+    held_for_fork = !gate_inside() && gate_take(true, 0.5);
+    pthread_mutex_lock(&agent.lock);
+}
+
+static void after_fork_in_parent(void) {
+    regions_after_fork(false);
+    pthread_mutex_unlock(&agent.lock);
+    if (held_for_fork) {
+        gate_give();
+    }
+}
+
+static void after_fork_in_child(void) {
+    regions_after_fork(true);
+    pthread_mutex_init(&agent.lock, NULL);
+    pthread_mutex_init(&serving, NULL);
+    gate_after_fork();
+}
+
+EXPORT void psikv_configure(const char * place, int32_t backing, uint64_t reserve_bytes, uint64_t limit_bytes, const char * library) {
+    pthread_mutex_lock(&agent.lock);
+    snprintf(agent.place, sizeof(agent.place), "%s", place ? place : "");
+    agent.want_backing  = backing;
+    agent.reserve_bytes = reserve_bytes;
+    agent.limit_bytes   = limit_bytes;
+    pthread_mutex_unlock(&agent.lock);
+    if (library && library[0]) {
+        real_set_primary(library);
+    }
+}
+
+__attribute__((constructor)) static void begin(void) {
+    (void) pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
+}

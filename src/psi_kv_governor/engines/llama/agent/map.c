@@ -1,0 +1,208 @@
+// Which rows belong to which sequence. llama.cpp is asked, in public functions only: the state of a sequence is "saved"
+// into memory that nobody fills, while the copies that this takes are written down instead of made. Between two
+// questions the rows of each decode are added as they are written. The map decides what is cold, and nothing else.
+
+#define _GNU_SOURCE
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "agent.h"
+
+static __thread struct { bool on; int32_t id; } asking;
+
+struct sequence * map_sequence(struct region * region, int32_t id, bool create) {
+    for (int32_t i = 0; i < region->n_sequences; i++) {
+        if (region->sequences[i].id == id) {
+            return &region->sequences[i];
+        }
+    }
+    if (!create || region->n_sequences == MAX_SEQUENCES) {
+        return NULL;
+    }
+    struct sequence * sequence = &region->sequences[region->n_sequences++];
+    *sequence = (struct sequence){.id = id, .highest = -1};
+    return sequence;
+}
+
+void map_append(struct region * region, int32_t id, int32_t row) {
+    struct sequence * sequence = map_sequence(region, id, true);
+    if (!sequence) {
+        return;
+    }
+    if (sequence->n == sequence->capacity) {
+        const int32_t capacity = sequence->capacity ? 2 * sequence->capacity : 1024;
+        int32_t *     rows     = realloc(sequence->rows, (size_t) capacity * sizeof(int32_t));
+        if (!rows) {
+            return;  // an incomplete map only leaves cells where they are
+        }
+        sequence->rows     = rows;
+        sequence->capacity = capacity;
+    }
+    sequence->rows[sequence->n++] = row;
+    sequence->highest             = region->pos[row] > sequence->highest ? region->pos[row] : sequence->highest;
+}
+
+bool map_fresh(const struct region * region) {
+    return region->map_generation > 1 && region->map_generation == agent.memory_generation + 2;
+}
+
+// In ggml_backend_tensor_get: true where the copy is only written down.
+bool map_asking(const struct ggml_tensor * tensor, size_t offset, size_t size) {
+    if (!asking.on) {
+        return false;
+    }
+    const uint64_t  address = (uint64_t) (uintptr_t) tensor->data + offset;
+    struct region * region  = region_of_address(address);
+    if (region && region->cells) {
+        const struct tensor * leader = &region->tensors[region->leader];
+        if (address >= leader->base && address < leader->base + leader->row_bytes * leader->n_rows) {
+            const int32_t row = (int32_t) ((address - leader->base) / leader->row_bytes);
+            const int32_t n   = (int32_t) (size / leader->row_bytes);
+            for (int32_t i = row; i < row + n && i < region->n_rows; i++) {
+                map_append(region, asking.id, i);
+                region->flags[i] |= ROW_USED;
+            }
+        }
+    }
+    return true;
+}
+
+static int by_position(const void * a, const void * b, void * pos) {
+    const int32_t x = ((const int32_t *) pos)[*(const int32_t *) a], y = ((const int32_t *) pos)[*(const int32_t *) b];
+    return (x > y) - (x < y);
+}
+
+// Positions come from the graphs that wrote the rows. Of rows that came otherwise (a loaded state) they are not known:
+// they are taken to be in the order of their cells, up to the highest position of the sequence.
+static void place(struct region * region, struct sequence * sequence, int32_t highest) {
+    sequence->highest = highest;
+    bool known = true, sorted = true;
+    for (int32_t i = 0; i < sequence->n; i++) {
+        const int32_t pos = region->pos[sequence->rows[i]];
+        known  = known && pos >= 0 && pos <= highest;
+        sorted = sorted && (i == 0 || pos > region->pos[sequence->rows[i - 1]]);
+    }
+    if (!known) {
+        for (int32_t i = 0; i < sequence->n; i++) {
+            region->pos[sequence->rows[i]] = highest - (sequence->n - 1) + i;
+        }
+    } else if (!sorted) {
+        qsort_r(sequence->rows, (size_t) sequence->n, sizeof(int32_t), by_position, region->pos);
+    }
+}
+
+// Asks for all caches of `ctx`. Nobody else may be in llama.cpp; the lock is not held.
+bool map_refresh(struct llama_context * ctx, struct lib * lib) {
+    if (!lib->state_seq_get || !lib->get_memory || !lib->pos_max || !lib->n_seq_max) {
+        return false;
+    }
+    llama_memory_t memory = lib->get_memory(ctx);
+    if (!memory) {
+        return false;
+    }
+    pthread_mutex_lock(&agent.lock);
+    size_t bytes = 1 << 20;
+    for (int i = 0; i < MAX_REGIONS; i++) {
+        struct region * region = &agent.regions[i];
+        if (region->alive && region->ctx == ctx) {
+            bytes += region->last - region->first + (size_t) (region->n_rows + 1) * 64 + (1 << 16);
+        }
+        if (region->alive && region->ctx == ctx && region->cells) {
+            for (int32_t j = 0; j < region->n_sequences; j++) {
+                region->sequences[j].n       = 0;
+                region->sequences[j].highest = -1;
+            }
+            for (int64_t j = 0; j < region->n_rows; j++) {
+                region->flags[j] &= (uint8_t) ~ROW_USED;
+            }
+        }
+    }
+    const uint64_t generation = agent.memory_generation;
+    pthread_mutex_unlock(&agent.lock);
+    void * scratch = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (scratch == MAP_FAILED) {
+        return false;
+    }
+    const uint32_t n = lib->n_seq_max(ctx) < MAX_SEQUENCES ? lib->n_seq_max(ctx) : MAX_SEQUENCES;
+    for (uint32_t id = 0; id < n; id++) {
+        const int32_t highest = lib->pos_max(memory, (int32_t) id);
+        if (highest < 0) {
+            continue;
+        }
+        asking.on = true;
+        asking.id = (int32_t) id;
+        (void) lib->state_seq_get(ctx, scratch, bytes, (int32_t) id, 0);
+        asking.on = false;
+        pthread_mutex_lock(&agent.lock);
+        for (int i = 0; i < MAX_REGIONS; i++) {
+            struct region *   region   = &agent.regions[i];
+            struct sequence * sequence = region->alive && region->ctx == ctx && region->cells ? map_sequence(region, (int32_t) id, false) : NULL;
+            if (sequence) {
+                place(region, sequence, highest);
+            }
+        }
+        pthread_mutex_unlock(&agent.lock);
+    }
+    // Cells outside of a sliding window are left out above, but may be looked at again after a rollback: -1 lists them.
+    asking.on = true;
+    asking.id = -1;
+    (void) lib->state_seq_get(ctx, scratch, bytes, -1, 0);
+    asking.on = false;
+    munmap(scratch, bytes);
+    pthread_mutex_lock(&agent.lock);
+    for (int i = 0; i < MAX_REGIONS; i++) {
+        struct region * region = &agent.regions[i];
+        if (!region->alive || region->ctx != ctx || !region->cells) {
+            continue;
+        }
+        region->map_generation = generation + 2;  // 0: new, 1: cleared once
+        for (int64_t j = 0; j < region->n_rows; j++) {
+            if (!(region->flags[j] & ROW_USED) && region->flags[j]) {
+                region->n_masked -= (region->flags[j] & ROW_MASKED) != 0;
+                region->n_affected -= (region->flags[j] & ROW_AFFECTED) != 0;
+                region->flags[j] = 0;
+            }
+        }
+    }
+    pthread_mutex_unlock(&agent.lock);
+    return true;
+}
+
+// A tail is cut before every decode by some programs, where there is none.
+bool map_untouched(llama_memory_t memory, int32_t p0) {
+    bool untouched = p0 > 0;
+    pthread_mutex_lock(&agent.lock);
+    for (int i = 0; i < MAX_REGIONS && untouched; i++) {
+        const struct region * region = &agent.regions[i];
+        if (!region->alive || !region->cells || !region->ctx || region->lib->get_memory(region->ctx) != memory) {
+            continue;
+        }
+        untouched = map_fresh(region);
+        for (int32_t j = 0; j < region->n_sequences && untouched; j++) {
+            untouched = region->sequences[j].highest < p0;
+        }
+    }
+    pthread_mutex_unlock(&agent.lock);
+    return untouched;
+}
+
+// llama_memory_seq_add and seq_div: the cells stay, their positions change.
+void map_shift(llama_memory_t memory, int32_t id, int32_t p0, int32_t p1, int32_t delta, int32_t divide) {
+    pthread_mutex_lock(&agent.lock);
+    for (int i = 0; i < MAX_REGIONS; i++) {
+        struct region * region = &agent.regions[i];
+        if (!region->alive || !region->cells || !region->ctx || region->lib->get_memory(region->ctx) != memory) {
+            continue;
+        }
+        struct sequence * sequence = map_sequence(region, id, false);
+        for (int32_t j = 0; sequence && j < sequence->n; j++) {
+            int32_t * pos = &region->pos[sequence->rows[j]];
+            if (*pos >= (p0 < 0 ? 0 : p0) && (p1 < 0 || *pos < p1)) {
+                *pos = divide > 1 ? *pos / divide : *pos + delta;
+            }
+        }
+    }
+    agent.memory_generation++;
+    pthread_mutex_unlock(&agent.lock);
+}

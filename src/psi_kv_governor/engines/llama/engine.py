@@ -1,0 +1,292 @@
+"""The engine for llama.cpp: any number of caches, behind an agent in this process or in another."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from psi_kv_governor.cache import (
+    CacheState,
+    Capabilities,
+    Capability,
+    Description,
+    Kind,
+    Plan,
+    Range,
+    Result,
+    SequenceState,
+    Snapshot,
+    Step,
+    Verb,
+)
+from psi_kv_governor.engines.llama.client import NO_SUCH, Client, Op, RegionInfo, Reply, SequenceInfo
+from psi_kv_governor.engines.llama.evidence import LlamaEvidence, Sampling
+from psi_kv_governor.errors import EngineError
+
+_MASKED, _PARKED = 2, 4  # enum row_flag in agent.h
+_RUNNING_S = 1.0
+"""A sequence that was decoded within so long is running: between two tokens of a slow machine."""
+_COUNT_EVERY_S = 1.0
+"""Resident pages are counted so often: 0.3 ms for a gigabyte."""
+_OPS = {
+    Verb.WRITE_BEHIND: Op.WRITE,
+    Verb.RELEASE: Op.RELEASE,
+    Verb.PARK: Op.PARK,
+    Verb.MASK: Op.MASK,
+    Verb.UNMASK: Op.UNMASK,
+    Verb.UNPARK: Op.UNPARK,
+}
+
+
+class LlamaEngine:
+    """An `Engine` over the caches that one agent knows."""
+
+    def __init__(
+        self,
+        client: Client,
+        *,
+        pid: int,
+        place: str,
+        backing: str,
+        why_backing: str = "",
+        context: Callable[[], int] | None = None,
+    ) -> None:
+        """With `context` only the caches of that llama_context (its address) are this engine's."""
+        self.client = client
+        self.head_cells = 0
+        """First positions that hold the system prompt, where the front door knows them."""
+        self._pid = pid
+        self._place = place
+        self._backing = backing
+        self._why_backing = why_backing
+        self._context = context
+        self._regions: dict[int, RegionInfo] = {}
+        self._resident: dict[int, int] = {}
+        self._counted_s = -math.inf
+        self._closed = False
+
+    # -- telling ----------------------------------------------------------------------------------------
+
+    def describe(self) -> Description:
+        """See Engine."""
+        regions = list(self._regions.values())
+        able = Capability(able=True)
+        none_yet = Capability(able=False, why="no cache is open, or it is too small to matter (1 MiB)")
+        placeless = Capability(able=False, why="there is no place to park")
+        by_cell = [region for region in regions if region.by_cell]
+        mask = next((able for region in by_cell if region.maskable), none_yet)
+        if not mask.able and by_cell:
+            mask = Capability(able=False, why=by_cell[0].why_not_maskable)
+        state = Capability(able=False, why="a recurrent state has no cells")
+        return Description(
+            engine="llama",
+            capabilities=Capabilities(
+                release=able if by_cell else (state if regions else none_yet),
+                park=(able if self._place else placeless) if regions else none_yet,
+                mask=(mask if self._place else placeless) if by_cell or not regions else state,
+                blobs=Capability(able=False, why="this process keeps none that the agent knows"),
+            ),
+            backing=self._backing,
+            place=self._place,
+            details={"backing": self._why_backing} if self._why_backing else {},
+        )
+
+    def snapshot(self) -> Snapshot:
+        """See Engine."""
+        now_s = time.monotonic()
+        count = now_s - self._counted_s >= _COUNT_EVERY_S
+        regions = self._look(count_resident=count)
+        if count:
+            self._resident = {region.id: region.resident for region in regions}
+            self._counted_s = now_s
+        largest = {
+            region.context: max(r.rows for r in regions if r.context == region.context) for region in regions
+        }
+        caches = tuple(self._cache(region, now_s, largest[region.context]) for region in regions)
+        written = max((region.written for region in regions), default=0)
+        return Snapshot(time_s=now_s, caches=caches, written_bytes=written)
+
+    def _look(self, *, count_resident: bool = False) -> list[RegionInfo]:
+        if self._closed:
+            raise EngineError("the engine is closed")
+        wanted = self._context() if self._context is not None else None
+        regions = [
+            region
+            for region in self.client.regions(count_resident=count_resident)
+            if wanted is None or region.context == wanted
+        ]
+        self._regions = {region.id: region for region in regions}
+        return regions
+
+    def _cache(self, region: RegionInfo, now_s: float, most_rows: int) -> CacheState:
+        if not region.by_cell:
+            sequences: tuple[SequenceState, ...] = (
+                SequenceState(
+                    id=-1,
+                    next_position=1,
+                    live=(Range(0, 1),),
+                    running=region.computing or now_s - region.used_s < _RUNNING_S,
+                    last_used_s=region.used_s,
+                ),
+            )
+        else:
+            sequences = tuple(self._sequence(region, sequence, now_s) for sequence in region.sequences)
+        # Of a model with sliding windows the small cache slides by itself.
+        slides = region.by_cell and region.rows < most_rows
+        why = "its window slides by itself" if slides else region.why_not_maskable
+        return CacheState(
+            id=region.id,
+            name="keys and values" if region.by_cell else "recurrent state",
+            pid=self._pid,
+            capacity_cells=region.rows or 1,
+            cell_bytes=region.cell_bytes if region.by_cell else region.size,
+            row_bytes=region.row_bytes if region.by_cell else region.size,
+            resident_bytes=self._resident.get(region.id, 0),
+            maskable=region.maskable and not slides,
+            why_not_maskable=why if region.by_cell else "a recurrent state has no cells",
+            free_resident_bytes=self._free_resident(region),
+            sequences=sequences,
+        )
+
+    def _free_resident(self, region: RegionInfo) -> int:
+        """Counted bytes beyond what the used cells take. Parked cells hide some: a lower bound."""
+        if not region.by_cell:
+            return 0
+        used = sum(sequence.cells for sequence in region.sequences) * region.cell_bytes
+        return max(0, self._resident.get(region.id, 0) - used)
+
+    def _sequence(self, region: RegionInfo, info: SequenceInfo, now_s: float) -> SequenceState:
+        live: tuple[Range, ...] = (Range(info.low, info.high + 1),)
+        masked: tuple[Range, ...] = ()
+        parked = info.parked
+        if info.masked or info.cells != info.high + 1 - info.low:
+            cells = self.client.cells(region.id, info.id)
+            live = _runs(cells[(cells[:, 1] & _MASKED) == 0, 0])
+            masked = _runs(cells[(cells[:, 1] & _MASKED) != 0, 0])
+            parked = int(np.count_nonzero((cells[:, 1] & (_MASKED | _PARKED)) == _PARKED))
+        return SequenceState(
+            id=info.id,
+            next_position=info.high + 1,
+            live=live,
+            masked=masked,
+            affected=info.affected,
+            parked_bytes=parked * region.cell_bytes,
+            running=now_s - info.used_s < _RUNNING_S or (region.computing and len(region.sequences) == 1),
+            last_used_s=info.used_s,
+            head_cells=self.head_cells,
+        )
+
+    # -- acting -----------------------------------------------------------------------------------------
+
+    def apply(self, plan: Plan) -> Result:
+        """See Engine."""
+        begin_s = time.monotonic()
+        total = Result()
+        for step in plan.steps:
+            left_s = plan.deadline_s - (time.monotonic() - begin_s)
+            left_bytes = math.inf if plan.max_bytes is None else plan.max_bytes - _moved(total)
+            if left_s <= 0.0 or left_bytes <= 0:
+                total = msgspec.structs.replace(total, done=False)
+                break
+            total = _sum(total, self._step(step, left_s, left_bytes))
+        return msgspec.structs.replace(total, seconds=time.monotonic() - begin_s)
+
+    def _step(self, step: Step, left_s: float, left_bytes: float) -> Result:
+        op = _OPS.get(step.verb)
+        if op is None or step.blob is not None:
+            return Result(problem=f"llama.cpp's caches can't do this: {step.verb.value}")
+        reply = self.client.ask(
+            op,
+            step.cache,
+            -1 if step.sequence is None else step.sequence,
+            ranges=step.ranges,
+            deadline_s=0.0 if math.isinf(left_s) else left_s,
+            max_bytes=0 if math.isinf(left_bytes) else int(left_bytes),
+        )
+        result = _result(reply, step.verb)
+        if op is Op.PARK and step.sequence is not None and self._all_idle(step):
+            # Nobody reads this cache now: what does not lie cell by cell (a transposed V) can go as well.
+            rest = self.client.ask(op, step.cache, -1, deadline_s=0.0 if math.isinf(left_s) else left_s)
+            result = _sum(result, msgspec.structs.replace(_result(rest, step.verb), cells=0))
+        return result
+
+    def _all_idle(self, step: Step) -> bool:
+        region = self._regions.get(step.cache)
+        return (
+            region is not None
+            and not region.computing
+            and not step.ranges
+            and all(s.id == step.sequence or s.parked == s.cells for s in region.sequences)
+        )
+
+    def collect(self, kinds: frozenset[Kind]) -> None:
+        """See Engine."""
+        s = Sampling()
+        every = s.every if kinds & {"attention", "last_used"} else 0
+        self.client.ask(Op.COLLECT, ranges=((every, s.window), (s.near, s.layers), (s.half_life, 0)))
+
+    def evidence(self, cache: int, sequence: int) -> LlamaEvidence:
+        """See Engine."""
+        region = self._regions.get(cache)
+        if region is None:
+            self._look()
+            region = self._regions.get(cache)
+        if region is None:
+            raise EngineError(f"there is no cache {cache} any more")
+        return LlamaEvidence(self.client, region, sequence)
+
+    def close(self) -> None:
+        """See Engine."""
+        if self._closed:
+            return
+        try:
+            for region in self._look():
+                self.client.ask(Op.FORGET, region.id)
+        except EngineError:
+            pass  # the agent is gone, and its masks with it
+        self._closed = True
+
+
+def _runs(positions: npt.NDArray[np.int32]) -> tuple[Range, ...]:
+    """Sorted positions as ranges."""
+    if not len(positions):
+        return ()
+    positions = np.unique(positions)
+    breaks = np.flatnonzero(np.diff(positions) != 1) + 1
+    parts = np.split(positions, breaks)
+    return tuple(Range(int(part[0]), int(part[-1]) + 1) for part in parts)
+
+
+def _moved(result: Result) -> int:
+    return result.bytes_returned + result.bytes_back
+
+
+def _result(reply: Reply, verb: Verb) -> Result:
+    back = verb in {Verb.UNMASK, Verb.UNPARK}
+    gone = "the sequence is gone" if reply.status == NO_SUCH else ""
+    return Result(
+        bytes_returned=0 if back else reply.n_bytes,
+        bytes_back=reply.n_bytes if back else 0,
+        cells=reply.cells,
+        masked=reply.masked,
+        written_bytes=reply.written,
+        done=reply.done,
+        problem=reply.problem or gone,
+    )
+
+
+def _sum(one: Result, other: Result) -> Result:
+    return Result(
+        bytes_returned=one.bytes_returned + other.bytes_returned,
+        bytes_back=one.bytes_back + other.bytes_back,
+        cells=one.cells + other.cells,
+        masked=one.masked + other.masked,
+        written_bytes=one.written_bytes + other.written_bytes,
+        done=one.done and other.done,
+        problem=one.problem or other.problem,
+    )

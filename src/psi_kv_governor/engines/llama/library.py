@@ -1,0 +1,203 @@
+"""Finds or compiles the agent, and puts it in front of llama.cpp in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import importlib
+import importlib.util
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+from psi_kv_governor.engines.llama.elf import redirecting
+from psi_kv_governor.errors import EngineError
+
+INSTALL_HINT = "pip install 'psi-kv-governor[llama]'"
+_SOURCE_DIR = Path(__file__).with_name("agent")
+_SHIPPED = Path(__file__).with_name("libpsikv_agent.so")
+"""In a wheel of a platform the agent comes compiled."""
+# Sums may be taken in any order, so that they are taken 8 or 16 at a time. Not -ffast-math: linked with it, a
+# library makes the whole process flush subnormals to zero, and llama.cpp's logits would change.
+_SUMS = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
+_FLAGS = ("-std=gnu11", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-fexceptions", *_SUMS)
+
+
+def compiler() -> str:
+    """The C compiler: $CC, or the first of cc, gcc, clang. Raises EngineError."""
+    wanted = os.environ.get("CC", "").split()[:1]
+    for name in wanted or ("cc", "gcc", "clang"):
+        if found := shutil.which(name):
+            return found
+    named = f"$CC ({wanted[0]})" if wanted else "cc, gcc or clang"
+    raise EngineError(f"no C compiler found ({named}): install one, for instance 'apt install gcc libc6-dev'")
+
+
+def agent_path() -> Path:
+    """The agent for this machine, compiled now if need be. Raises EngineError."""
+    if sys.platform != "linux":
+        raise EngineError(f"no memory can be returned on {sys.platform}: the agent needs Linux")
+    if _SHIPPED.is_file():
+        return _SHIPPED
+    digest = hashlib.sha256("\0".join((*_FLAGS, platform.machine(), platform.libc_ver()[0])).encode())
+    for part in sorted(_SOURCE_DIR.glob("*.[ch]")):
+        digest.update(part.name.encode() + part.read_bytes())
+    name = f"agent-{digest.hexdigest()[:24]}.so"
+    problems: list[str] = []
+    for folder in _folders():
+        try:
+            _own_folder(folder)
+            target = folder / name
+            if not target.is_file():
+                _compile(target)
+            _check_owner(target)
+            _check_loadable(target)
+        except OSError as error:
+            problems.append(f"{folder}: {error.strerror or error}")
+            continue
+        return target
+    raise EngineError(f"the compiled agent has no place ({'; '.join(problems)}): set PSI_KV_NATIVE_DIR")
+
+
+def _folders() -> list[Path]:
+    """Where a compiled agent may be kept, best first. None of them need exist, or be usable."""
+    named = [Path(value) for value in [os.environ.get("PSI_KV_NATIVE_DIR", "")] if value]
+    service = [Path(v.split(":")[0]) for v in [os.environ.get("CACHE_DIRECTORY", "")] if v]
+    home: list[Path] = []
+    with contextlib.suppress(RuntimeError, KeyError, OSError):  # no HOME and no passwd entry
+        home = [user_cache_path("psi-kv") / "native"]
+    return [*named, *service, *home, Path(tempfile.gettempdir()) / f"psi-kv-native-{os.getuid()}"]
+
+
+def _own_folder(folder: Path) -> None:
+    """Make `folder` if it is not there. Raises OSError where somebody else could put a library into it."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _check_owner(folder)
+
+
+def _check_owner(path: Path) -> None:
+    status = path.lstat()
+    if stat.S_ISLNK(status.st_mode):
+        raise PermissionError(0, f"{path.name} is a link")
+    if status.st_uid != os.getuid():
+        raise PermissionError(0, f"{path.name} belongs to another user")
+    if status.st_mode & 0o022:
+        raise PermissionError(0, f"others may write to {path.name}: chmod go-w")
+
+
+def _check_loadable(path: Path) -> None:
+    flags = os.statvfs(path).f_flag
+    if flags & os.ST_NOEXEC:
+        raise PermissionError(0, "it is mounted noexec, so no library can be loaded from there")
+
+
+def _compile(target: Path) -> None:
+    """Raises EngineError where there is no compiler, OSError where nothing can be written."""
+    # A private name first: two processes may compile at once, and neither may load half a file.
+    descriptor, name = tempfile.mkstemp(dir=target.parent, suffix=".so")
+    os.close(descriptor)
+    built = Path(name)
+    words = os.environ.get("CC", "").split()[1:]
+    sources = map(str, sorted(_SOURCE_DIR.glob("*.c")))
+    try:
+        done = subprocess.run(
+            [compiler(), *words, *_FLAGS, *sources, "-o", name, "-ldl", "-lm", "-lpthread"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            first = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
+            raise EngineError(f"compiling the agent failed ({first.strip()}): is a C library installed?")
+        built.chmod(0o500)
+        built.replace(target)
+    finally:
+        built.unlink(missing_ok=True)
+
+
+class Agent:
+    """The agent in this process."""
+
+    def __init__(self, path: Path, library: Path | None) -> None:
+        """`library` is the llama.cpp that stands behind it. Raises OSError."""
+        # Global, and before any library that needs llama.cpp: what llama.cpp calls in ggml, and what others
+        # call in llama.cpp, is looked for here first.
+        loaded = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        self.serve = loaded.psikv_serve
+        self.serve.restype = ctypes.c_int64
+        self.serve.argtypes = (ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
+        self._configure = loaded.psikv_configure
+        self._configure.restype = None
+        self._configure.argtypes = (
+            ctypes.c_char_p, ctypes.c_int32, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_char_p,
+        )  # fmt: skip
+        self._library = str(library or "").encode()
+
+    def configure(self, place: str, *, in_file: bool, reserve_bytes: int, limit_bytes: int) -> None:
+        """Where the caches that are opened from now on are born, and where ranges are parked."""
+        self._configure(place.encode(), int(in_file), reserve_bytes, limit_bytes, self._library)
+
+
+class Loaded:
+    """What came of putting the agent in the way."""
+
+    def __init__(self, agent: Agent | None, why: str) -> None:
+        self.agent = agent
+        self.why = why
+        """Why there is none, and what to do; '' where it is there."""
+
+
+@functools.cache
+def load() -> Loaded:
+    """Put the agent in front of llama.cpp and import `llama_cpp` behind it. Raises nothing of ours; what
+    `import llama_cpp` raises goes through."""
+    if "llama_cpp" in sys.modules:
+        return Loaded(
+            None,
+            "llama_cpp was imported before psi_kv_governor, so its caches can't be governed: import "
+            "psi_kv_governor.auto first, or start the program with 'psi-kv exec -- python ...'",
+        )
+    agent, folder, why = None, None, ""
+    before = os.environ.get("LLAMA_CPP_LIB_PATH")
+    try:
+        library = _library(before)
+        path = agent_path()
+        agent = Agent(path, library)
+        folder = Path(tempfile.mkdtemp(prefix="psi-kv-"))
+        (folder / library.name).write_bytes(redirecting([path, library]))
+        os.environ["LLAMA_CPP_LIB_PATH"] = str(folder)
+    except (EngineError, NotImplementedError) as error:
+        agent, why = None, str(error)
+    except OSError as error:
+        agent, why = None, f"the agent can't be loaded: {error}"
+    try:
+        importlib.import_module("llama_cpp")
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.environ.pop("LLAMA_CPP_LIB_PATH", None)
+            if before is not None:
+                os.environ["LLAMA_CPP_LIB_PATH"] = before
+    return Loaded(agent, why)
+
+
+def _library(folder: str | None) -> Path:
+    """The libllama that llama-cpp-python would load. Raises EngineError."""
+    if folder is None:
+        spec = importlib.util.find_spec("llama_cpp")
+        if spec is None or spec.origin is None:
+            raise EngineError(f"llama-cpp-python is not installed: {INSTALL_HINT}")
+        folder = str(Path(spec.origin).parent / "lib")
+    library = Path(folder).resolve() / "libllama.so"
+    if not library.is_file():
+        raise EngineError(f"{library} is not there: is llama-cpp-python installed whole?")
+    return library
