@@ -1,0 +1,127 @@
+"""Files without a name in a folder that is ours and only ours: parked context is private data."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+import threading
+import time
+from collections.abc import Iterator
+
+PROBE_BYTES = 4 << 20
+"""What the write speed is measured on: above the caches of a cheap card, and 0.2 s at its 20 MB/s."""
+PROBE_S = 0.3
+"""Longest that the measurement may take; what was written until then counts."""
+
+_CHUNK_BYTES = 256 << 10
+_NO_TMPFILE = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS, errno.ENOENT})
+_OWN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC if hasattr(os, "O_DIRECTORY") else 0
+
+_speeds: dict[int, float] = {}
+"""Measured bytes a second by st_dev, for the life of this process."""
+
+
+def own_folder_name() -> str:
+    """The name of our folder in a folder that others may use too."""
+    return f"psi-kv-{os.geteuid()}"
+
+
+@contextlib.contextmanager
+def own_folder(path: str) -> Iterator[int]:
+    """A descriptor of the folder `path`, which is made 0700 where it is absent (its parent must be there).
+
+    Raises PermissionError where it belongs to somebody else, is a link, or can't be closed to others, and
+    OSError for everything else.
+    """
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)  # noqa: PTH102
+    try:
+        descriptor = os.open(path, _OWN)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            raise PermissionError(errno.EPERM, "it is a link or a file, and no folder") from error
+        raise
+    try:
+        found = os.fstat(descriptor)
+        if found.st_uid != os.geteuid():
+            raise PermissionError(errno.EPERM, f"it belongs to user {found.st_uid}")
+        if stat.S_IMODE(found.st_mode) & 0o077:
+            os.fchmod(descriptor, 0o700)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def open_unlinked(path: str) -> int:
+    """Open a new file that has no name in our folder `path`, 0600, for reading and writing.
+
+    Where the filesystem has no O_TMPFILE the file has a random name for the moment between two calls, and
+    not a byte in it. Raises OSError.
+    """
+    with own_folder(path) as folder:
+        return _open_unlinked(folder)[0]
+
+
+def _open_unlinked(folder: int) -> tuple[int, bool]:
+    """The file, and whether O_TMPFILE made it."""
+    flags = os.O_RDWR | os.O_CLOEXEC
+    try:
+        return os.open(".", flags | os.O_TMPFILE, 0o600, dir_fd=folder), True
+    except OSError as error:
+        if error.errno not in _NO_TMPFILE:
+            raise
+    name = f".{secrets.token_hex(8)}"
+    descriptor = os.open(name, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=folder)
+    os.unlink(name, dir_fd=folder)
+    return descriptor, False
+
+
+def try_out(path: str) -> tuple[bool, float]:
+    """Make a file in our folder `path` and write to it: whether O_TMPFILE works, and bytes a second.
+
+    The speed is measured once a device for the life of the process; 0 where not a chunk was written in
+    time, or where the disk is full at the moment. Raises OSError where no file can be made at all.
+    """
+    with own_folder(path) as folder:
+        descriptor, tmpfile = _open_unlinked(folder)
+    device = os.fstat(descriptor).st_dev
+    if device in _speeds:
+        os.close(descriptor)
+    else:
+        _speeds[device] = _write_speed(descriptor)
+    return tmpfile, _speeds[device]
+
+
+def _write_speed(descriptor: int) -> float:
+    """Bytes a second down to the device. Closes `descriptor`.
+
+    A stuck disk holds a writing thread for as long as it likes, so another one is sent, and waited for only
+    so long.
+    """
+    done: list[tuple[int, float]] = []
+    started = time.monotonic()
+
+    def write() -> None:
+        try:
+            chunk = memoryview(os.urandom(_CHUNK_BYTES))  # zeros may never reach the device
+            for offset in range(0, PROBE_BYTES, _CHUNK_BYTES):
+                os.pwrite(descriptor, chunk, offset)
+                os.fdatasync(descriptor)
+                done.append((offset + _CHUNK_BYTES, time.monotonic() - started))
+                if time.monotonic() - started > PROBE_S:
+                    return
+        except OSError:
+            return
+        finally:
+            os.close(descriptor)
+
+    writer = threading.Thread(target=write, name="psi-kv-disk-probe", daemon=True)
+    writer.start()
+    writer.join(PROBE_S)
+    if not done:
+        return 0.0
+    n_bytes, seconds = done[-1]
+    return n_bytes / max(seconds, 1e-9)

@@ -1,0 +1,47 @@
+"""What is to be done around os.fork: whom it concerns stands still, and is told before and after."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from typing import Protocol
+
+
+class Forked(Protocol):
+    """Something that two processes must not have in common."""
+
+    def before_fork(self) -> None:
+        """Stand still, and make it safe to be in two processes. Must not raise."""
+
+    def after_fork(self) -> None:
+        """Go on, in each of the two."""
+
+
+birth = threading.RLock()
+"""Held while one is made: none may come into being between the first call and the fork itself."""
+
+_members: weakref.WeakSet[Forked] = weakref.WeakSet()
+_still: list[Forked] = []
+
+
+def enter(member: Forked) -> None:
+    """Tell `member` of forks for as long as it lives. Call it with `birth` held."""
+    _members.add(member)
+
+
+def _before_fork() -> None:
+    birth.acquire()
+    _still[:] = list(_members)
+    for member in _still:
+        member.before_fork()
+
+
+def _after_fork() -> None:
+    while _still:
+        _still.pop().after_fork()
+    birth.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)

@@ -1,0 +1,308 @@
+"""Memory for an engine that allocates through us: any part of it can be parked, and reads as before.
+
+Two ways (DESIGN.md): born in a file it is a shared mapping, and parking is writing back and dropping; nobody
+has to stand still for that. Born in memory it is anonymous, and parking writes to a file and puts a private
+mapping of that file in place, *while nobody writes to the part*.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import math
+import threading
+import time
+import weakref
+from collections.abc import Iterable
+
+import numpy as np
+
+from psi_kv_governor.kernel import memory
+from psi_kv_governor.kernel.memory import PAGE_BYTES, Mask
+from psi_kv_governor.residence import forks
+from psi_kv_governor.residence.backing import Backing
+from psi_kv_governor.residence.parked_file import ParkedFile
+from psi_kv_governor.residence.parts import Done, Part, bytes_of, inward, runs_of, slices
+from psi_kv_governor.residence.place import Place
+
+SLICE_BYTES = 1 << 20
+"""Unit of work: between two of them time and bytes are looked at."""
+_SYNC_BYTES = 16 << 20  # unit of writing back: the disk gets enough at once to work at its full speed
+
+NO_PLACE = "there is no folder that can hold parked bytes"
+
+
+class Mapping:
+    """`n_bytes` of zeroed memory, rounded up to whole pages; see the module for the two ways.
+
+    Parts that are asked for are rounded inward to whole pages. Any thread may call; only one call works at
+    a time. After a fork both processes have the same bytes, and neither sees what the other writes later.
+    Raises OSError on creation when not even address space is left.
+    """
+
+    def __init__(self, n_bytes: int, *, backing: Backing = "memory", place: Place | None = None) -> None:
+        self.n_bytes = max(1, -(-n_bytes // PAGE_BYTES)) * PAGE_BYTES
+        self.backing: Backing = "memory"
+        self.why_not_file = "" if place else NO_PLACE
+        """Why it was not born in a file although that was asked for."""
+        self._place = place
+        self._lock = threading.RLock()
+        self._files: list[ParkedFile] = []
+        self._of = np.zeros(self.n_bytes // PAGE_BYTES, dtype=np.uint8)
+        """By page: 0 for anonymous memory, else 1 + index of the file it is mapped from."""
+        self._shared = False
+        self._failed = ""
+        self._closed = False
+        self.address = 0
+        with forks.birth:
+            if backing == "file" and place is not None:
+                self._be_born_in_a_file(place)
+            if not self.address:
+                self.address = memory.map_memory(0, self.n_bytes, memory.ANONYMOUS)
+            forks.enter(self)
+        self.buffer = (ctypes.c_char * self.n_bytes).from_address(self.address)
+        """The memory, for memoryview, numpy.frombuffer and torch.frombuffer, which keep it alive."""
+        weakref.finalize(self.buffer, memory.unmap, self.address, self.n_bytes)
+        memory.call_allowed("mincore")  # found out now, and not under pressure
+        memory.call_allowed("cachestat")
+
+    def _be_born_in_a_file(self, place: Place) -> None:
+        try:
+            file = ParkedFile(place, self.n_bytes)
+            file.reserve(0, self.n_bytes, exactly=True)  # 9.4 us a page become 0.7, and no SIGBUS when full
+            self.address = memory.map_memory(0, self.n_bytes, memory.SHARED, file.descriptor)
+        except OSError as error:
+            self.why_not_file = f"{place.folder}: {error.strerror}"
+            return
+        self.backing, self._shared = "file", True
+        self._files.append(file)
+        self._of[:] = 1
+
+    def resident_bytes(self, parts: Iterable[Part] | None = None) -> int:
+        """Bytes in memory, of all or of `parts`, as the kernel counts them (0 where it doesn't let us)."""
+        with self._lock:
+            runs = inward(parts, self.n_bytes)
+            masks = [self._in_memory(*run)[0] for run in runs]
+            return sum(bytes_of(mask) for mask in masks if mask is not None)
+
+    def dirty_bytes(self, parts: Iterable[Part] | None = None) -> int | None:
+        """Bytes that would have to be written before they can go; None where that can't be told."""
+        with self._lock:
+            found = [self._dirty(*run) for run in inward(parts, self.n_bytes)]
+            return None if None in found else sum(filter(None, found))
+
+    @property
+    def stored_bytes(self) -> int:
+        """Space that it holds on the disk."""
+        with self._lock:
+            return sum(file.reserved_bytes for file in self._files)
+
+    def _in_memory(self, start: int, stop: int) -> tuple[Mask | None, str]:
+        mask = memory.in_memory(self.address + start, stop - start)
+        if mask is not None:
+            return mask, "mincore"
+        table = memory.page_table(self.address + start, stop - start)
+        return (table[0], "pagemap") if table else (None, "computed")
+
+    def _dirty(self, start: int, stop: int) -> int | None:
+        if self._shared:
+            return memory.dirty_file_bytes(self._files[0].descriptor, start, stop - start)
+        table = memory.page_table(self.address + start, stop - start)
+        return bytes_of(table[1]) if table else None
+
+    def park(self, parts: Iterable[Part], deadline_s: float = math.inf) -> Done:
+        """Have the bytes of `parts` leave memory. They read as before, from the disk."""
+        return self._give_up(parts, deadline_s, stay=False)
+
+    def write_behind(self, parts: Iterable[Part], deadline_s: float = math.inf) -> Done:
+        """Begin to write what is dirty in `parts`; it stays in memory, and can be dropped without writing."""
+        return self._give_up(parts, deadline_s, stay=True)
+
+    def _give_up(self, parts: Iterable[Part], deadline_s: float, *, stay: bool) -> Done:
+        until, written, problem, finished = time.monotonic() + deadline_s, 0, "", True
+        with self._lock:
+            runs = list(inward(parts, self.n_bytes))
+            if why := self._why_not_park():
+                return Done(problem=why, finished=not runs)
+            before = [self._in_memory(*run)[0] for run in runs]
+            for start, stop in slices(runs, _SYNC_BYTES if self._shared else SLICE_BYTES):
+                if time.monotonic() > until:
+                    finished = False
+                    break
+                try:
+                    written += (self._park_shared if self._shared else self._park_private)(start, stop, stay)
+                except OSError as error:
+                    if self._shared and error.errno == errno.EIO:
+                        # The kernel now takes the lost pages for clean: nothing may be dropped any more.
+                        self._failed = "its disk failed, so that nothing is parked on it any more"
+                    problem, finished = f"it can't be parked: {error.strerror}", False
+                    break
+            returned, how = self._went(runs, before)
+        return Done(
+            bytes_returned=returned, written_bytes=written, finished=finished, problem=problem, counted=how
+        )
+
+    def _why_not_park(self) -> str:
+        if self._closed:
+            return "it is closed"
+        return self._failed or (NO_PLACE if self._place is None else "")
+
+    def _park_shared(self, start: int, stop: int, stay: bool) -> int:
+        file = self._files[0]
+        dirty = self._dirty(start, stop)
+        memory.write_back(file.descriptor, start, stop - start, wait=not stay)
+        if not stay:
+            memory.advise(self.address + start, stop - start, memory.DONTNEED)
+            file.drop(start, stop)
+        return stop - start if dirty is None else dirty
+
+    def _park_private(self, start: int, stop: int, stay: bool) -> int:
+        """Pages of our own go to the file and are mapped from it; pages never touched stay what they are."""
+        table = memory.page_table(self.address + start, stop - start)
+        own = table[1] if table else np.ones((stop - start) // PAGE_BYTES, dtype=np.bool_)
+        for part in runs_of(own, start):
+            index, file = self._open_file()
+            file.reserve(*part)
+            file.write(part[0], memoryview(self.buffer).cast("B")[slice(*part)], cached=stay)
+            self._map_from(index, *part)
+            if stay:
+                memory.write_back(file.descriptor, part[0], part[1] - part[0], wait=False)
+        if not stay:
+            of = self._of[start // PAGE_BYTES : stop // PAGE_BYTES]
+            for index, file in enumerate(self._files, start=1):
+                for part in runs_of(of == index, start):
+                    memory.write_back(file.descriptor, part[0], part[1] - part[0])
+                    memory.advise(self.address + part[0], part[1] - part[0], memory.DONTNEED)
+                    file.drop(*part)
+        return bytes_of(own)
+
+    def _open_file(self) -> tuple[int, ParkedFile]:
+        """The file that may be written to, with its number in `_of`."""
+        if not self._files or self._files[-1].frozen:
+            if self._place is None:
+                raise OSError(errno.ENOENT, NO_PLACE)
+            if len(self._files) == 255:
+                raise OSError(errno.EMFILE, "it was forked too often")
+            self._files.append(ParkedFile(self._place, self.n_bytes))
+        return len(self._files), self._files[-1]
+
+    def _map_from(self, index: int, start: int, stop: int) -> None:
+        """Put a private mapping of a file (0: fresh anonymous memory) in place of what is there."""
+        address, n_bytes = self.address + start, stop - start
+        if index:
+            descriptor = self._files[index - 1].descriptor
+            memory.map_memory(address, n_bytes, memory.PRIVATE | memory.FIXED, descriptor, start)
+        else:
+            memory.map_memory(address, n_bytes, memory.ANONYMOUS | memory.FIXED)
+        self._of[start // PAGE_BYTES : stop // PAGE_BYTES] = index
+
+    def unpark(
+        self, parts: Iterable[Part], max_bytes: int | None = None, deadline_s: float = math.inf
+    ) -> Done:
+        """Read `parts` into memory, clean, so that the kernel can take them again; `max_bytes` at most."""
+        until, back, how = time.monotonic() + deadline_s, 0, "mincore"
+        room = self.n_bytes if max_bytes is None else max_bytes
+        with self._lock:
+            for start, stop in slices(inward(parts, self.n_bytes), SLICE_BYTES):
+                here, how = self._in_memory(start, stop)
+                missing = self._of[start // PAGE_BYTES : stop // PAGE_BYTES] != 0  # what a file holds
+                missing &= True if here is None else ~here
+                if not missing.any():
+                    continue
+                allowed = np.flatnonzero(np.cumsum(missing) * PAGE_BYTES <= room - back)
+                if not len(allowed) or time.monotonic() > until:
+                    return Done(bytes_back=back, finished=False, counted=how)
+                end = start + (int(allowed[-1]) + 1) * PAGE_BYTES
+                try:
+                    self._read_in(start, end)
+                except OSError as error:
+                    why = f"it can't be read: {error.strerror}"
+                    return Done(bytes_back=back, finished=False, problem=why, counted=how)
+                back += bytes_of(missing[: (end - start) // PAGE_BYTES])
+                if end < stop:
+                    return Done(bytes_back=back, finished=False, counted=how)
+        return Done(bytes_back=back, counted=how)
+
+    def _read_in(self, start: int, stop: int) -> None:
+        """Read exactly these pages: readahead by fault brought 8 MiB where 1 was asked for."""
+        of, address = self._of[start // PAGE_BYTES : stop // PAGE_BYTES], self.address
+        for index, file in enumerate(self._files, start=1):
+            for part in runs_of(of == index, start):
+                file.read_in(*part)
+                memory.advise(address + part[0], part[1] - part[0], memory.RANDOM)
+                try:
+                    memory.advise(address + part[0], part[1] - part[0], memory.POPULATE_READ)
+                except OSError as error:
+                    if error.errno != errno.EINVAL:
+                        raise
+                    bytes(memoryview(self.buffer).cast("B")[part[0] : part[1] : PAGE_BYTES])  # before 5.14
+                finally:
+                    memory.advise(address + part[0], part[1] - part[0], memory.NORMAL)
+
+    def release(self, parts: Iterable[Part]) -> Done:
+        """The content of `parts` is no longer needed: it reads as zeros, or as before where that can't be."""
+        with self._lock:
+            runs = list(inward(parts, self.n_bytes))
+            if self._closed:
+                return Done(problem="it is closed")
+            before = [self._in_memory(*run)[0] for run in runs]
+            for start, stop in runs:
+                try:
+                    self._release_run(start, stop)
+                except OSError as error:
+                    return Done(problem=f"it can't be released: {error.strerror}", finished=False)
+            returned, how = self._went(runs, before)
+        return Done(bytes_returned=returned, counted=how)
+
+    def _release_run(self, start: int, stop: int) -> None:
+        if self._shared:
+            try:
+                self._files[0].zero(start, stop)
+            except OSError:  # a hole would be no longer allocated, and a full disk end in SIGBUS
+                if not self._failed:
+                    self._park_shared(start, stop, False)
+            return
+        of = self._of[start // PAGE_BYTES : stop // PAGE_BYTES].copy()
+        for part in runs_of(of == 0, start):
+            memory.advise(self.address + part[0], part[1] - part[0], memory.DONTNEED)
+        for part in runs_of(of != 0, start):
+            self._map_from(0, *part)
+            if not self._files[-1].frozen:
+                self._files[-1].punch(*part)
+
+    def _went(self, runs: list[Part], before: list[Mask | None]) -> tuple[int, str]:
+        """Bytes that were in memory `before` and are not now, and by what that was counted."""
+        returned, how = 0, "mincore"
+        for run, was in zip(runs, before, strict=True):
+            now, how = self._in_memory(*run)
+            returned += run[1] - run[0] if was is None or now is None else bytes_of(was & ~now)
+        return returned, how
+
+    def close(self) -> None:
+        """Give everything back now: what still looks at the memory sees zeros. Safe to call twice."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._map_from(0, 0, self.n_bytes)
+                self._shared = False
+                for file in self._files:
+                    file.close()
+
+    def before_fork(self) -> None:
+        """A shared mapping would show each process the other's later writes: both get private ones of the
+        file, which nobody writes to from now on."""
+        self._lock.acquire()
+        for file in self._files:
+            file.frozen = True
+        if self._shared:
+            try:
+                self._map_from(1, 0, self.n_bytes)
+                self._shared = False
+            except OSError:  # strict overcommit: better no memory there in the child than a common one
+                with contextlib.suppress(OSError):
+                    memory.advise(self.address, self.n_bytes, memory.DONTFORK)
+
+    def after_fork(self) -> None:
+        """Go on, in each of the two."""
+        self._lock.release()

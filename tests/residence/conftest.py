@@ -1,0 +1,56 @@
+"""What the tests of residence share: a place on a real disk, and filesystems made for one test."""
+
+import contextlib
+import itertools
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from psi_kv_governor.residence import Place, check_place
+from psi_kv_governor.residence.storage import storage_of
+
+Mount = Callable[..., contextlib.AbstractContextManager[Path]]
+
+
+@pytest.fixture(scope="session")
+def disk(tmp_path_factory) -> Path:
+    """A folder on a disk: /tmp may be memory."""
+    for folder in (tmp_path_factory.mktemp("disk"), Path(__file__).parents[2] / "out" / "residence-tests"):
+        if not storage_of(folder).refused:
+            folder.mkdir(parents=True, exist_ok=True)
+            return folder
+    pytest.skip("neither the temporary folder nor this checkout lies on a disk of this machine")
+
+
+@pytest.fixture
+def place(disk) -> Place:
+    found = check_place(str(disk), "the test", reserve_bytes=0)
+    assert isinstance(found, Place), found
+    return found
+
+
+@pytest.fixture
+def mounted(tmp_path) -> Mount:
+    """Mounts filesystems at folders of their own."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    numbers = itertools.count()
+
+    @contextlib.contextmanager
+    def mount(kind: str, *options: str, source: str = "none") -> Iterator[Path]:
+        point = tmp_path / f"{kind}-{next(numbers)}"
+        point.mkdir()
+        done = subprocess.run(
+            ["mount", "-t", kind, *options, source, str(point)], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            pytest.skip(f"mounting {kind} is not allowed here: {done.stderr.strip()}")
+        try:
+            yield point
+        finally:
+            subprocess.run(["umount", str(point)], check=True)
+
+    return mount

@@ -1,0 +1,324 @@
+"""Memory that is parked is not in memory, and reads as before; what fails changes nothing."""
+
+import ctypes
+import re
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from residence_help import ext4_image
+
+from psi_kv_governor.kernel import memory
+from psi_kv_governor.residence import Mapping, Place, check_place
+
+PAGE = memory.PAGE_BYTES
+MIB = 1 << 20
+
+
+@pytest.fixture(params=["file", "memory"])
+def mapping(request, place) -> Mapping:
+    made = Mapping(8 * MIB, backing=request.param, place=place)
+    assert made.backing == request.param, made.why_not_file
+    yield made
+    made.close()
+
+
+def filled(mapping: Mapping, seed: int = 1) -> np.ndarray:
+    """Write all of it; gives a copy of what was written."""
+    view = np.frombuffer(mapping.buffer, dtype=np.uint8)
+    view[:] = np.random.default_rng(seed).integers(0, 256, len(view), dtype=np.uint8)
+    return view.copy()
+
+
+def now(mapping: Mapping) -> np.ndarray:
+    return np.frombuffer(mapping.buffer, dtype=np.uint8)
+
+
+def rss_bytes(mapping: Mapping) -> int:
+    """Resident bytes at the mapping's addresses, by smaps."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            start, stop = int(match[1], 16), int(match[2], 16)
+            inside = mapping.address <= start and stop <= mapping.address + mapping.n_bytes
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_a_new_mapping_is_zeros_and_takes_nothing(mapping):
+    assert rss_bytes(mapping) == 0
+    assert not now(mapping).any()
+    assert mapping.n_bytes == 8 * MIB
+    assert mapping.address % PAGE == 0
+
+
+def test_parked_bytes_leave_memory_and_read_as_before(mapping):
+    before = filled(mapping)
+    done = mapping.park([(MIB, 7 * MIB)])
+    assert (done.problem, done.finished, done.counted) == ("", True, "mincore")
+    assert done.bytes_returned == 6 * MIB
+    assert mapping.resident_bytes() == 2 * MIB
+    assert rss_bytes(mapping) == 2 * MIB
+    np.testing.assert_array_equal(now(mapping), before)
+    assert mapping.resident_bytes() == 8 * MIB
+
+
+def test_what_was_parked_can_be_written_and_parked_again(mapping):
+    expected = filled(mapping)
+    for step in range(4):
+        mapping.park([(0, 8 * MIB)])
+        spot = slice(step * MIB + 100, step * MIB + 100 + 5 * PAGE)
+        now(mapping)[spot] = expected[spot] = step + 1
+    done = mapping.park([(0, 8 * MIB)])
+    assert mapping.resident_bytes() == 0
+    assert done.written_bytes == 6 * PAGE  # five pages' worth, not on a page's edge
+    np.testing.assert_array_equal(now(mapping), expected)
+
+
+def test_parts_are_rounded_inward_to_whole_pages(mapping):
+    filled(mapping)
+    assert mapping.park([(PAGE - 1, 3 * PAGE + 5)]).bytes_returned == 2 * PAGE
+    assert mapping.park([(9 * PAGE + 1, 10 * PAGE + 5), (-5, 3), (8 * MIB - 5, 9 * MIB)]).bytes_returned == 0
+    assert mapping.resident_bytes() == 8 * MIB - 2 * PAGE
+
+
+def test_unparking_goes_in_slices_and_comes_back_clean(mapping):
+    before = filled(mapping)
+    mapping.park([(0, 8 * MIB)])
+    first = mapping.unpark([(0, 8 * MIB)], max_bytes=3 * MIB + PAGE + 7)
+    assert (first.bytes_back, first.finished, first.problem) == (3 * MIB + PAGE, False, "")
+    assert mapping.resident_bytes() == 3 * MIB + PAGE
+    assert mapping.unpark([(0, 8 * MIB)], deadline_s=-1).bytes_back == 0
+    rest = mapping.unpark([(0, 8 * MIB)])
+    assert (rest.bytes_back, rest.finished) == (5 * MIB - PAGE, True)
+    assert mapping.dirty_bytes() == 0
+    again = mapping.park([(0, 8 * MIB)])
+    assert (again.bytes_returned, again.written_bytes) == (8 * MIB, 0)
+    np.testing.assert_array_equal(now(mapping), before)
+
+
+def test_what_was_written_behind_is_given_up_without_writing(mapping):
+    before = filled(mapping)
+    done = mapping.write_behind([(0, 8 * MIB)])
+    assert (done.written_bytes, done.bytes_returned) == (8 * MIB, 0)
+    np.testing.assert_array_equal(now(mapping), before)
+    assert mapping.resident_bytes() == 8 * MIB
+    done = mapping.park([(0, 8 * MIB)])
+    assert done.bytes_returned == 8 * MIB
+    if mapping.backing == "memory":  # of a file the kernel may still be writing what was begun
+        assert done.written_bytes == 0
+    np.testing.assert_array_equal(now(mapping), before)
+
+
+def test_released_parts_take_neither_memory_nor_change_their_neighbours(mapping):
+    before = filled(mapping)
+    mapping.park([(2 * MIB, 4 * MIB)])
+    done = mapping.release([(MIB, 3 * MIB)])
+    assert (done.bytes_returned, done.problem) == (MIB, "")
+    before[MIB : 3 * MIB] = 0
+    np.testing.assert_array_equal(now(mapping), before)
+    now(mapping)[2 * MIB : 2 * MIB + 9] = before[2 * MIB : 2 * MIB + 9] = 7
+    mapping.park([(0, 8 * MIB)])
+    assert mapping.resident_bytes() == 0
+    np.testing.assert_array_equal(now(mapping), before)
+
+
+def test_released_space_goes_back_to_the_disk_unless_it_is_reserved(mapping):
+    filled(mapping)
+    mapping.park([(0, 8 * MIB)])
+    assert mapping.stored_bytes == 8 * MIB
+    mapping.release([(0, 4 * MIB)])
+    assert mapping.stored_bytes == (8 if mapping.backing == "file" else 4) * MIB
+
+
+def test_pages_never_touched_are_not_written(place):
+    mapping = Mapping(8 * MIB, place=place)
+    now(mapping)[3 * PAGE] = 1
+    assert mapping.park([(0, 8 * MIB)]).written_bytes == PAGE
+    assert mapping.stored_bytes == PAGE
+    mapping.close()
+
+
+def test_a_deadline_that_is_up_parks_nothing(mapping):
+    filled(mapping)
+    done = mapping.park([(0, 8 * MIB)], deadline_s=-1)
+    assert (done.finished, done.bytes_returned, done.problem) == (False, 0, "")
+
+
+def test_without_a_place_nothing_is_parked_and_the_reason_comes_back():
+    mapping = Mapping(MIB, backing="file")
+    filled(mapping)
+    assert mapping.backing == "memory"
+    assert "no folder" in mapping.why_not_file
+    assert "no folder" in mapping.park([(0, MIB)]).problem
+    assert mapping.release([(0, MIB)]).bytes_returned == MIB
+    mapping.close()
+
+
+def test_what_still_looks_at_a_closed_mapping_sees_zeros(mapping):
+    view = now(mapping)
+    filled(mapping)
+    mapping.park([(0, MIB)])
+    mapping.close()
+    mapping.close()
+    assert not view.any()
+    assert mapping.park([(0, MIB)]).problem == "it is closed"
+
+
+def test_memory_goes_when_the_last_view_of_it_goes(place):
+    mapping = Mapping(8 * MIB, backing="file", place=place)
+    address, descriptors = mapping.address, open_files()
+    view = now(mapping)
+    view[0] = 9
+    del mapping
+    assert open_files() == descriptors - 1
+    assert view[0] == 9
+    del view
+    assert f"{address:x}-" not in Path("/proc/self/maps").read_text()
+
+
+def test_it_is_a_buffer_for_ctypes_numpy_and_memoryview(mapping):
+    memoryview(mapping.buffer).cast("B")[5] = 17
+    assert ctypes.c_ubyte.from_address(mapping.address + 5).value == 17
+    assert np.frombuffer(mapping.buffer, dtype=np.float16).nbytes == mapping.n_bytes
+
+
+@pytest.mark.parametrize("allowed", [("pagemap",), ()])
+def test_where_mincore_is_forbidden_the_count_says_where_it_comes_from(mapping, monkeypatch, allowed):
+    monkeypatch.setattr(memory, "in_memory", lambda address, n_bytes: None)
+    if "pagemap" not in allowed:
+        monkeypatch.setattr(memory, "page_table", lambda address, n_bytes: None)
+    before = filled(mapping)
+    for _ in range(2):
+        done = mapping.park([(0, 4 * MIB)])
+        assert done.problem == ""
+        assert done.counted == ("pagemap" if allowed else "computed")
+        assert done.bytes_returned == 4 * MIB
+        np.testing.assert_array_equal(now(mapping), before)
+    assert mapping.unpark([(0, 8 * MIB)]).finished
+    np.testing.assert_array_equal(now(mapping), before)
+
+
+def test_a_reader_never_sees_anything_else_meanwhile(mapping):
+    before = filled(mapping)
+    stop, wrong = threading.Event(), []
+
+    def read():
+        rng = np.random.default_rng(0)
+        while not stop.is_set():
+            at = int(rng.integers(0, 8 * MIB - 64))
+            if not np.array_equal(now(mapping)[at : at + 64], before[at : at + 64]):
+                wrong.append(at)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for _ in range(20):
+        mapping.park([(MIB, 6 * MIB)])
+        mapping.unpark([(0, 8 * MIB)], max_bytes=2 * MIB)
+    stop.set()
+    reader.join()
+    assert wrong == []
+
+
+@pytest.fixture
+def small_disk(mounted, tmp_path):
+    with mounted("ext4", "-o", "loop", source=ext4_image(tmp_path, 16 * MIB)) as point:
+        found = check_place(str(point), "the test", reserve_bytes=0)
+        assert isinstance(found, Place), found
+        yield found
+
+
+def test_a_disk_that_is_too_small_is_told_before_a_cache_is_born_on_it(small_disk):
+    mapping = Mapping(64 * MIB, backing="file", place=small_disk)
+    assert mapping.backing == "memory"
+    assert "space" in mapping.why_not_file
+    mapping.close()
+
+
+def test_a_disk_that_fills_up_changes_nothing_and_the_reason_comes_back(small_disk):
+    mapping = Mapping(64 * MIB, place=small_disk)
+    before = filled(mapping)
+    done = mapping.park([(0, 64 * MIB)])
+    assert "can't be parked" in done.problem
+    assert not done.finished
+    assert 4 * MIB < done.bytes_returned < 16 * MIB  # what was done before stays done
+    np.testing.assert_array_equal(now(mapping), before)
+    assert mapping.park([(60 * MIB, 64 * MIB)]).bytes_returned == 0
+    mapping.release([(0, 8 * MIB)])
+    assert mapping.park([(60 * MIB, 64 * MIB)]).bytes_returned == 4 * MIB
+    np.testing.assert_array_equal(now(mapping)[8 * MIB :], before[8 * MIB :])
+    del before
+    mapping.close()
+
+
+def test_a_full_disk_never_ends_a_cache_that_was_born_on_it(small_disk):
+    mapping = Mapping(4 * MIB, backing="file", place=small_disk)
+    assert mapping.backing == "file", mapping.why_not_file
+    filler = Path(small_disk.folder) / "filler"
+    with filler.open("wb", buffering=0) as file:
+        try:
+            while file.write(bytes(65536)):
+                pass
+        except OSError:
+            pass
+    before = filled(mapping)
+    mapping.park([(0, 4 * MIB)])
+    mapping.release([(0, 2 * MIB)])
+    before[: 2 * MIB] = 5
+    now(mapping)[: 2 * MIB] = 5  # a SIGBUS, had its space gone
+    mapping.park([(0, 4 * MIB)])
+    np.testing.assert_array_equal(now(mapping), before)
+    mapping.close()
+
+
+def test_the_reserve_of_a_place_is_left_to_others(small_disk):
+    free = small_disk.free_bytes
+    careful = check_place(str(Path(small_disk.folder).parent), "the test", reserve_bytes=free - 2 * MIB)
+    assert isinstance(careful, Place)
+    mapping = Mapping(8 * MIB, place=careful)
+    filled(mapping)
+    done = mapping.park([(0, 8 * MIB)])
+    assert "reserve" in done.problem
+    assert done.bytes_returned == 2 * MIB
+    mapping.close()
+
+
+def test_the_limit_of_a_place_holds_for_all_mappings_together(disk):
+    place = check_place(f"{disk}/limited", "the test", limit_bytes=3 * MIB, reserve_bytes=0)
+    assert isinstance(place, Place)
+    first, second = Mapping(2 * MIB, backing="file", place=place), Mapping(2 * MIB, place=place)
+    filled(second)
+    assert second.park([(0, 2 * MIB)]).bytes_returned == MIB
+    first.close()
+    assert second.park([(0, 2 * MIB)]).bytes_returned == MIB
+    second.close()
+
+
+def test_after_an_error_of_the_disk_nothing_is_dropped_any_more(place, monkeypatch):
+    mapping = Mapping(4 * MIB, backing="file", place=place)
+    before = filled(mapping)
+
+    def fails(*_arguments, **_options):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "write_back", fails)
+        assert "Input/output error" in mapping.park([(0, 4 * MIB)]).problem
+    assert "its disk failed" in mapping.park([(0, 4 * MIB)]).problem
+    assert mapping.resident_bytes() == 4 * MIB
+    np.testing.assert_array_equal(now(mapping), before)
+    mapping.close()
+
+
+def test_a_filter_of_system_calls_is_tried_out_by_another_process(tmp_path):
+    status = tmp_path / "status"
+    status.write_text("Name:\tx\nSeccomp:\t2\n")
+    assert memory.call_allowed("mincore", status)
+    status.write_text("Name:\tx\nSeccomp:\t0\n")
+    assert memory.call_allowed("mincore", tmp_path / "status")
