@@ -1,6 +1,6 @@
 """Recorded pressure: the format of a trace, its readings, and a source that replays them.
 
-A trace is a JSON Lines file, plain or gzip. Its first line is the header, `{"psi_kv_trace": 2}` at the
+A trace is a JSON Lines file, plain or gzip. Its first line is the header, `{"psi_kv_trace": 3}` at the
 least; each line after it is an object whose `reading` is a Reading. What else such a line holds (a governor's
 recording has the cache and the decision: `psi_kv_governor.recording`) is no matter of this room.
 """
@@ -19,7 +19,10 @@ import msgspec
 from psi_kv_governor.errors import BadInputError, SourceLostError
 from psi_kv_governor.pressure.reading import Reading
 
-VERSION = 2
+VERSION = 3
+
+_ONE_LEVEL = 2
+"""The version of the first edition, whose readings had one stall and one headroom: still read."""
 
 MOST_BYTES = 1 << 30
 """Largest trace that is read, unpacked: a week at ten readings a second. A gzip file can claim any size."""
