@@ -584,7 +584,9 @@ def test_between_two_slices_there_is_no_pause():
 
 def test_a_restore_that_was_followed_by_a_trim_makes_the_next_wait_longer():
     looks = [reading(time_s=100.0 + t, some=0.5 if t == 7 else 0.0) for t in range(20)]
-    restores = [t for t, d in enumerate(follow(looks, snapshot(live=3040, spilled=300))) if d.action is Action.RESTORE]
+    restores = [
+        t for t, d in enumerate(follow(looks, snapshot(live=3040, spilled=300))) if d.action is Action.RESTORE
+    ]
     assert restores == [5, 18]  # 5 s of quiet, and after the swing 10 s
 
 

@@ -72,7 +72,9 @@ def decide(
         decision, state = when_quiet(config, state, now, cache, order)
     mode = _settled(state, decision.mode)
     behind = not now.plenty and (now.spare_bytes is not None or now.zone is not Zone.QUIET)
-    decision = msgspec.structs.replace(decision, mode=mode, write_behind=behind and now.zone is not Zone.UNKNOWN)
+    decision = msgspec.structs.replace(
+        decision, mode=mode, write_behind=behind and now.zone is not Zone.UNKNOWN
+    )
     return decision, msgspec.structs.replace(state, mode=mode)
 
 
@@ -146,7 +148,9 @@ def _wait(config: GovernorConfig, state: LawState, now: View, since_trim_s: floa
         cooldown_s = config.cooldown_s
     if since_trim_s < cooldown_s:
         return f"the last trim was {since_trim_s:.2f} s ago, cooldown is {cooldown_s:g} s"
-    return order.why_not_give(now.time_s - (state.pressed_since_s or now.time_s), acute=now.zone is Zone.ACUTE)
+    return order.why_not_give(
+        now.time_s - (state.pressed_since_s or now.time_s), acute=now.zone is Zone.ACUTE
+    )
 
 
 def _allowed(
@@ -156,7 +160,11 @@ def _allowed(
     spent, budget = sum(n_bytes for _, n_bytes in state.given_up), budget_of(config, cache)
     free = cache.lossless_bytes
     bounds = [
-        (cache.trimmable_bytes, "nothing can be given: the floor and what is protected are all there is", False),
+        (
+            cache.trimmable_bytes,
+            "nothing can be given: the floor and what is protected are all there is",
+            False,
+        ),
         (
             free + max(0, budget - spent),
             f"the budget holds: {_mib(spent)} of {_mib(budget)} went in the last {BUDGET_WINDOW_S:g} s",
@@ -164,7 +172,9 @@ def _allowed(
         ),
     ]
     if futile:
-        why = f"{futile} trims in a row brought no relief: somebody takes what is returned, or nobody needs it"
+        why = (
+            f"{futile} trims in a row brought no relief: somebody takes what is returned, or nobody needs it"
+        )
         bounds.append((free, f"{why}, so the rest is kept", True))
     return min(bounds, key=lambda bound: bound[0])
 

@@ -48,7 +48,9 @@ def _go_on(
     """The next slice of a restore that runs, as long as each brings something and there is room."""
     came_bytes = state.run_masked_bytes - cache.masked_bytes
     left_bytes = min(state.run_bytes - came_bytes, cache.masked_bytes)
-    fits_bytes = left_bytes if now.spare_bytes is None else min(left_bytes, _room_bytes(config, now.spare_bytes))
+    fits_bytes = (
+        left_bytes if now.spare_bytes is None else min(left_bytes, _room_bytes(config, now.spare_bytes))
+    )
     least_bytes = min(max(1, cache.step_bytes), cache.masked_bytes)
     if came_bytes > 0 and fits_bytes >= least_bytes:
         why = f"{now.why}: the restore goes on, {_mib(left_bytes)} are left of it"

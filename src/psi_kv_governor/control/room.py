@@ -101,7 +101,8 @@ def room_of(
     """The room of `level`; None where it has no limit. `calm`: its stall is below `low`."""
     if level.headroom_bytes is None or not level.limit_bytes:
         return None
-    unmissed = calm and level.refault_bytes_per_s < REFAULTS_BYTES_PER_S
+    # Where the limit was not met, what is read again was dropped on account of another one.
+    unmissed = calm and (level.refault_bytes_per_s < REFAULTS_BYTES_PER_S or level.bites is False)
     all_bytes = level.headroom_bytes + level.mapped_bytes
     line = line_bytes(config, level.limit_bytes)
     return Room(

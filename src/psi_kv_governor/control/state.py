@@ -218,7 +218,11 @@ def _looks(state: LawState, reading: Reading) -> tuple[Look, ...]:
     look = Look(
         reading.time_s,
         _passed_s(state, reading),
-        {level.name: _room_bytes(reading, level) for level in reading.levels if level.headroom_bytes is not None},
+        {
+            level.name: _room_bytes(reading, level)
+            for level in reading.levels
+            if level.headroom_bytes is not None
+        },
         _stalls(reading),
     )
     return (*kept, look)

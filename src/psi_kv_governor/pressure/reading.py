@@ -135,9 +135,7 @@ def one_level(
     source: str = "",
 ) -> Reading:
     """A reading of one level alone, the machine: of a simulation, a script, or a trace of the first edition."""
-    level = Level(
-        name=MACHINE, some=some, full=full, headroom_bytes=headroom_bytes, limit_bytes=limit_bytes
-    )
+    level = Level(name=MACHINE, some=some, full=full, headroom_bytes=headroom_bytes, limit_bytes=limit_bytes)
     return Reading(
         time_s=time_s,
         interval_s=interval_s,
