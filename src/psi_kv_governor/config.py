@@ -160,11 +160,6 @@ class _RefusedError(BadInputError):
         self.names = names
 
 
-_OTHERWISE = {
-    "high": "every reading would trim",
-    "acute_full": "every reading would trim",
-    "low": "nothing would ever come back",
-}
 _ORDERED = (
     ("low", "high"),
     ("step_min", "step_max"),
@@ -184,8 +179,6 @@ def _check(config: GovernorConfig) -> None:
             msgspec.convert(value, field.type)
         except msgspec.ValidationError as error:
             rule = f"{error}".replace("`", "")
-            if (otherwise := _OTHERWISE.get(field.name)) and value == 0:
-                rule += f", or {otherwise}"
             raise _RefusedError(f"{field.name} = {value} is not usable: {rule}", field.name) from None
     for lower, upper in _ORDERED:
         if getattr(config, lower) > getattr(config, upper):

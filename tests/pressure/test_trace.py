@@ -45,7 +45,9 @@ def readings():
 
 def test_a_trace_of_the_first_edition_has_its_one_level(tmp_path):
     path = tmp_path / "t.jsonl"
-    path.write_text(HEADER + GOOD.replace("}}", ',"headroom_bytes":5,"limit_bytes":9,"own":0.5,"source":"x"}}'))
+    path.write_text(
+        HEADER + GOOD.replace("}}", ',"headroom_bytes":5,"limit_bytes":9,"own":0.5,"source":"x"}}')
+    )
     level = Level(name=MACHINE, some=0.1, full=0.0, headroom_bytes=5, limit_bytes=9)
     (reading,) = read_trace(path)
     assert reading == Reading(time_s=1.0, interval_s=0.5, levels=(level,), own=0.5, source="x")

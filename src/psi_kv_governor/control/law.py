@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import msgspec
 
@@ -10,10 +11,11 @@ from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.control.decision import Action, CacheSnapshot, Decision, Mode
 from psi_kv_governor.control.levels import limited
 from psi_kv_governor.control.order import Order, order_of
-from psi_kv_governor.control.restoring import when_quiet
-from psi_kv_governor.control.room import line_bytes
+from psi_kv_governor.control.restoring import slice_pause_s, when_quiet
+from psi_kv_governor.control.room import line_bytes, spare_bytes
 from psi_kv_governor.control.state import (
     BUDGET_WINDOW_S,
+    SETTLE_S,
     LawState,
     futile_by_now,
     seen,
@@ -21,7 +23,7 @@ from psi_kv_governor.control.state import (
     thresholds_of,
     trimmed,
 )
-from psi_kv_governor.control.steps import acute_step, nothing, small_step, whole_steps
+from psi_kv_governor.control.steps import acute_step, mib, nothing, small_step, whole_steps
 from psi_kv_governor.control.view import View, Zone, flaw, view
 from psi_kv_governor.pressure.reading import Reading
 
@@ -31,10 +33,6 @@ _FASTEST_BYTES_PER_S = 2.5e9
 _NOTHING_LEFT_S = 1.0
 """Pause while nothing can be given: a turn in cold caches takes 0.5 ms, so twenty a second would cost a
 hundredth of a core for nothing, and one a second costs 0.05 %."""
-
-_SETTLE_S = 1.0
-"""A milder mode is taken when its cause has been gone so long: stall flickers from one tenth of a second to
-the next, and each change of mode is an event."""
 
 
 def decide(
@@ -63,7 +61,7 @@ def decide(
     state = seen(config, state, reading, now)
     order = order_of(reading, now, cache)
     if now.zone in {Zone.ACUTE, Zone.PRESSURE}:
-        decision, state = _under_pressure(config, state, now, cache, order, cache_limit)
+        decision, state = _under_pressure(config, state, _Given(now, cache, order, cache_limit))
     elif now.zone is Zone.BETWEEN:
         decision = nothing(Mode.WATCHING, now.why)
     elif now.zone is Zone.UNKNOWN:
@@ -80,9 +78,9 @@ def decide(
 
 def pause_s(config: GovernorConfig, reading: Reading, state: LawState | None = None) -> float:
     """Time until the next reading: `poll_s` with plenty of headroom, less the sooner it could be gone; with
-    `state`, more where nothing can be given, and none to speak of between two slices of a restore."""
+    `state`, more where nothing can be given, and between two slices of a restore by the room there is."""
     if state is not None and state.run_bytes:
-        return 0.0
+        return slice_pause_s(config, spare_bytes(config, reading))
     pauses = [
         max(0.0, level.headroom_bytes - line_bytes(config, level.limit_bytes)) / _FASTEST_BYTES_PER_S / 2
         for level in reading.levels
@@ -99,85 +97,84 @@ def budget_of(config: GovernorConfig, cache: CacheSnapshot) -> int:
 
 def _settled(state: LawState, mode: Mode) -> Mode:
     if mode is Mode.WATCHING and state.mode in {Mode.TRIMMING, Mode.HOLDING}:
-        return state.mode if state.time_s - state.pressed_s < _SETTLE_S else mode
+        return state.mode if state.time_s - state.pressed_s < SETTLE_S else mode
     if mode is Mode.CALM and state.mode is not Mode.RESTORING:
-        return state.mode if state.time_s - state.unquiet_s < _SETTLE_S else mode
+        return state.mode if state.time_s - state.unquiet_s < SETTLE_S else mode
     return mode
 
 
-def _under_pressure(
-    config: GovernorConfig,
-    state: LawState,
-    now: View,
-    cache: CacheSnapshot,
-    order: Order,
-    cache_limit: float | None,
-) -> tuple[Decision, LawState]:
-    acute = now.zone is Zone.ACUTE
-    since_trim_s = now.time_s - state.last_trim_s
-    futile = 0 if acute else futile_by_now(state, now, cache)
-    kept = futile >= config.futile_trims and since_trim_s < config.futile_hold_s
-    allowed, bound, wait = _allowed(config, state, cache, futile if kept else 0)
-    step = acute_step(config, now, cache, order.share) if acute else small_step(config, now.excess, cache)
-    if cache_limit is not None:
-        above_limit = cache.live_bytes - math.floor(cache_limit * cache.total_bytes)
-        step = max(step, whole_steps(above_limit, cache))
-    n_bytes = step if step <= allowed else allowed // max(1, cache.step_bytes) * max(1, cache.step_bytes)
-    if n_bytes <= 0:
-        state = msgspec.structs.replace(state, nothing_left=not wait)
+class _Given(NamedTuple):
+    """What a turn under pressure goes by."""
+
+    now: View
+    cache: CacheSnapshot
+    order: Order
+    cache_limit: float | None
+
+
+def _under_pressure(config: GovernorConfig, state: LawState, given: _Given) -> tuple[Decision, LawState]:
+    now, cache, step = given.now, given.cache, max(1, given.cache.step_bytes)
+    wanted = _wanted(config, given)
+    allowed, bound, left = _allowed(config, state, now, cache)
+    n_bytes = wanted if wanted <= allowed else allowed // step * step
+    if n_bytes < step:  # at the floor each token that is decoded would be a trim of its own
+        state = msgspec.structs.replace(state, nothing_left=not left)
         return nothing(Mode.HOLDING, f"{now.why}, but {bound}"), state
-    if why := _wait(config, state, now, since_trim_s, order):
+    if why := _wait(config, state, given):
         return nothing(Mode.TRIMMING, f"{now.why}; {why}"), state
     decision = Decision(
         action=Action.TRIM,
         n_bytes=n_bytes,
         mode=Mode.TRIMMING,
-        reason=f"{now.why}: {_mib(n_bytes)} of {_mib(cache.trimmable_bytes)} that can be given go",
-        urgent=acute,
+        reason=f"{now.why}: {mib(n_bytes)} of {mib(cache.trimmable_bytes)} that can be given go",
+        urgent=now.zone is Zone.ACUTE,
     )
     return decision, trimmed(state, now, cache, n_bytes)
 
 
-def _wait(config: GovernorConfig, state: LawState, now: View, since_trim_s: float, order: Order) -> str:
-    """Why the next trim is not made yet, or an empty string."""
+def _wanted(config: GovernorConfig, given: _Given) -> int:
+    """Bytes that the pressure asks for, or the cache limit."""
+    now, cache = given.now, given.cache
     if now.zone is Zone.ACUTE:
+        wanted = acute_step(config, now, cache, given.order.share)
+    else:
+        wanted = small_step(config, now.excess, cache)
+    if given.cache_limit is None:
+        return wanted
+    above_limit = cache.live_bytes - math.floor(given.cache_limit * cache.total_bytes)
+    return max(wanted, whole_steps(above_limit, cache))
+
+
+def _wait(config: GovernorConfig, state: LawState, given: _Given) -> str:
+    """Why the next trim is not made yet, or an empty string."""
+    now, since_trim_s = given.now, given.now.time_s - state.last_trim_s
+    acute = now.zone is Zone.ACUTE
+    if acute:
         cooldown_s = config.cooldown_acute_s
     elif now.stall <= state.trim_stall / 2 and not now.missing_bytes:
         cooldown_s = 2 * config.cooldown_s  # the last step is taking effect: see how far
     else:
-        cooldown_s = config.cooldown_s
+        cooldown_s = config.cooldown_s * (1.0 + state.jitter)
     if since_trim_s < cooldown_s:
         return f"the last trim was {since_trim_s:.2f} s ago, cooldown is {cooldown_s:g} s"
-    return order.why_not_give(
-        now.time_s - (state.pressed_since_s or now.time_s), acute=now.zone is Zone.ACUTE
-    )
+    since_s = now.time_s if state.pressed_since_s is None else state.pressed_since_s
+    return given.order.why_not_give(now.time_s - since_s, acute=acute)
 
 
 def _allowed(
-    config: GovernorConfig, state: LawState, cache: CacheSnapshot, futile: int
+    config: GovernorConfig, state: LawState, now: View, cache: CacheSnapshot
 ) -> tuple[int, str, bool]:
-    """Bytes that may go now, what holds back the rest, and whether waiting will change that."""
+    """Bytes that may go now, what holds back the rest, and whether a worse reading may find more."""
     spent, budget = sum(n_bytes for _, n_bytes in state.given_up), budget_of(config, cache)
     free = cache.lossless_bytes
-    bounds = [
-        (
-            cache.trimmable_bytes,
-            "nothing can be given: the floor and what is protected are all there is",
-            False,
-        ),
-        (
-            free + max(0, budget - spent),
-            f"the budget holds: {_mib(spent)} of {_mib(budget)} went in the last {BUDGET_WINDOW_S:g} s",
-            True,
-        ),
-    ]
-    if futile:
+    nothing_there = "nothing can be given: the floor and what is protected are all there is"
+    held = f"the budget holds: {mib(spent)} of {mib(budget)} went in the last {BUDGET_WINDOW_S:g} s"
+    bounds = [(cache.trimmable_bytes, nothing_there, False), (free + max(0, budget - spent), held, False)]
+    futile = futile_by_now(state, now, cache)
+    kept = futile >= config.futile_trims and now.time_s - state.last_trim_s < config.futile_hold_s
+    if kept and now.zone is not Zone.ACUTE:
         why = (
             f"{futile} trims in a row brought no relief: somebody takes what is returned, or nobody needs it"
         )
         bounds.append((free, f"{why}, so the rest is kept", True))
     return min(bounds, key=lambda bound: bound[0])
-
-
-def _mib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:.1f} MiB"

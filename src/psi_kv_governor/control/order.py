@@ -26,6 +26,8 @@ class Order(NamedTuple):
     """Neighbours that were used less recently and still have something to give."""
     takers_before: int = 0
     """Neighbours that were used more recently and wait for something of theirs."""
+    alone: bool = True
+    """No neighbour is known."""
     taking: str = ""
     """Which neighbour is restoring now; '' for none."""
 
@@ -40,9 +42,9 @@ class Order(NamedTuple):
         return f"the governor {self.taking} is restoring into the same memory" if self.taking else ""
 
     @property
-    def turn_s(self) -> float:
-        """How much longer than the quiet time this one waits."""
-        return _TURN_S * self.takers_before
+    def turn_s(self) -> float | None:
+        """How much longer than the quiet time this one waits; None where no neighbour is known."""
+        return None if self.alone else _TURN_S * self.takers_before
 
 
 def order_of(reading: Reading, now: View, cache: CacheSnapshot) -> Order:
@@ -54,6 +56,7 @@ def order_of(reading: Reading, now: View, cache: CacheSnapshot) -> Order:
     all_bytes = cache.trimmable_bytes + sum(one.trimmable_bytes for one in near)
     own = (cache.last_used_s, "")
     return Order(
+        alone=False,
         share=cache.trimmable_bytes / all_bytes if all_bytes else 1.0,
         givers_before=sum(one.trimmable_bytes > 0 and (one.last_used_s, one.id) < own for one in near),
         takers_before=sum(one.masked_bytes > 0 and (one.last_used_s, one.id) > own for one in sharing),

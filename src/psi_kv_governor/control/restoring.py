@@ -8,8 +8,20 @@ from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.control.decision import Action, CacheSnapshot, Decision, Mode
 from psi_kv_governor.control.order import Order
 from psi_kv_governor.control.state import LawState, quiet_time_s, restored
-from psi_kv_governor.control.steps import nothing, small_step
+from psi_kv_governor.control.steps import mib, nothing, small_step
 from psi_kv_governor.control.view import View
+
+
+SLICE_BYTES = 8 << 20
+"""A restore is carried out in such slices, with a reading between: at 1 GB/s one takes 8 ms."""
+
+
+def slice_pause_s(config: GovernorConfig, spare_bytes: int | None) -> float:
+    """Pause between two slices. They come so slowly that half of the spare room is left by what falls in
+    `lead_s`: else a restore would be a fall to other governors, which would trim, and restore after it."""
+    if not spare_bytes:
+        return config.poll_s
+    return min(config.poll_s, max(config.poll_busy_s, 2 * SLICE_BYTES * config.lead_s / spare_bytes))
 
 
 def when_quiet(
@@ -19,26 +31,30 @@ def when_quiet(
     if cache.masked_bytes <= 0:
         state = msgspec.structs.replace(state, run_bytes=0)
         if cache.lost_bytes > 0:
-            lost = f"{_mib(cache.lost_bytes)} were lost and are recomputed at the next request"
+            lost = f"{mib(cache.lost_bytes)} were lost and are recomputed at the next request"
             return nothing(Mode.HOLDING, f"{now.why}; {lost}"), state
         return nothing(Mode.CALM, now.why), state
     if state.run_bytes:
         return _go_on(config, state, now, cache)
+    return _begin(config, state, now, cache, order)
+
+
+def _begin(
+    config: GovernorConfig, state: LawState, now: View, cache: CacheSnapshot, order: Order
+) -> tuple[Decision, LawState]:
     # A restore starts the quiet time anew: it takes memory, and its effect has to be seen before the next.
     # Otherwise each reading would fill half of what is left, up to the very line where trimming begins.
     since_s = now.time_s if state.quiet_since_s is None else state.quiet_since_s
     quiet_s = now.time_s - max(state.last_restore_s, since_s)
-    needed_s = quiet_time_s(config, state) + order.turn_s
+    needed_s = quiet_time_s(config, state, order.turn_s)
     if quiet_s < needed_s:
         mode = state.mode if state.mode is Mode.RESTORING else Mode.HOLDING
-        wait = f"quiet for {quiet_s:.1f} of {needed_s:g} s before {_mib(cache.masked_bytes)} come back"
+        wait = f"quiet for {quiet_s:.1f} of {needed_s:g} s before {mib(cache.masked_bytes)} come back"
         return nothing(mode, wait), state
-    if why := order.why_not_take():
-        return nothing(Mode.HOLDING, f"quiet, but {why}"), state
     n_bytes, room = _restorable(config, state, now, cache)
-    if n_bytes <= 0:
-        return nothing(Mode.HOLDING, f"quiet, but {room}"), state
-    why = f"quiet for {quiet_s:.1f} s and {room}: {_mib(n_bytes)} of {_mib(cache.masked_bytes)} masked return"
+    if why := order.why_not_take() or ("" if n_bytes > 0 else room):
+        return nothing(Mode.HOLDING, f"quiet, but {why}"), state
+    why = f"quiet for {quiet_s:.1f} s and {room}: {mib(n_bytes)} of {mib(cache.masked_bytes)} masked return"
     return _restore(n_bytes, why), restored(state, now, cache, n_bytes, begins=True)
 
 
@@ -53,7 +69,7 @@ def _go_on(
     )
     least_bytes = min(max(1, cache.step_bytes), cache.masked_bytes)
     if came_bytes > 0 and fits_bytes >= least_bytes:
-        why = f"{now.why}: the restore goes on, {_mib(left_bytes)} are left of it"
+        why = f"{now.why}: the restore goes on, {mib(left_bytes)} are left of it"
         return _restore(fits_bytes, why), restored(state, now, cache, left_bytes, begins=False)
     ended = msgspec.structs.replace(state, run_bytes=0, last_restore_s=now.time_s)
     if came_bytes <= 0:
@@ -78,7 +94,7 @@ def _restorable(config: GovernorConfig, state: LawState, now: View, cache: Cache
         n_bytes = max(step, int(config.step_min * cache.total_bytes) // step * step)
         return min(n_bytes, cache.masked_bytes), "headroom is not known, so one small step"
     fits = _room_bytes(config, now.spare_bytes)
-    room = f"the headroom above the low line has room for {_mib(fits)}"
+    room = f"the headroom above the low line has room for {mib(fits)}"
     slowly = max(step, int(state.regrowth * cache.total_bytes) // step * step)
     if min(fits, slowly) >= cache.masked_bytes:
         return cache.masked_bytes, room
@@ -87,9 +103,5 @@ def _restorable(config: GovernorConfig, state: LawState, now: View, cache: Cache
     # 11 changes of direction and 19,328 cells given up in 120 s; with it 0, 0 and 14,464.
     least = max(step, small_step(config, 0.0, cache))
     if fits < least:
-        return 0, f"{room}, less than the {_mib(least)} that the smallest trim takes"
+        return 0, f"{room}, less than the {mib(least)} that the smallest trim takes"
     return min(fits // step * step, slowly), room
-
-
-def _mib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:.1f} MiB"

@@ -29,7 +29,7 @@ _NOISE_MARGIN = 3.0
 its own mean (a compiler and file copies on a machine with plenty free)."""
 
 _QUIET_MARGIN = 2.0
-"""And it is quiet up to so many times the noise: a machine whose stall is never under 2 % is quiet at that."""
+"""And it is quiet up to so many times the noise: where stall is never under 2 %, that is no shortage."""
 
 MOST_PATIENCE = 128.0
 """Limit of the quiet time's growth: eleven minutes with the default."""
@@ -37,6 +37,10 @@ MOST_PATIENCE = 128.0
 FORGET_S = 600.0
 """After so long without a trim the quiet time is halved again. So, whatever others do, the context goes back
 and forth seven times until the quiet time is at its most, and six times an hour from then on."""
+
+SETTLE_S = 1.0
+"""Pressure is over, and a milder mode is taken, when its cause has been gone so long: stall flickers from one
+tenth of a second to the next, and each change of mode is an event."""
 
 _RELIEF = 0.8
 """A trim brought relief when the stall since is not above this share of the one before it."""
@@ -73,7 +77,7 @@ class LawState(msgspec.Struct, frozen=True, kw_only=True):
     quiet_since_s: float | None = None
     """First of the unbroken run of quiet readings; None when the last reading was not quiet."""
     pressed_since_s: float | None = None
-    """First of the run of readings under pressure; None when the last one was not."""
+    """When the pressure of the last moments began; None where there was none for SETTLE_S."""
     pressed_s: float = -math.inf
     """Last reading under pressure."""
     unquiet_s: float = -math.inf
@@ -89,7 +93,7 @@ class LawState(msgspec.Struct, frozen=True, kw_only=True):
     futile: int = 0
     """Trims in a row after which it was no better."""
     trim_stall: float = 0.0
-    """Stall at the last trim ..."""
+    """Stall of the moments before the last trim ..."""
     trim_by_stall: bool = False
     """... whether that was what it was for ..."""
     trim_headroom_bytes: int = 0
@@ -119,9 +123,11 @@ def thresholds_of(config: GovernorConfig, state: LawState) -> Thresholds:
     return Thresholds(low=max(config.low, min(_QUIET_MARGIN * state.noise, 0.8 * high)), high=high)
 
 
-def quiet_time_s(config: GovernorConfig, state: LawState) -> float:
-    """How long it has to be quiet before anything comes back."""
-    return config.quiet_s * state.patience * (1.0 + _JITTER * state.jitter)
+def quiet_time_s(config: GovernorConfig, state: LawState, turn_s: float | None = None) -> float:
+    """How long it has to be quiet before anything comes back. `turn_s` is what its turn among neighbours
+    adds; where none are known, chance does."""
+    wait_s = config.quiet_s * state.patience
+    return wait_s + (_JITTER * state.jitter * wait_s if turn_s is None else turn_s)
 
 
 # -- what the readings before tell -------------------------------------------------------------------------
@@ -193,20 +199,24 @@ def seen(config: GovernorConfig, state: LawState, reading: Reading, now: View) -
         time_s=reading.time_s,
         given_up=tuple(past for past in state.given_up if reading.time_s - past[0] <= BUDGET_WINDOW_S),
         quiet_since_s=(now.time_s if state.quiet_since_s is None else state.quiet_since_s) if quiet else None,
-        pressed_since_s=(now.time_s if state.pressed_since_s is None else state.pressed_since_s)
-        if pressed
-        else None,
+        pressed_since_s=_pressed_since_s(state, reading, pressed=pressed),
         pressed_s=now.time_s if pressed else state.pressed_s,
         unquiet_s=state.unquiet_s if quiet else now.time_s,
         nothing_left=False,
         looks=_looks(state, reading),
         noise=_noise(state, reading, now),
         stall_since_s=state.stall_since_s + now.stall * _passed_s(state, reading),
-        futile=state.futile if pressed else 0,
+        futile=state.futile if pressed or now.time_s - state.pressed_s < SETTLE_S else 0,
         run_bytes=state.run_bytes if quiet else 0,
         patience=max(1.0, state.patience / 2) if forgets else state.patience,
         patience_s=now.time_s if forgets else state.patience_s,
     )
+
+
+def _pressed_since_s(state: LawState, reading: Reading, *, pressed: bool) -> float | None:
+    if state.pressed_since_s is not None and reading.time_s - state.pressed_s < SETTLE_S:
+        return state.pressed_since_s
+    return reading.time_s - _passed_s(state, reading) if pressed else None
 
 
 def _looks(state: LawState, reading: Reading) -> tuple[Look, ...]:
@@ -251,7 +261,8 @@ def futile_by_now(state: LawState, now: View, cache: CacheSnapshot) -> int:
         return 0
     if _away(cache) <= state.trim_away_bytes:
         return state.futile
-    less_stall = state.stall_since_s <= _RELIEF * state.trim_stall * since_s and state.trim_stall > 0.0
+    less_stall = 0.0 < state.trim_stall and state.stall_since_s <= _RELIEF * state.trim_stall * since_s
+    less_stall = less_stall and since_s >= STALL_WINDOW_S  # a tenth of a second without stall tells nothing
     gained = (now.headroom_bytes or 0) - state.trim_headroom_bytes >= state.trim_bytes / 2
     relief = less_stall or (gained and not state.trim_by_stall)
     return 0 if relief else state.futile + 1
@@ -271,7 +282,7 @@ def trimmed(state: LawState, now: View, cache: CacheSnapshot, n_bytes: int) -> L
         last_trim_s=now.time_s,
         given_up=(*state.given_up, (now.time_s, lossy_bytes)) if lossy_bytes else state.given_up,
         futile=futile_by_now(state, now, cache),
-        trim_stall=now.stall,
+        trim_stall=_mean_stall(state, now),
         trim_by_stall=now.stalled,
         trim_headroom_bytes=now.headroom_bytes or 0,
         trim_bytes=n_bytes,
@@ -282,6 +293,14 @@ def trimmed(state: LawState, now: View, cache: CacheSnapshot, n_bytes: int) -> L
         patience=min(MOST_PATIENCE, 2 * state.patience) if swung else state.patience,
         patience_s=now.time_s if swung else state.patience_s,
     )
+
+
+def _mean_stall(state: LawState, now: View) -> float:
+    """Over the pressure so far, a second at the most: what the stall after a trim is compared with. The
+    stall of the moment would be a peak, and anything after a peak is less."""
+    since_s = now.time_s if state.pressed_since_s is None else state.pressed_since_s
+    span_s = min(STALL_WINDOW_S, now.time_s - since_s)
+    return min(1.0, now.lost_s / span_s) if span_s > 0.0 else now.stall
 
 
 def restored(state: LawState, now: View, cache: CacheSnapshot, run_bytes: int, *, begins: bool) -> LawState:

@@ -73,6 +73,8 @@ class View(NamedTuple):
     """What has to come back for the headroom to be at its low line in twice `lead_s`, as it falls now."""
     plenty: bool
     """Headroom is known, and far from its low line, on all levels."""
+    lost_s: float
+    """Time lost to stall in the last STALL_WINDOW_S."""
     noise: float
     """The most stall of any level."""
     why: str
@@ -109,7 +111,7 @@ def flaw(reading: Reading, last_time_s: float) -> str:
 def view(
     config: GovernorConfig, reading: Reading, thresholds: Thresholds, before: Mapping[str, Seen] | None = None
 ) -> View:
-    """Hold every level of a usable reading (after `levels.limited`) against the thresholds; the worst decides.
+    """Hold every level of a usable reading (of `levels.limited`) against the thresholds; the worst decides.
 
     Headroom counts only together with the limit that it is measured against. Stall counts only where the
     reading covers some time: the first of a source covers none. Of the time in which a governor was parking
@@ -135,6 +137,7 @@ def view(
         spare_bytes=min((one.spare_bytes for one in known), default=None),
         missing_bytes=max((one.missing_bytes for one in known), default=0),
         plenty=bool(known) and all(one.plenty for one in known),
+        lost_s=before.get(worst.name, Seen()).lost_s,
         noise=max(one.some for one in judged),
         why=worst.why,
     )

@@ -108,7 +108,7 @@ class HeadroomReader:
         return min(rooms, default=None)
 
     def levels(self, own_mapped_bytes: int = 0) -> list[Level]:
-        """Everything that has a limit, the nearest cgroup first, then the machine, and the lines of others."""
+        """All that has a limit: the nearest cgroup first, then the machine, then the lines of others."""
         found = self._cgroups(own_mapped_bytes)
         machine = self._machine.read(own_mapped_bytes)
         if machine is None or self._machine.memory is None:

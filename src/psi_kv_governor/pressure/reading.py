@@ -134,7 +134,7 @@ def one_level(
     own: float = 0.0,
     source: str = "",
 ) -> Reading:
-    """A reading of one level alone, the machine: of a simulation, a script, or a trace of the first edition."""
+    """A reading of one level alone, the machine: of a simulation, or a script."""
     level = Level(name=MACHINE, some=some, full=full, headroom_bytes=headroom_bytes, limit_bytes=limit_bytes)
     return Reading(
         time_s=time_s,

@@ -150,7 +150,7 @@ def _header(path: Path, line: bytes) -> Header:
         ) from error
     if version not in {VERSION, _ONE_LEVEL}:
         raise BadInputError(
-            f"line 1 of {path}: version {version} of the trace is not known, only {_ONE_LEVEL} and {VERSION} are; "
+            f"line 1 of {path}: version {version} of the trace is not known; "
             "record it again with this package"
         )
     try:
