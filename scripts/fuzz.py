@@ -53,13 +53,14 @@ def _events(_: Path) -> Callable[[bytes], object]:
 
 
 def _tables(_: Path) -> Callable[[bytes], object]:
-    from psi_kv_governor.pressure.headroom import STAT_V1, STAT_V2, parse_meminfo
+    from psi_kv_governor.pressure.memory_stat import V1, V2
+    from psi_kv_governor.pressure.whole_machine import parse_meminfo
 
     def parse(data: bytes) -> None:
-        assert STAT_V1.droppable_bytes(data) >= 0
-        assert STAT_V2.droppable_bytes(data) >= 0
-        room = parse_meminfo(data)
-        assert room is None or min(room) >= 0
+        assert min(V1.stat.read(data)) >= 0
+        assert min(V2.stat.read(data)) >= 0
+        memory = parse_meminfo(data)
+        assert memory is None or (min(memory) >= 0 and memory.headroom_bytes >= 0)
 
     return parse
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from psi_kv_governor.errors import SourceLostError
-from psi_kv_governor.pressure.reading import Reading
+from psi_kv_governor.pressure.reading import Reading, one_level
 
 
 class FakeSource:
@@ -29,7 +29,7 @@ class FakeSource:
         if self.lost:
             raise SourceLostError(self.lost)
         self.reads += 1
-        return Reading(
+        return one_level(
             time_s=time.monotonic() if self._tick_s is None else self.reads * self._tick_s,
             interval_s=0.5,
             some=self.stall,

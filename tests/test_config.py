@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 
 import msgspec
@@ -41,10 +42,28 @@ def test_arguments_go_before_environment_before_file_before_defaults(tmp_path):
     assert config.cooldown_s == GovernorConfig().cooldown_s
 
 
-def test_the_file_in_the_working_directory_is_read_unless_another_is_named(tmp_path):
+def test_a_library_never_reads_the_working_directory(tmp_path):
+    """Whoever can write there would choose where private context is put, and a typo would end the model."""
+    written(tmp_path, 'place = "/somewhere/else"\nhihg = 0.3\n')
+    assert load_config(environ={}) == GovernorConfig()
+
+
+def test_a_command_reads_the_file_in_the_working_directory_unless_another_is_named(tmp_path):
     written(tmp_path, "high = 0.3\n")
-    assert load_config(environ={}).high == 0.3
-    assert load_config(written(tmp_path, "low = 0.01\n", "other.toml"), {}).high == GovernorConfig().high
+    assert load_config(environ={}, default_file=True).high == 0.3
+    other = written(tmp_path, "low = 0.01\n", "other.toml")
+    assert load_config(other, {}, default_file=True).high == GovernorConfig().high
+
+
+def test_an_unknown_variable_is_named_once_in_the_log_and_left_out(caplog):
+    environ = {"PSI_KV_HIHG": "1", "PSI_KV_SERVICE_HOST": "10.0.0.1", "PSI_KV_LOW": "0.01"}
+    for _ in range(2):
+        assert load_config(environ=environ) == GovernorConfig(low=0.01)
+    assert sorted(record.getMessage()[:40] for record in caplog.records) == [
+        "the environment variable PSI_KV_HIHG is ",
+        "the environment variable PSI_KV_SERVICE_",
+    ]
+    assert "did you mean high?" in caplog.text
 
 
 def test_the_process_environment_is_the_default(monkeypatch):
@@ -64,9 +83,9 @@ def test_an_argument_that_is_none_counts_as_not_given():
 
 def test_strings_are_read_as_the_type_of_their_field():
     config = load_config(
-        environ={"PSI_KV_STORE": "none", "PSI_KV_STORE_DIR": "7"}, block_cells="32", high="0.5"
+        environ={"PSI_KV_BACKING": "file", "PSI_KV_PLACE": "7", "PSI_KV_EVICT": "true"}, block_cells="32"
     )
-    assert (config.store, config.store_dir, config.block_cells, config.high) == ("none", "7", 32, 0.5)
+    assert (config.backing, config.place, config.evict, config.block_cells) == ("file", "7", True, 32)
 
 
 @settings(max_examples=50, deadline=None)
@@ -94,12 +113,11 @@ def refusal(*args, **overrides) -> str:
 @pytest.mark.parametrize(
     ("variable", "text", "told"),
     [
-        ("PSI_KV_HIHG", "1", "unknown setting 'hihg' (from environment variable PSI_KV_HIHG): did"),
         ("PSI_KV_HIGH", "much", "high = 'much' is not usable: Expected float, got str"),
-        ("PSI_KV_HIGH", "nan", "high = nan is not usable: give a share from 0 to 1"),
-        ("PSI_KV_QUIET_S", "inf", "quiet_s = inf is not usable: give 0 or more"),
+        ("PSI_KV_HIGH", "nan", "high = 'nan' is not usable: Expected float > 0.0"),
+        ("PSI_KV_QUIET_S", "inf", "quiet_s = 'inf' is not usable: Expected float <= 1000000000.0"),
         ("PSI_KV_FLOOR_CELLS", "1.5", "floor_cells = '1.5' is not usable: Expected int"),
-        ("PSI_KV_STORE", "tape", "store = 'tape' is not usable: Invalid enum value 'tape'"),
+        ("PSI_KV_BACKING", "tape", "backing = 'tape' is not usable: Invalid enum value 'tape'"),
     ],
 )  # fmt: skip
 def test_a_bad_variable_is_named(variable, text, told):
@@ -119,11 +137,12 @@ def test_a_bad_variable_is_named(variable, text, told):
         ("high = ", "{path} is not TOML: "),
         ("high = 0.2\nhigh = 0.3", "{path} is not TOML: "),
         ("low = 0.5", "low = 0.5 is not usable: it must not be above high (0.1) (from low in {path})"),
-        ("low = 0", "or nothing would ever come back"),
-        ("poll_s = 0", "poll_s = 0.0 is not usable: give seconds above 0"),
-        ("floor_cells = -1", "floor_cells = -1 is not usable: give 0 or more"),
-        ("block_cells = 0", "block_cells = 0 is not usable: give 1 or more"),
-        ("high = 0.0\nlow = 0.0", "or every reading would trim"),
+        ("headroom_low_bytes = 9000000000", "it must not be above headroom_plenty_bytes (4294967296)"),
+        ("low = 0", "low = 0 is not usable: Expected float > 0.0"),
+        ("poll_s = 0", "poll_s = 0 is not usable: Expected float > 0.0"),
+        ("floor_cells = -1", "floor_cells = -1 is not usable: Expected int >= 0"),
+        ("block_cells = 0", "block_cells = 0 is not usable: Expected int >= 1"),
+        ("high = 0.0", "high = 0.0 is not usable: Expected float > 0.0"),
     ],
 )  # fmt: skip
 def test_a_bad_line_of_the_file_is_named(tmp_path, text, told):
@@ -152,8 +171,18 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 
 @pytest.mark.parametrize("field", msgspec.structs.fields(GovernorConfig), ids=lambda field: field.name)
 def test_every_number_refuses_nan_and_less_than_nothing(field):
-    if field.type not in (float, int):
-        assert field.name in {"policy", "store", "store_dir", "status_socket"}
+    if field.name in {"policy", "place", "backing", "status_socket", "evict"}:
         return
     for value in ("nan", "-1"):
         assert field.name in refusal(None, {f"PSI_KV_{field.name.upper()}": value})
+    for value in (math.nan, -1, True, "1"):
+        with pytest.raises(BadInputError, match=field.name):
+            GovernorConfig(**{field.name: value})
+
+
+def test_what_a_setting_is_for_stands_with_it():
+    """Every field has its reason behind it, in the source."""
+    source = Path(sys.modules[GovernorConfig.__module__].__file__).read_text().splitlines()
+    for field in msgspec.structs.fields(GovernorConfig):
+        line = next(i for i, text in enumerate(source) if text.startswith(f"    {field.name}: "))
+        assert source[line + 1].lstrip().startswith('"""'), field.name

@@ -85,13 +85,43 @@ def test_the_own_cgroup_and_its_limit_are_named(root):
     (group / "memory.current").write_text(f"{150 << 20}\n")
     found = preflight.check_cgroup(root)
     assert found.state == "ok"
-    assert found.detail == f"v2 {group}; 300 MiB free of the limit of 450 MiB in {group}"
+    assert found.detail == f"v2 {group}; 300 MiB free of 450 MiB, memory.max of {group}"
+    assert found.more == ("3,906 MiB free of 7,812 MiB, MemAvailable of machine",)
 
 
 def test_without_a_cgroup_it_says_what_to_mount(root):
     found = preflight.check_cgroup(root)
     assert found.state == "warn"
     assert "/sys/fs/cgroup" in found.remedy
+
+
+def test_the_root_cgroup_is_told_from_one_without_the_memory_controller(root):
+    (root / "sys/fs/cgroup").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text("0::/\n")
+    (root / "proc/self/mountinfo").write_text(
+        "31 23 0:28 / /sys/fs/cgroup rw shared:9 - cgroup2 cgroup2 rw\n"
+    )
+    assert "the root, which has no limit" in preflight.check_cgroup(root).detail
+
+
+def test_programs_that_kill_before_the_kernel_are_named(root):
+    assert preflight.check_lines(root, {}).detail.startswith("none is to be seen")
+    (root / "proc/12").mkdir()
+    (root / "proc/12/comm").write_text("earlyoom\n")
+    (root / "proc/12/cmdline").write_bytes(b"/usr/bin/earlyoom\0-m\x0015\0")
+    found = preflight.check_lines(root, {"KUBERNETES_SERVICE_HOST": "x"})
+    assert "earlyoom kills at 15 % available; kubelet evicts at memory.available<100Mi" in found.detail
+
+
+@pytest.mark.parametrize(("mode", "state"), [("0", "ok"), ("1", "ok"), ("2", "warn"), ("", "ok")])
+def test_strict_overcommit_is_named(root, mode, state):
+    (root / "proc/sys/vm").mkdir(parents=True)
+    (root / "proc/sys/vm/overcommit_memory").write_text(f"{mode}\n")
+    (root / "proc/meminfo").write_text(MEMINFO + "CommitLimit: 4096000 kB\nCommitted_AS: 2048000 kB\n")
+    found = preflight.check_overcommit(root)
+    assert found.state == state
+    if state == "warn":
+        assert "of 4,000 MiB that may be promised 2,000 MiB are" in found.detail
 
 
 def test_swap_devices_are_named(root):

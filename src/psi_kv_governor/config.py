@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import logging
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
@@ -19,6 +19,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
 
+_log = logging.getLogger("psi_kv_governor")
+
 ENVIRONMENT_PREFIX = "PSI_KV_"
 """PSI_KV_HIGH=0.2 sets `high`."""
 
@@ -26,97 +28,121 @@ OTHER_VARIABLES = frozenset({"PSI_KV_MODELS"})
 """Variables with the prefix that are no settings of the governor: the folder of models (model.py)."""
 
 DEFAULT_FILE = Path("psi-kv.toml")
-"""Read from the working directory when no file is named."""
+"""What the commands read from the working directory when no file is named; a library never does."""
+
+Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+AboveZero = Annotated[float, msgspec.Meta(gt=0.0, le=1.0)]
+Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
+"""A generation at the most: also refuses infinity."""
+PollSeconds = Annotated[float, msgspec.Meta(gt=0.0, le=5.0)]
+"""Stall over longer intervals tells nothing of now."""
+Count = Annotated[int, msgspec.Meta(ge=0)]
+OneOrMore = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class GovernorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Thresholds and limits, with defaults for a laptop or an 8 GB board.
+    """Thresholds and limits, with defaults for anything from an 8 GB board to a server of 128 GB.
 
-    Raises BadInputError on creation when a value is out of its range or contradicts another.
+    A line given as a share of the limit and as an amount holds where it is lower: shares suit small limits,
+    and what a neighbour can take in the time that is needed to act is the same on any machine. Raises
+    BadInputError on creation when a value is out of its range or contradicts another.
     """
 
     # -- when ------------------------------------------------------------------------------------------
-    high: float = 0.10
+    high: AboveZero = 0.10
     """Stall (`some`, 0 to 1) at which trimming begins. systemd-oomd kills at 0.6 and lmkd wakes at 0.07:
     a tenth of the time lost is felt, and is far above the noise of a healthy machine."""
-    high_max: float = 0.30
+    high_max: Share = 0.30
     """How far the noise of the machine itself, seen while there is plenty of headroom, may raise `high`."""
-    acute_full: float = 0.40
+    acute_full: AboveZero = 0.40
     """Stall of all tasks at once (`full`, 0 to 1) that is answered with one large step: with two fifths of
     the time lost by everybody, small steps come too late."""
-    low: float = 0.02
-    """Stall under which the machine counts as quiet. Between low and high nothing is done either way."""
-    headroom_low: float = 0.04
+    low: AboveZero = 0.02
+    """Stall under which the machine counts as quiet; it follows the noise too. Between low and high nothing
+    is done either way."""
+    headroom_low: Share = 0.04
     """Share of the limit under which headroom alone counts as pressure: without swap a neighbour can take
-    the rest before any stall shows."""
-    headroom_plenty: float = 0.30
+    the rest before any stall shows ..."""
+    headroom_low_bytes: Count = 640 << 20
+    """... or this: what the fastest process takes (2.5 GB/s) in `lead_s`. Less than the share from a limit of
+    16 GB on; a machine of 128 GB has nothing to fear with 5 GB left."""
+    headroom_plenty: Share = 0.30
     """Share of the limit above which stall alone is no reason to trim: it comes from zram or a burst of
-    file reads, and giving memory back would not help."""
-    lead_s: float = 0.25
-    """How far ahead falling headroom is looked at: a decode is over or interrupted, and the first bytes are
-    returned, in less."""
-    poll_s: float = 0.2
+    file reads, and giving memory back would not help ..."""
+    headroom_plenty_bytes: Count = 4 << 30
+    """... or this: the fastest process takes 1.4 s to the low line, fourteen windows of stall."""
+    lead_s: Seconds = 0.25
+    """How far ahead falling headroom is looked at: the first bytes are returned in less."""
+    poll_s: PollSeconds = 0.2
     """Time between two readings while there is 1 GB of headroom and more: with ten looks a second the
     governor took 0.24 % of one core in half an hour's soak."""
-    poll_busy_s: float = 0.02
+    poll_busy_s: PollSeconds = 0.02
     """Time between readings when headroom is so small that it could be gone within `poll_s`."""
 
     # -- how much --------------------------------------------------------------------------------------
-    step_min: float = 0.10
+    step_min: Share = 0.10
     """Share of what may go that one trim takes when pressure just passed the threshold."""
-    step_max: float = 0.20
+    step_max: Share = 0.20
     """Share of what may go that one trim takes at the most, where small steps can wait for their effect."""
-    step_acute: float = 0.50
+    step_acute: Share = 0.50
     """Share of what may go that one trim takes at least when memory is about to be gone."""
-    cooldown_s: float = 0.3
+    cooldown_s: Seconds = 0.3
     """Least time between two small trims: one takes 0.1 s, and its effect shows in the next readings."""
-    cooldown_acute_s: float = 0.1
+    cooldown_acute_s: Seconds = 0.1
     """Least time before a large one: the stall after a trim shows in a window of 0.1 s."""
-    futile_trims: int = 4
-    """So many trims in a row without relief, and no more is given: somebody takes whatever is returned."""
-    futile_hold_s: float = 30.0
+    futile_trims: OneOrMore = 4
+    """So many trims in a row without relief, and no more is given: somebody takes whatever is returned, or
+    nobody needs it. Never where memory is about to be gone."""
+    futile_hold_s: Seconds = 30.0
     """After so long one more is tried."""
-    floor_cells: int = 256
+    floor_cells: Count = 256
     """Never fewer live cells than this ..."""
-    floor_share: float = 0.20
+    floor_share: Share = 0.20
     """... nor less than this share of the context (arXiv 2605.18053: quality collapses below a fifth)."""
-    budget_per_min: float = 2.0
-    """Cells that may be given up in any 60 s, as a multiple of the context: bounds what a hostile
-    neighbour can force. Two whole contexts leave room for an honest spike after a restore."""
-
-    interrupt_after_s: float = 0.1
-    """A decode that still runs so long after a trim was decided on is interrupted, and run again: a batch of
-    a long prompt takes seconds. Where memory is about to be gone it is not waited for at all."""
-    spill_deadline_s: float = 2.0
-    """Longest that writing one trim to the store may take, by the speed it has shown; else cells are evicted
-    and recomputed later. A kill by the kernel follows the first stall within seconds."""
+    budget_per_min: Annotated[float, msgspec.Meta(ge=0.0, le=1e9)] = 2.0
+    """What may be given up at the cost of fidelity in any 60 s, as a multiple of the context: bounds what a
+    hostile neighbour can force. Two whole contexts leave room for an honest spike after a restore."""
 
     # -- back again ------------------------------------------------------------------------------------
-    quiet_s: float = 5.0
-    """Quiet time before anything comes back: longer than the pause between two bursts of a build."""
-    restore_share: float = 0.5
-    """Share of the headroom above the low line that one restore may fill."""
+    quiet_s: Seconds = 5.0
+    """Quiet time before anything comes back: longer than the pause between two bursts of a build. Twice as
+    long after each restore that a trim followed, up to 128 times."""
+    restore_share: Share = 0.5
+    """Share of the headroom above the low line that one restore may fill ..."""
+    restore_reserve_bytes: Count = 1 << 30
+    """... or all but this: the fastest process takes 0.4 s for it, twice the time between two readings."""
 
     # -- which -----------------------------------------------------------------------------------------
     policy: str = "hybrid"
     """Which tokens go first: a name of `psi-kv policies`. This one loses least (docs/fidelity.md). Where
     a cache can't serve it, `window` takes its place, and the governor says so."""
-    sink_cells: int = 64
+    sink_cells: Count = 64
     """First tokens, never given up: attention sinks, and the head of a system prompt."""
-    window_cells: int = 256
+    window_cells: Count = 256
     """Recent tokens, never given up."""
-    block_cells: int = 64
-    """Unit of eviction. 64 rows of the smallest model here (384 bytes) are six whole pages. Policies whose
-    blocks lie apart enlarge it for shorter rows and for long contexts (`policy.chooser.block_size`)."""
+    head_share: Share = 0.5
+    """Most of the context that a system prompt may protect: beyond it, a long one would leave nothing to
+    give. What is cut is its end; the floor's fifth and as much again for the talk remain."""
+    block_cells: OneOrMore = 64
+    """Unit in which cells are given up. 64 rows of the smallest model here (384 bytes) are six whole pages.
+    Policies whose blocks lie apart enlarge it for shorter rows and long contexts
+    (`policy.chooser.block_size`)."""
 
     # -- where to --------------------------------------------------------------------------------------
-    store: Literal["disk", "none"] = "disk"
-    store_dir: str = ""
-    """Folder of the disk store; empty for the user's cache directory."""
-    store_limit_bytes: int = 8 << 30
-    """Most that spilled ranges may take on disk."""
-    store_reserve_bytes: int = 512 << 20
+    place: str = ""
+    """Folder in which parked bytes are (unlinked files); empty: one is found. A disk, not memory."""
+    backing: Literal["auto", "file", "memory"] = "auto"
+    """Where a cache lives from the start: in a file of that folder, so that the kernel can take it by itself,
+    or in memory. `auto`: in a file where there is no swap, since the kernel would kill there."""
+    place_limit_bytes: Count = 8 << 30
+    """Most that parked bytes may take on disk."""
+    place_reserve_bytes: Count = 512 << 20
     """Free space that is always left on the disk."""
+    evict: bool = False
+    """Drop content and decode it again later, where there is no place to park."""
+    write_limit_bytes_per_day: Count = 64 << 30
+    """Most that is written to the disk in any 24 hours; 0 is no limit. A consumer SSD of 500 GB is rated for
+    300 TB: 13 years of this. What is in the file already is never written twice, and does not count."""
 
     # -- seen from outside -----------------------------------------------------------------------------
     status_socket: bool = True
@@ -124,43 +150,6 @@ class GovernorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     def __post_init__(self) -> None:
         _check(self)
-
-
-_SHARES = (
-    "high",
-    "low",
-    "headroom_low",
-    "headroom_plenty",
-    "high_max",
-    "acute_full",
-    "step_min",
-    "step_max",
-    "step_acute",
-    "floor_share",
-    "restore_share",
-)
-_POSITIVE_S = {"poll_s": 5.0, "poll_busy_s": 5.0, "spill_deadline_s": sys.float_info.max}
-"""With their most: stall over longer intervals tells nothing of now."""
-_NOT_NEGATIVE = (
-    "cooldown_s",
-    "cooldown_acute_s",
-    "lead_s",
-    "futile_hold_s",
-    "interrupt_after_s",
-    "quiet_s",
-    "budget_per_min",
-    "floor_cells",
-    "sink_cells",
-    "window_cells",
-    "store_limit_bytes",
-    "store_reserve_bytes",
-)
-_AT_LEAST_ONE = ("block_cells", "futile_trims")
-_ABOVE_ZERO = {
-    "high": "every reading would trim",
-    "acute_full": "every reading would trim",
-    "low": "nothing would ever come back",
-}
 
 
 class _RefusedError(BadInputError):
@@ -171,28 +160,31 @@ class _RefusedError(BadInputError):
         self.names = names
 
 
-def _check(config: GovernorConfig) -> None:
-    def refuse(rule: str, name: str, *others: str) -> None:
-        raise _RefusedError(f"{name} = {getattr(config, name)} is not usable: {rule}", name, *others)
+_ORDERED = (
+    ("low", "high"),
+    ("step_min", "step_max"),
+    ("headroom_low", "headroom_plenty"),
+    ("headroom_low_bytes", "headroom_plenty_bytes"),
+)
 
-    for name in _SHARES:
-        if not 0.0 <= getattr(config, name) <= 1.0:  # also refuses NaN
-            refuse("give a share from 0 to 1", name)
-    for name, most in _POSITIVE_S.items():
-        if not 0.0 < getattr(config, name) <= most:
-            refuse("give seconds above 0" + (f", up to {most:g}" if most < sys.float_info.max else ""), name)
-    for name in _NOT_NEGATIVE:
-        if not 0 <= getattr(config, name) < math.inf:
-            refuse("give 0 or more", name)
-    for name in _AT_LEAST_ONE:
-        if getattr(config, name) < 1:
-            refuse("give 1 or more", name)
-    for name, otherwise in _ABOVE_ZERO.items():
-        if getattr(config, name) <= 0.0:
-            refuse(f"give a share above 0, or {otherwise}", name)
-    for lower, upper in (("low", "high"), ("step_min", "step_max"), ("headroom_low", "headroom_plenty")):
+
+def _check(config: GovernorConfig) -> None:
+    """Creating a Struct checks neither types nor limits: they are held against the fields' metadata here."""
+    for field in msgspec.structs.fields(GovernorConfig):
+        value = getattr(config, field.name)
+        try:
+            # NaN passes every comparison of the metadata; a bool passes for a number.
+            if value != value or (isinstance(value, bool) and field.type is not bool):  # noqa: PLR0124
+                raise msgspec.ValidationError("give a number")
+            msgspec.convert(value, field.type)
+        except msgspec.ValidationError as error:
+            rule = f"{error}".replace("`", "")
+            raise _RefusedError(f"{field.name} = {value} is not usable: {rule}", field.name) from None
+    for lower, upper in _ORDERED:
         if getattr(config, lower) > getattr(config, upper):
-            refuse(f"it must not be above {upper} ({getattr(config, upper)})", lower, upper)
+            rule = f"it must not be above {upper} ({getattr(config, upper)})"
+            value = getattr(config, lower)
+            raise _RefusedError(f"{lower} = {value} is not usable: {rule}", lower, upper)
 
 
 # -- loading -----------------------------------------------------------------------------------------------
@@ -209,21 +201,29 @@ class _Setting(NamedTuple):
 
 
 def load_config(
-    path: Path | None = None, environ: Mapping[str, str] | None = None, **overrides: object
+    path: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    *,
+    default_file: bool = False,
+    **overrides: object,
 ) -> GovernorConfig:
     """The configuration by precedence: `overrides`, `environ`, the file, defaults.
 
-    `path` is a TOML file with the fields of GovernorConfig as its keys; without it `psi-kv.toml` in the
-    working directory is read if it is there. `environ` is the process's environment unless given; its
-    keys are the fields in capitals after PSI_KV_. An override that is None counts as not given. Strings
-    in the environment and in overrides are read as the type of their field.
+    `path` is a TOML file with the fields of GovernorConfig as its keys. With `default_file`, which is for
+    commands alone, `psi-kv.toml` in the working directory is read where no `path` is given and it is there:
+    a library that did so would take its orders from whoever can write there. `environ` is the process's
+    environment unless given; its keys are the fields in capitals after PSI_KV_. One that is no field is
+    named once in the log and left out. An override that is None counts as not given. Strings in the
+    environment and in overrides are read as the type of their field.
 
-    Raises BadInputError on an unknown key, a wrong type or a value out of its range, saying where it
-    came from.
+    Raises BadInputError on an unknown key of the file or an override, on a wrong type or a value out of its
+    range, saying where it came from.
     """
+    if path is None and default_file and DEFAULT_FILE.is_file():
+        path = DEFAULT_FILE
     arguments = {key: value for key, value in overrides.items() if value is not None}
     settings = {
-        **_from_file(path),
+        **({} if path is None else _from_file(path)),
         **_from_environment(os.environ if environ is None else environ),
         **{key: _Setting(value, f"argument {key}", typed=False) for key, value in arguments.items()},
     }
@@ -235,11 +235,7 @@ def load_config(
         raise BadInputError(f"{error} (from {' and '.join(given)})") from None
 
 
-def _from_file(path: Path | None) -> dict[str, _Setting]:
-    if path is None:
-        if not DEFAULT_FILE.is_file():
-            return {}
-        path = DEFAULT_FILE
+def _from_file(path: Path) -> dict[str, _Setting]:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -249,25 +245,39 @@ def _from_file(path: Path | None) -> dict[str, _Setting]:
     return {key: _Setting(value, f"{key} in {path}", typed=True) for key, value in table.items()}
 
 
+_named: set[str] = set()
+"""Variables that were said to be unknown: each once in a process."""
+
+
 def _from_environment(environ: Mapping[str, str]) -> dict[str, _Setting]:
-    return {
+    given = {
         key.removeprefix(ENVIRONMENT_PREFIX).lower(): _Setting(
             value, f"environment variable {key}", typed=False
         )
         for key, value in environ.items()
         if key.startswith(ENVIRONMENT_PREFIX) and key not in OTHER_VARIABLES
     }
+    for name, setting in given.items():
+        if name not in _TYPES and setting.where not in _named:
+            _named.add(setting.where)
+            _log.warning("the %s is no setting and is left out%s", setting.where, _hint(name))
+    return {name: setting for name, setting in given.items() if name in _TYPES}
+
+
+_TYPES = {field.name: field.type for field in msgspec.structs.fields(GovernorConfig)}
+
+
+def _hint(name: str) -> str:
+    near = nearest(name, _TYPES)
+    return f": did you mean {near}?" if near else f": known are {', '.join(_TYPES)}"
 
 
 def _convert(name: str, setting: _Setting) -> object:
-    fields = {field.name: field.type for field in msgspec.structs.fields(GovernorConfig)}
-    if name not in fields:
-        near = nearest(name, fields)
-        hint = f"did you mean {near}?" if near else f"known are {', '.join(fields)}"
-        raise BadInputError(f"unknown setting {name!r} (from {setting.where}): {hint}")
+    if name not in _TYPES:
+        raise BadInputError(f"unknown setting {name!r} (from {setting.where}){_hint(name)}")
     read_string = isinstance(setting.value, str) and not setting.typed
     try:
-        return msgspec.convert(setting.value, fields[name], strict=not read_string)
+        return msgspec.convert(setting.value, _TYPES[name], strict=not read_string)
     except msgspec.ValidationError as error:
         told = f"{name} = {setting.value!r} is not usable: {error}".replace("`", "")
         raise BadInputError(f"{told} (from {setting.where})") from None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 import threading
 import weakref
 from typing import TYPE_CHECKING
 
+from psi_kv_governor.forks import at_fork
 from psi_kv_governor.pressure.bell import Bell
 
 if TYPE_CHECKING:
@@ -24,8 +24,7 @@ def _after_fork() -> None:
         governor.after_fork()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+at_fork(in_child=_after_fork)
 
 
 @atexit.register

@@ -170,7 +170,7 @@ def _pip(*arguments: str) -> subprocess.CompletedProcess[str]:
             "this Python has no pip, which knows where packages are: put one into its environment "
             "(`uv pip install pip`, or `python -m ensurepip`) and try again"
         )
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
+    command = [sys.executable, "-I", "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
 
 

@@ -7,7 +7,8 @@ Each check is a function that gives `Check`s and raises nothing; `root` stands i
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,14 +20,18 @@ from psi_kv_governor.engine.llama import native
 from psi_kv_governor.errors import BadInputError, EngineError, PsiKvError, StoreError
 from psi_kv_governor.model import check, demo_model_path
 from psi_kv_governor.pressure.cgroup import find_cgroups
-from psi_kv_governor.pressure.discovery import Candidate, discover
+from psi_kv_governor.pressure.discovery import Candidate, discover, why_no_limits
 from psi_kv_governor.pressure.headroom import HeadroomReader
+from psi_kv_governor.pressure.kernel_file import KernelFile
+from psi_kv_governor.pressure.kill_lines import find_kill_lines
+from psi_kv_governor.pressure.reading import MACHINE
 from psi_kv_governor.pressure.systemd import WATCH
 from psi_kv_governor.pressure.waking import find_waker
 from psi_kv_governor.store import BlobTag, DiskStore, open_store
 
 State = Literal["ok", "warn", "fail"]
 
+_COMMIT = re.compile(rb"^(CommitLimit|Committed_AS):\s+(\d{1,20}) kB\n", re.MULTILINE)
 _CAP_SYS_RESOURCE = 24  # <linux/capability.h>
 _PROBE_BYTES = 8 << 20  # a second on the slowest SD card, and long enough to be a measurement on a fast disk
 _PROBE_CELLS = 512  # the smallest context that the engine's self-test fits in comfortably
@@ -50,7 +55,9 @@ def run_checks(config: GovernorConfig, model: Path | None = None, root: Path = P
     """All checks in the order of the ladder, each as soon as it is known; `model` None is the demo model."""
     yield check_pressure(root)
     yield check_cgroup(root)
+    yield check_lines(root)
     yield check_swap(root)
+    yield check_overcommit(root)
     yield check_privileges(root)
     yield check_compiler()
     llama = check_llama()
@@ -106,17 +113,52 @@ def _how_to_get_psi(better: list[Candidate]) -> str:
 
 
 def check_cgroup(root: Path = Path("/")) -> Check:
-    """Which memory cgroup this process is in, and the limit that bites first."""
+    """Which memory cgroup this process is in, and every limit above it: each is judged by itself."""
     cgroups = find_cgroups(root)
     own = cgroups.memory_v1 or cgroups.unified
-    reader = HeadroomReader(cgroups, root)
-    room = reader.read()
+    reader = HeadroomReader(cgroups, root, environ={})
+    limits = [level for level in reader.levels() if level.name == MACHINE or level.name.startswith("/")]
     reader.close()
-    if own is None or room is None:
+    if own is None or not limits:
         why = "no cgroup is to be seen: only the machine's own memory counts"
         return Check("cgroup", "warn", why, "mount cgroup2 at /sys/fs/cgroup, or start it under systemd")
-    limit = f"{_mib(room.headroom_bytes)} free of the limit of {_mib(room.limit_bytes)} in {room.source}"
-    return Check("cgroup", "ok", f"v{own.version} {own.folder}; {limit}")
+    told = [
+        f"{_mib(one.headroom_bytes or 0)} free of {_mib(one.limit_bytes or 0)}, {one.limit} of {one.name}"
+        for one in limits
+    ]
+    none = (
+        "" if len(limits) > 1 else f"; {why_no_limits(cgroups)}" if own.is_root else "; no limit of its own"
+    )
+    return Check("cgroup", "ok", f"v{own.version} {own.folder}{none}; {told[0]}", more=tuple(told[1:]))
+
+
+def check_lines(root: Path = Path("/"), environ: Mapping[str, str] | None = None) -> Check:
+    """Programs that kill or evict before the kernel would."""
+    found = find_kill_lines(root, os.environ if environ is None else environ)
+    if not found:
+        return Check("other killers", "ok", "none is to be seen: it is the kernel that kills")
+    told = "; ".join(line.about for line in found)
+    return Check("other killers", "ok", f"{told}: headroom is counted down to that line as well")
+
+
+def check_overcommit(root: Path = Path("/")) -> Check:
+    """Strict overcommit refuses memory that is free."""
+    mode = KernelFile(root / "proc/sys/vm/overcommit_memory")
+    meminfo = KernelFile(root / "proc/meminfo")
+    strict, text = mode.number() == 2, meminfo.read() or b""
+    mode.close()
+    meminfo.close()
+    if not strict:
+        return Check("overcommit", "ok", "not strict: memory is promised as it is asked for")
+    values = {name: int(number) * 1024 for name, number in _COMMIT.findall(text)}
+    limit, committed = values.get(b"CommitLimit", 0), values.get(b"Committed_AS", 0)
+    return Check(
+        "overcommit",
+        "warn",
+        f"strict: of {_mib(limit)} that may be promised {_mib(committed)} are, and what is parked stays "
+        "promised; an allocation beyond that fails however much is free",
+        "sysctl vm.overcommit_memory=0, or a higher vm.overcommit_ratio",
+    )
 
 
 def check_swap(root: Path = Path("/")) -> Check:

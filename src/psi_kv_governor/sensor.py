@@ -6,13 +6,18 @@ import math
 import time
 import weakref
 
+import msgspec
+
 from psi_kv_governor.bus import Bus
+from psi_kv_governor.control.decision import CacheSnapshot
+from psi_kv_governor.control.state import LawState
 from psi_kv_governor.errors import SourceLostError
 from psi_kv_governor.events import SourceChanged
 from psi_kv_governor.pressure import discover
 from psi_kv_governor.pressure.bell import Bell
 from psi_kv_governor.pressure.discovery import Discovery
 from psi_kv_governor.pressure.machine import MovedError
+from psi_kv_governor.pressure.neighbours import Neighbours
 from psi_kv_governor.pressure.reading import PressureSource, Reading
 from psi_kv_governor.pressure.waking import find_waker
 
@@ -37,9 +42,12 @@ class Sensor:
         self.source = source
         self.bell = Bell()
         """What `wait` sleeps on. A thread that holds it, and not the sensor, keeps nothing else alive."""
+        self.neighbours = None if source is not None else Neighbours()
+        """The other governors of this user; none beside a source that was given."""
         self._bus = bus
         self._box = _Box()
         self._bars = _Bars()
+        self._reading: Reading | None = None
         self._rank = 0
         self._waker_fell = False
         self._look_again_s = math.inf
@@ -74,7 +82,11 @@ class Sensor:
         if self.source is None:
             return None
         try:
-            return self.source.read()
+            self._reading = self.source.read()
+            if self.neighbours is not None:
+                near = self.neighbours.read(self._reading.levels)
+                self._reading = msgspec.structs.replace(self._reading, neighbours=near)
+            return self._reading
         except MovedError as error:
             self._leave(str(error))
         except SourceLostError as error:
@@ -83,8 +95,24 @@ class Sensor:
             self._leave(str(error))
         return None
 
+    def tell_neighbours(self, cache: CacheSnapshot, state: LawState) -> None:
+        """Say to the other governors how this one stands after a turn."""
+        if self.neighbours is None or self._reading is None:
+            return
+        self.neighbours.say(
+            self._reading.levels,
+            last_used_s=cache.last_used_s,
+            trimmable_bytes=cache.trimmable_bytes,
+            masked_bytes=cache.masked_bytes,
+            restoring=state.run_bytes > 0,
+            claim_bytes=state.run_bytes,
+            resident_bytes=self._reading.own_resident_bytes or 0,
+        )
+
     def close(self) -> None:
         """Give back what was found here. Safe to call twice."""
+        if self.neighbours is not None:
+            self.neighbours.close()
         self.bell.close()
         self._box.close()
 

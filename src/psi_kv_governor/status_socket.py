@@ -24,6 +24,7 @@ import msgspec
 from psi_kv_governor import socket_place
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.events import Event
+from psi_kv_governor.forks import at_fork
 from psi_kv_governor.status import Status
 
 if TYPE_CHECKING:
@@ -288,5 +289,4 @@ def _after_fork() -> None:
         server.abandon()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+at_fork(in_child=_after_fork)

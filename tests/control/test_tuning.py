@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import msgspec
@@ -10,16 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psi_kv_governor.config import GovernorConfig
-from psi_kv_governor.control import Action, CacheSnapshot, Decision, Mode, Turn
+from psi_kv_governor.control import Action, CacheSnapshot, LawState, decide
 from psi_kv_governor.control.trials import LATE_S, alarms, due, late, try_out
 from psi_kv_governor.control.tuning import NOISE_MARGIN, NOISE_QUANTILE, Tuning, quantile, tune
 from psi_kv_governor.pressure import read_trace
-from psi_kv_governor.pressure.reading import Reading
-from psi_kv_governor.simulation.playback import account, play
+from psi_kv_governor.pressure.reading import MACHINE, Level, Reading, one_level
 
 TRACES = Path(__file__).parents[1] / "data" / "traces"
-CACHE = CacheSnapshot(live_cells=2048, spilled_cells=0, lost_cells=0, trimmable_cells=1728, cell_bytes=23040)
-NOTHING = Decision(action=Action.NONE, cells=0, mode=Mode.CALM, reason="")
+CACHE = CacheSnapshot(
+    live_bytes=2048 * 23040,
+    masked_bytes=0,
+    lost_bytes=0,
+    trimmable_bytes=1638 * 23040,
+    lossless_bytes=0,
+    step_bytes=64 * 23040,
+)
 BASE = GovernorConfig()
 ONSET_S = {"small-fast": 12.01, "small-slow": 12.01, "mid-fast": 12.01, "mid-slow": 12.01}
 """When the neighbour was started in each recording."""
@@ -35,7 +41,7 @@ def readings(draw) -> list[Reading]:
         time_s += draw(st.floats(0, 3))
         room = draw(st.none() | st.integers(0, LIMIT_BYTES))
         made.append(
-            Reading(
+            one_level(
                 time_s=time_s,
                 interval_s=draw(st.sampled_from([0.0, 0.1, 2.0])),
                 some=draw(SHARES),
@@ -110,7 +116,7 @@ def test_nothing_seen_proposes_nothing():
 def calm_machine(stalls=(0.0,) * 100, headroom=0.5, limit_bytes=LIMIT_BYTES) -> list[Reading]:
     room = int(headroom * limit_bytes)
     return [
-        Reading(
+        one_level(
             time_s=i / 10,
             interval_s=0.1,
             some=some,
@@ -151,7 +157,7 @@ def taking(bytes_per_s: float, seconds: float = 4.0) -> list[Reading]:
         left = max(0, int(LIMIT_BYTES / 2 - bytes_per_s * i / 50))
         stall = 0.9 if left == 0 else 0.0
         made.append(
-            Reading(
+            one_level(
                 time_s=i / 50,
                 interval_s=0.1,
                 some=stall,
@@ -164,7 +170,7 @@ def taking(bytes_per_s: float, seconds: float = 4.0) -> list[Reading]:
 
 
 def test_a_fast_neighbour_makes_it_look_more_often_and_give_more():
-    small_cache = msgspec.structs.replace(CACHE, trimmable_cells=20_000)
+    small_cache = msgspec.structs.replace(CACHE, trimmable_bytes=460_800_000)
     tuning = tune(calm_machine(headroom=0.2), [taking(1e9)], BASE, small_cache)
     assert BASE.poll_busy_s <= value_of(tuning, "poll_s") < BASE.poll_s
     assert BASE.step_max < value_of(tuning, "step_max") <= 0.5
@@ -176,10 +182,11 @@ def test_a_fast_neighbour_makes_it_look_more_often_and_give_more():
 def test_headroom_that_falls_by_itself_is_told_from_a_neighbour():
     """A calm machine whose headroom dips by a tenth of the limit, again and again, and comes back."""
     calm = [
-        msgspec.structs.replace(
-            reading,
-            headroom_bytes=int(LIMIT_BYTES * {0: 0.17, 1: 0.12, 2: 0.10}.get(i % 75, 0.22)),
+        one_level(
             time_s=i / 50,
+            interval_s=reading.interval_s,
+            headroom_bytes=int(LIMIT_BYTES * {0: 0.17, 1: 0.12, 2: 0.10}.get(i % 75, 0.22)),
+            limit_bytes=LIMIT_BYTES,
         )
         for i, reading in enumerate(calm_machine([0.0] * 600))
     ]
@@ -247,6 +254,48 @@ def test_a_busy_but_healthy_machine_raises_no_alarm_under_the_defaults(name, min
     assert busy[-1].time_s - busy[0].time_s > minutes * 60
     assert sum(reading.some >= BASE.high for reading in busy) > bursts  # noise enough
     assert list(alarms(BASE, busy, CACHE)) == []
-    full = Turn(reading=busy[0], cache=CACHE, cache_limit=None, decision=NOTHING)
-    played = play(BASE, [msgspec.structs.replace(full, reading=reading) for reading in busy])
-    assert account(played, BASE).trims == 0
+    assert trims(busy) == 0
+
+
+def trims(readings: list[Reading]) -> int:
+    """How often the law asks for a trim, told of each."""
+    state, count = LawState(), 0
+    for reading in readings:
+        decision, state = decide(BASE, state, reading, CACHE)
+        count += decision.action is Action.TRIM
+    return count
+
+
+def test_the_busy_healthy_machine_raises_no_alarm_with_little_free_either():
+    """The same hour with 0.65 GB free of 8. What stalls in it (up to half of the time, for minutes) are
+    cgroups at their own limits: the machine had 87 % free, so the kernel reclaimed nothing on its account."""
+    level = Level(name=MACHINE, headroom_bytes=650_000_000, limit_bytes=8_000_000_000, bites=False)
+    busy = [
+        msgspec.structs.replace(
+            reading, levels=(msgspec.structs.replace(level, some=reading.some, full=reading.full),)
+        )
+        for reading in trace("host")
+    ]
+    assert trims(busy) == 0
+
+
+RECORD = {  # of the first edition: false alarms while busy, and from the neighbour's coming to the alarm
+    "mid-busy": (29, None),
+    "small-busy": (35, None),
+    "host": (0, None),
+    "zram": (0, None),
+    "mid-fast": (3, 0.06),
+    "mid-slow": (3, 3.01),
+    "small-fast": (2, 0.17),
+    "small-slow": (3, 0.10),
+}
+
+
+@pytest.mark.parametrize("name", RECORD)
+def test_no_row_of_the_record_gets_worse(name):
+    most_false, slowest_s = RECORD[name]
+    onset_s = ONSET_S.get(name, math.inf)
+    found = list(alarms(BASE, trace(name), CACHE))
+    assert sum(alarm_s < onset_s for alarm_s in found) <= most_false
+    if slowest_s is not None:
+        assert next(alarm_s for alarm_s in found if alarm_s >= onset_s) - onset_s <= slowest_s + 0.005

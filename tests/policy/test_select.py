@@ -14,7 +14,7 @@ from psi_kv_governor.engine.paper import PaperEvidence
 from psi_kv_governor.ledger import Ledger
 from psi_kv_governor.policy import Policy, Range, get_policy
 from psi_kv_governor.policy import select as select_with_evidence
-from psi_kv_governor.policy.select import Protection, trimmable, without
+from psi_kv_governor.policy.select import Protection, head_of, trimmable, why_nothing, without
 
 WINDOW = get_policy("window")
 NOTHING_KNOWN = PaperEvidence(Ledger(0))
@@ -201,3 +201,26 @@ def test_without_is_the_difference_of_sets(start, length, other_start, other_len
     rest = list(without(part, gone))
     assert positions(rest) == positions([part]) - positions([gone])
     assert all(run.cells > 0 for run in rest)
+
+
+# -- a system prompt that is all there is ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("head", "next_position", "share", "kept"),
+    [(0, 1000, 0.5, 0), (300, 1000, 0.5, 300), (900, 1000, 0.5, 500), (900, 1000, 1.0, 900), (10, 0, 0.5, 0)],
+)
+def test_a_system_prompt_is_protected_up_to_a_share_of_the_context(head, next_position, share, kept):
+    assert head_of(head, next_position, share) == kept
+
+
+def test_where_nothing_may_go_it_is_said_why():
+    whole = [Range(0, 1000)]
+    all_head = Protection(sink_cells=64, window_cells=256, marked=(Range(0, 1000),))
+    assert "all 1000 live cells are protected: 64 first and 256 last" in why_nothing(
+        whole, 1000, all_head, 256
+    )
+    capped = Protection(sink_cells=64, window_cells=256, marked=(Range(0, head_of(1000, 1000, 0.5)),))
+    assert why_nothing(whole, 1000, capped, 256) == ""
+    assert why_nothing(whole, 1000, capped, 1000) == "the floor of 1000 cells holds: 1000 are live"
+    assert why_nothing([], 0, capped, 256) == "the cache is empty"

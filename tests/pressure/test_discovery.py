@@ -50,7 +50,7 @@ def test_a_hybrid_layout_takes_the_own_v2_leaf_and_the_v1_limit(tree):
     tree.v2("sys/fs/cgroup/unified/leaf")
     discovery = discover(tree.root, {})
     assert discovery.source.name.endswith("unified/leaf/memory.pressure")
-    assert discovery.source.read().headroom_bytes == 600_000
+    assert discovery.source.read().levels[0].headroom_bytes == 600_000
     discovery.source.close()
 
 

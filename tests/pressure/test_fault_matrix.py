@@ -310,11 +310,11 @@ def test_a_move_takes_nothing_away_that_is_still_right(tree, monkeypatch):
     tree.machine_psi()
     tree.membership("4:memory:/one")
     made = Watched(monkeypatch, tree.root, {})
-    assert made.sensor.read().limit_bytes == 400_000_000
+    assert made.sensor.read().levels[0].limit_bytes == 400_000_000
     tree.membership("4:memory:/two")
     assert made.sensor.read() is None
     reading = made.sensor.read()
-    assert (reading.source, reading.limit_bytes) == (str(tree.root / MACHINE), 200_000_000)
+    assert (reading.source, reading.levels[0].limit_bytes) == (str(tree.root / MACHINE), 200_000_000)
     made.sensor.close()
 
 

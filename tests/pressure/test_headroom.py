@@ -236,12 +236,18 @@ def test_the_kernel_s_own_count_of_weights_that_are_mapped(tmp_path):
         command = [sys.executable, "-c", MAPS, str(tmp_path / "weights")]
         child = pen.popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert child.stdout.readline() == b"written\n"
-        written = reader.read()
+        written, before = reader.read(), reader.levels()[0]
         child.stdin.write(b"\n")
         child.stdin.flush()
         assert child.stdout.readline() == b"mapped\n"
-        mapped = reader.read()
+        mapped, after = reader.read(), reader.levels()[0]
+        own = reader.levels(own_mapped_bytes=40 * MIB)[0]
         reader.close()
         child.communicate(b"\n", timeout=30)
     assert written.limit_bytes == mapped.limit_bytes == 128 * MIB
     assert written.headroom_bytes - mapped.headroom_bytes > 35 * MIB
+    # They are another's, so the kernel can drop them: no fall, and room as long as nobody misses them.
+    assert after.mapped_bytes - before.mapped_bytes > 35 * MIB
+    room = [level.headroom_bytes + level.mapped_bytes for level in (before, after)]
+    assert abs(room[0] - room[1]) < 5 * MIB
+    assert own.mapped_bytes < 5 * MIB  # and these would be the own weights

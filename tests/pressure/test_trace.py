@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from psi_kv_governor.errors import BadInputError, SourceLostError
 from psi_kv_governor.pressure import trace
-from psi_kv_governor.pressure.reading import Reading
+from psi_kv_governor.pressure.reading import MACHINE, Level, Reading, one_level
 from psi_kv_governor.pressure.trace import TraceSource, read_lines, read_trace, write_trace
 
 SHARES = st.floats(0, 1)
@@ -19,18 +19,39 @@ HEADER = '{"psi_kv_trace":2}\n'
 GOOD = '{"reading":{"time_s":1.0,"interval_s":0.5,"some":0.1,"full":0.0}}\n'
 
 
+NEW_HEADER = '{"psi_kv_trace":3}\n'
+NEW = '{"reading":{"time_s":1.0,"interval_s":0.5,"levels":[{"name":"machine","some":0.1}]}}\n'
+
+
 def readings():
+    level = st.builds(
+        Level,
+        name=st.text(),
+        some=st.none() | SHARES,
+        full=st.none() | SHARES,
+        headroom_bytes=BYTES,
+        limit_bytes=BYTES,
+        bites=st.none() | st.booleans(),
+    )
     reading = st.builds(
         Reading,
         time_s=st.floats(0, 1e9),
         interval_s=st.floats(0, 100),
-        some=SHARES,
-        full=SHARES,
-        headroom_bytes=BYTES,
-        limit_bytes=BYTES,
+        levels=st.lists(level, max_size=3).map(tuple),
         source=st.text(),
     )
     return st.lists(reading, max_size=5).map(lambda found: sorted(found, key=lambda one: one.time_s))
+
+
+def test_a_trace_of_the_first_edition_has_its_one_level(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text(
+        HEADER + GOOD.replace("}}", ',"headroom_bytes":5,"limit_bytes":9,"own":0.5,"source":"x"}}')
+    )
+    level = Level(name=MACHINE, some=0.1, full=0.0, headroom_bytes=5, limit_bytes=9)
+    (reading,) = read_trace(path)
+    assert reading == Reading(time_s=1.0, interval_s=0.5, levels=(level,), own=0.5, source="x")
+    assert (reading.some, reading.full, reading.headroom_bytes, reading.limit_bytes) == (0.1, 0.0, 5, 9)
 
 
 @given(readings())
@@ -48,7 +69,7 @@ def test_what_is_written_is_read_back_the_same(tmp_path_factory, written):
         ("hello\n", "line 1 .* not the header"),
         (GOOD, "line 1 .* not the header"),
         ('{"psi_kv_trace":1}\n', "version 1 .* not known"),
-        ('{"psi_kv_trace":3}\n', "version 3 .* not known"),
+        ('{"psi_kv_trace":4}\n', "version 4 .* not known"),
         ('{"psi_kv_trace":2,"colour":1}\n', "line 1 .*colour"),
         (HEADER + GOOD + '{"reading":{"time_s":2\n', "line 3 .* broken"),
         (HEADER + GOOD + "\n" + GOOD, "line 3 .* broken"),
@@ -59,6 +80,9 @@ def test_what_is_written_is_read_back_the_same(tmp_path_factory, written):
         (HEADER + GOOD.replace("0.5", "-1"), "line 2 .* interval_s"),
         (HEADER + GOOD + GOOD.replace("1.0", "0.5"), "line 3 .* goes back"),
         (HEADER + GOOD.replace("}}", ',"headroom_bytes":-1}}'), "line 2 .* headroom_bytes"),
+        (NEW_HEADER + NEW + NEW.replace("0.1", "1.5"), "line 3 .* some = 1.5"),
+        (NEW_HEADER + NEW.replace('"some"', '"limit_bytes":-1,"some"'), "line 2 .* limit_bytes"),
+        (NEW_HEADER + NEW.replace("machine", "m").replace('"name":"m",', ""), "line 2 .* broken.*name"),
     ],
 )
 def test_a_broken_trace_names_the_line(tmp_path, text, message):
@@ -108,7 +132,7 @@ def test_a_missing_trace_and_a_folder_in_the_way_are_bad_input(tmp_path):
 
 def test_a_trace_is_replayed_once_and_then_lost(tmp_path):
     written = [
-        Reading(time_s=float(time_s), interval_s=1.0, some=0.2, full=0.0, source="here")
+        one_level(time_s=float(time_s), interval_s=1.0, some=0.2, full=0.0, source="here")
         for time_s in range(3)
     ]
     path = tmp_path / "t.jsonl"

@@ -34,7 +34,7 @@ def command(ctx: click.Context, model: Path | None, file: Path | None, as_json: 
     """
     console = Console(soft_wrap=True)
     checks = []
-    for check in run_checks(load_config(file), model):
+    for check in run_checks(load_config(file, default_file=True), model):
         checks.append(check)
         if not as_json:
             _show(console, check)

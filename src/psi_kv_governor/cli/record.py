@@ -66,7 +66,7 @@ def command(  # noqa: PLR0917  (one parameter an option)
     """
     if seconds is not None and math.isnan(seconds):
         raise BadInputError("--seconds nan is no length of time: give seconds")
-    config = load_config(config_file)
+    config = load_config(config_file, default_file=True)
     engine = SimulatedEngine(cells, cell_bytes, blob_cells=config.block_cells)
     engine.grow(cells)
     recorder = Recorder(file, config)

@@ -95,7 +95,7 @@ def open_model(options: dict[str, Any]) -> Iterator[tuple[GovernedLlama, Tally]]
     """
     logging.basicConfig(format="psi-kv: %(message)s", level=logging.WARNING, stream=sys.stderr)
     overrides = {"policy": options["policy"]} if options["policy"] else {}
-    config = load_config(options["config_file"], **overrides)
+    config = load_config(options["config_file"], default_file=True, **overrides)
     path = options["model"] or demo_model_path()
     with ExitStack() as files:
         sink = files.enter_context(closing(JsonLinesSink(options["events"]))) if options["events"] else None

@@ -71,7 +71,9 @@ def command(  # noqa: PLR0917  (one parameter an option)
     the cache gives back, the machine has. The same seed gives the same output, byte for byte.
     """
     config = load_config(
-        file, None, **{**settings_given("--set", settings), **({"policy": policy} if policy else {})}
+        file,
+        default_file=True,
+        **{**settings_given("--set", settings), **({"policy": policy} if policy else {})},
     )
     if plot is not None:
         check_plotting()

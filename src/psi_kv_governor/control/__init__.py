@@ -1,11 +1,14 @@
 """What to do about a reading: pure functions and small frozen dataclasses."""
 
 from psi_kv_governor.control.decision import Action, CacheSnapshot, Decision, Mode
-from psi_kv_governor.control.law import budget_of, decide, floor_of, pause_s
+from psi_kv_governor.control.law import budget_of, decide, pause_s
+from psi_kv_governor.control.restoring import SLICE_BYTES
+from psi_kv_governor.control.room import spare_bytes
 from psi_kv_governor.control.state import LawState
 from psi_kv_governor.control.turn import Turn
 
 __all__ = [
+    "SLICE_BYTES",
     "Action",
     "CacheSnapshot",
     "Decision",
@@ -14,6 +17,6 @@ __all__ = [
     "Turn",
     "budget_of",
     "decide",
-    "floor_of",
     "pause_s",
+    "spare_bytes",
 ]

@@ -31,33 +31,41 @@ class Action(str, Enum):
 
 
 class CacheSnapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """The engine's cache as the law sees it. All counts are in cells."""
+    """The caches of one engine as the law sees them. All amounts are bytes."""
 
-    live_cells: int
-    """Cells of the governed sequence that are in the cache."""
-    spilled_cells: int
-    """Cells that wait in the store."""
-    lost_cells: int
-    """Cells whose rows are gone; they can be recomputed from the tokens."""
-    trimmable_cells: int
-    """Live cells outside the protected sinks and window."""
-    cell_bytes: int
-    """Bytes of one cell: its K and V rows in every layer."""
+    live_bytes: int
+    """What attention looks at, and blobs: resident or not."""
+    masked_bytes: int
+    """Parked and masked: RESTORE brings it back."""
+    lost_bytes: int
+    """Evicted: only decoding it again brings it back."""
+    trimmable_bytes: int
+    """What can be given up now: resident, outside what is protected, and above the floor."""
+    lossless_bytes: int
+    """The part of `trimmable_bytes` that costs no fidelity: pages of free cells, blobs, idle sequences. It
+    is given first; budget and futility never hold it back."""
+    step_bytes: int
+    """The smallest step that can be taken: one block."""
+    last_used_s: float = 0.0
+    """Monotonic time of the last decode. Of several governors, the least recently used gives first and takes
+    last."""
 
     @property
-    def total_cells(self) -> int:
-        """Length of the context: live, spilled and lost."""
-        return self.live_cells + self.spilled_cells + self.lost_cells
+    def total_bytes(self) -> int:
+        """Length of the contexts: live, masked and lost."""
+        return self.live_bytes + self.masked_bytes + self.lost_bytes
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """One answer of the law."""
 
     action: Action
-    cells: int
-    """How many cells to give up (TRIM) or to put back (RESTORE); 0 with NONE."""
+    n_bytes: int
+    """How much to give up (TRIM) or to put back (RESTORE, in slices with a reading between); 0 with NONE."""
     mode: Mode
     reason: str
-    """One clause with the figures that led here."""
+    """One clause with the figures that led here, and the level that they are of."""
     urgent: bool = False
-    """Memory is about to be gone: a decode that runs is interrupted rather than waited for."""
+    """Memory is about to be gone: the cheapest bytes first, and nothing that can wait is waited for."""
+    write_behind: bool = False
+    """Headroom is not plentiful: what is dirty should be written now, so that later steps copy nothing."""

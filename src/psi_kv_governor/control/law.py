@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import msgspec
 
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.control.decision import Action, CacheSnapshot, Decision, Mode
+from psi_kv_governor.control.levels import limited
+from psi_kv_governor.control.order import Order, order_of
+from psi_kv_governor.control.restoring import slice_pause_s, when_quiet
+from psi_kv_governor.control.room import line_bytes, spare_bytes
 from psi_kv_governor.control.state import (
     BUDGET_WINDOW_S,
+    SETTLE_S,
     LawState,
-    fall_bytes_per_s,
     futile_by_now,
-    high_of,
-    quiet_time_s,
-    restored,
     seen,
+    seen_before,
+    thresholds_of,
     trimmed,
 )
+from psi_kv_governor.control.steps import acute_step, mib, nothing, small_step, whole_steps
 from psi_kv_governor.control.view import View, Zone, flaw, view
 from psi_kv_governor.pressure.reading import Reading
 
 _FASTEST_BYTES_PER_S = 2.5e9
 """What a process can take at the most, as measured (250 MiB in 0.1 s): the kernel clears each page first."""
+
+_NOTHING_LEFT_S = 1.0
+"""Pause while nothing can be given: a turn in cold caches takes 0.5 ms, so twenty a second would cost a
+hundredth of a core for nothing, and one a second costs 0.05 %."""
 
 
 def decide(
@@ -36,186 +45,136 @@ def decide(
     """What to do now, and what to remember for the next reading.
 
     `cache_limit` (0 to 1, checked where it is set) is the share of the context that may stay live while
-    the machine is under pressure: live cells are brought to it in one trim, which only the floor, the
-    budget and the cooldown hold back. Restores need no such cap: they begin when pressure is over.
+    the machine is under pressure: the caches are brought to it in one trim, which only the budget and the
+    cooldown hold back. Restores need no such cap: they begin when pressure is over.
 
-    The cells of a TRIM are whole blocks, or all that is trimmable: `policy.select` gives up no more than
-    that, so the floor and the budget hold for what is really given up.
+    The bytes of a TRIM are whole steps, or all that is trimmable. Those of a RESTORE are carried out in
+    slices with a reading between: the next quiet reading goes on with it, any other ends it.
     """
     wrong = flaw(reading, state.time_s)
     if wrong:
         # Doubt never restores: the run of quiet readings is broken, everything else stays.
-        doubt = msgspec.structs.replace(state, quiet_since_s=None)
-        return _nothing(state.mode, f"reading not used: {wrong}"), doubt
-    now = view(config, reading, high_of(config, state), fall_bytes_per_s(state, reading))
+        doubt = msgspec.structs.replace(state, quiet_since_s=None, run_bytes=0)
+        return nothing(state.mode, f"reading not used: {wrong}"), doubt
+    reading = limited(reading)
+    now = view(config, reading, thresholds_of(config, state), seen_before(state, reading))
     state = seen(config, state, reading, now)
+    order = order_of(reading, now, cache)
     if now.zone in {Zone.ACUTE, Zone.PRESSURE}:
-        return _under_pressure(config, state, now, cache, cache_limit)
-    if now.zone is Zone.BETWEEN:
-        return _settle(state, _nothing(Mode.WATCHING, now.why))
-    if now.zone is Zone.UNKNOWN:
-        return _settle(state, _nothing(state.mode, now.why))
-    return _when_quiet(config, state, now, cache)
+        decision, state = _under_pressure(config, state, _Given(now, cache, order, cache_limit))
+    elif now.zone is Zone.BETWEEN:
+        decision = nothing(Mode.WATCHING, now.why)
+    elif now.zone is Zone.UNKNOWN:
+        decision = nothing(state.mode, now.why)
+    else:
+        decision, state = when_quiet(config, state, now, cache, order)
+    mode = _settled(state, decision.mode)
+    behind = not now.plenty and (now.spare_bytes is not None or now.zone is not Zone.QUIET)
+    decision = msgspec.structs.replace(
+        decision, mode=mode, write_behind=behind and now.zone is not Zone.UNKNOWN
+    )
+    return decision, msgspec.structs.replace(state, mode=mode)
 
 
-def pause_s(config: GovernorConfig, reading: Reading) -> float:
-    """Time until the next reading: `poll_s` with plenty of headroom, less the sooner it could be gone."""
-    if reading.headroom_bytes is None or reading.limit_bytes is None:
-        return config.poll_s
-    spare_bytes = reading.headroom_bytes - config.headroom_low * reading.limit_bytes
-    at_once_s = max(0.0, spare_bytes) / _FASTEST_BYTES_PER_S / 2
-    return min(config.poll_s, max(config.poll_busy_s, at_once_s))
-
-
-def floor_of(config: GovernorConfig, cache: CacheSnapshot) -> int:
-    """Cells that stay live whatever the pressure says."""
-    return max(config.floor_cells, math.ceil(config.floor_share * cache.total_cells))
+def pause_s(config: GovernorConfig, reading: Reading, state: LawState | None = None) -> float:
+    """Time until the next reading: `poll_s` with plenty of headroom, less the sooner it could be gone; with
+    `state`, more where nothing can be given, and between two slices of a restore by the room there is."""
+    if state is not None and state.run_bytes:
+        return slice_pause_s(config, spare_bytes(config, reading))
+    pauses = [
+        max(0.0, level.headroom_bytes - line_bytes(config, level.limit_bytes)) / _FASTEST_BYTES_PER_S / 2
+        for level in reading.levels
+        if level.headroom_bytes is not None and level.limit_bytes
+    ]
+    pause = min(config.poll_s, max(config.poll_busy_s, min(pauses, default=config.poll_s)))
+    return max(pause, _NOTHING_LEFT_S) if state is not None and state.nothing_left else pause
 
 
 def budget_of(config: GovernorConfig, cache: CacheSnapshot) -> int:
-    """Cells that may be given up in any 60 s."""
-    return math.floor(config.budget_per_min * cache.total_cells)
+    """Bytes at the cost of fidelity that may be given up in any 60 s."""
+    return math.floor(config.budget_per_min * cache.total_bytes)
 
 
-def _nothing(mode: Mode, reason: str) -> Decision:
-    return Decision(action=Action.NONE, cells=0, mode=mode, reason=reason)
+def _settled(state: LawState, mode: Mode) -> Mode:
+    if mode is Mode.WATCHING and state.mode in {Mode.TRIMMING, Mode.HOLDING}:
+        return state.mode if state.time_s - state.pressed_s < SETTLE_S else mode
+    if mode is Mode.CALM and state.mode is not Mode.RESTORING:
+        return state.mode if state.time_s - state.unquiet_s < SETTLE_S else mode
+    return mode
 
 
-def _settle(state: LawState, decision: Decision) -> tuple[Decision, LawState]:
-    return decision, msgspec.structs.replace(state, mode=decision.mode)
+class _Given(NamedTuple):
+    """What a turn under pressure goes by."""
+
+    now: View
+    cache: CacheSnapshot
+    order: Order
+    cache_limit: float | None
 
 
-# -- giving up ---------------------------------------------------------------------------------------------
-
-
-def _under_pressure(
-    config: GovernorConfig, state: LawState, now: View, cache: CacheSnapshot, cache_limit: float | None
-) -> tuple[Decision, LawState]:
-    wanted = _wanted(config, now, cache, cache_limit)
-    allowed, bound = _allowed(config, state, cache)
-    cells = wanted if wanted <= allowed else allowed // config.block_cells * config.block_cells
-    if cells <= 0:
-        return _settle(state, _nothing(Mode.HOLDING, f"{now.why}, but {bound}"))
-    since_trim_s = now.time_s - state.last_trim_s
-    if wait := _wait(config, state, now, since_trim_s):
-        return _settle(state, _nothing(Mode.TRIMMING, f"{now.why}; {wait}"))
-    futile = futile_by_now(state, now, cache)
-    if futile >= config.futile_trims and since_trim_s < config.futile_hold_s:
-        why = (
-            f"{futile} trims in a row brought no relief: somebody takes what is returned, so the rest is kept"
-        )
-        return _settle(state, _nothing(Mode.HOLDING, f"{now.why}, but {why}"))
+def _under_pressure(config: GovernorConfig, state: LawState, given: _Given) -> tuple[Decision, LawState]:
+    now, cache, step = given.now, given.cache, max(1, given.cache.step_bytes)
+    wanted = _wanted(config, given)
+    allowed, bound, left = _allowed(config, state, now, cache)
+    n_bytes = wanted if wanted <= allowed else allowed // step * step
+    if n_bytes < step:  # at the floor each token that is decoded would be a trim of its own
+        state = msgspec.structs.replace(state, nothing_left=not left)
+        return nothing(Mode.HOLDING, f"{now.why}, but {bound}"), state
+    if why := _wait(config, state, given):
+        return nothing(Mode.TRIMMING, f"{now.why}; {why}"), state
     decision = Decision(
         action=Action.TRIM,
-        cells=cells,
+        n_bytes=n_bytes,
         mode=Mode.TRIMMING,
-        reason=f"{now.why}: {cells} of {cache.trimmable_cells} trimmable cells go",
+        reason=f"{now.why}: {mib(n_bytes)} of {mib(cache.trimmable_bytes)} that can be given go",
         urgent=now.zone is Zone.ACUTE,
     )
-    return decision, trimmed(config, state, now, cache, cells)
+    return decision, trimmed(state, now, cache, n_bytes)
 
 
-def _wait(config: GovernorConfig, state: LawState, now: View, since_trim_s: float) -> str:
-    """Why the next trim is not made yet, or an empty string."""
+def _wanted(config: GovernorConfig, given: _Given) -> int:
+    """Bytes that the pressure asks for, or the cache limit."""
+    now, cache = given.now, given.cache
     if now.zone is Zone.ACUTE:
+        wanted = acute_step(config, now, cache, given.order.share)
+    else:
+        wanted = small_step(config, now.excess, cache)
+    if given.cache_limit is None:
+        return wanted
+    above_limit = cache.live_bytes - math.floor(given.cache_limit * cache.total_bytes)
+    return max(wanted, whole_steps(above_limit, cache))
+
+
+def _wait(config: GovernorConfig, state: LawState, given: _Given) -> str:
+    """Why the next trim is not made yet, or an empty string."""
+    now, since_trim_s = given.now, given.now.time_s - state.last_trim_s
+    acute = now.zone is Zone.ACUTE
+    if acute:
         cooldown_s = config.cooldown_acute_s
     elif now.stall <= state.trim_stall / 2 and not now.missing_bytes:
         cooldown_s = 2 * config.cooldown_s  # the last step is taking effect: see how far
     else:
-        cooldown_s = config.cooldown_s
-    if since_trim_s >= cooldown_s:
-        return ""
-    return f"the last trim was {since_trim_s:.2f} s ago, cooldown is {cooldown_s:g} s"
+        cooldown_s = config.cooldown_s * (1.0 + state.jitter)
+    if since_trim_s < cooldown_s:
+        return f"the last trim was {since_trim_s:.2f} s ago, cooldown is {cooldown_s:g} s"
+    since_s = now.time_s if state.pressed_since_s is None else state.pressed_since_s
+    return given.order.why_not_give(now.time_s - since_s, acute=acute)
 
 
-def _wanted(config: GovernorConfig, now: View, cache: CacheSnapshot, cache_limit: float | None) -> int:
-    """Cells that the pressure asks for: whole blocks, or all that is trimmable."""
-    step = _acute_step(config, now, cache) if now.zone is Zone.ACUTE else _step(config, now.excess, cache)
-    if cache_limit is None:
-        return step
-    above_limit = cache.live_cells - math.floor(cache_limit * cache.total_cells)
-    return max(step, _whole_blocks(config, above_limit, cache))
-
-
-def _step(config: GovernorConfig, excess: float, cache: CacheSnapshot) -> int:
-    share = config.step_min + (config.step_max - config.step_min) * excess
-    return _whole_blocks(config, max(1, math.ceil(share * cache.trimmable_cells)), cache)
-
-
-def _acute_step(config: GovernorConfig, now: View, cache: CacheSnapshot) -> int:
-    """One large step: what is missing now and soon at this rate, and at least `step_acute`."""
-    least = math.ceil(max(config.step_acute, config.step_max) * cache.trimmable_cells)
-    missing = -(-now.missing_bytes // max(1, cache.cell_bytes))
-    return _whole_blocks(config, max(1, least, missing), cache)
-
-
-def _whole_blocks(config: GovernorConfig, cells: int, cache: CacheSnapshot) -> int:
-    return min(-(-cells // config.block_cells) * config.block_cells, cache.trimmable_cells)
-
-
-def _allowed(config: GovernorConfig, state: LawState, cache: CacheSnapshot) -> tuple[int, str]:
-    """Cells that may go now, and what holds back the rest."""
-    floor = floor_of(config, cache)
-    spent, budget = sum(cells for _, cells in state.given_up), budget_of(config, cache)
-    bounds = (
-        (cache.trimmable_cells, "nothing is trimmable: all live cells are protected"),
-        (cache.live_cells - floor, f"the floor of {floor} cells holds: {cache.live_cells} are live"),
-        (
-            budget - spent,
-            f"the budget holds: {spent} of {budget} cells went in the last {BUDGET_WINDOW_S:g} s",
-        ),
-    )
-    return min(bounds, key=lambda bound: bound[0])
-
-
-# -- taking back -------------------------------------------------------------------------------------------
-
-
-def _when_quiet(
+def _allowed(
     config: GovernorConfig, state: LawState, now: View, cache: CacheSnapshot
-) -> tuple[Decision, LawState]:
-    if cache.spilled_cells <= 0:
-        if cache.lost_cells > 0:
-            lost = f"{cache.lost_cells} lost cells are recomputed at the next request"
-            return _settle(state, _nothing(Mode.HOLDING, f"{now.why}; {lost}"))
-        return _settle(state, _nothing(Mode.CALM, now.why))
-    # A restore starts the quiet time anew: it takes memory, and its effect has to be seen before the next.
-    # Otherwise each reading would fill half of what is left, up to the very line where trimming begins.
-    since_s = now.time_s if state.quiet_since_s is None else state.quiet_since_s
-    quiet_s = now.time_s - max(state.last_restore_s, since_s)
-    needed_s = quiet_time_s(config, state)
-    if quiet_s < needed_s:
-        mode = state.mode if state.mode is Mode.RESTORING else Mode.HOLDING
-        wait = f"quiet for {quiet_s:.1f} of {needed_s:g} s before {cache.spilled_cells} cells come back"
-        return _settle(state, _nothing(mode, wait))
-    cells, room = _restorable(config, state, now, cache)
-    if cells <= 0:
-        return _settle(state, _nothing(Mode.HOLDING, f"quiet, but {room}"))
-    decision = Decision(
-        action=Action.RESTORE,
-        cells=cells,
-        mode=Mode.RESTORING,
-        reason=f"quiet for {quiet_s:.1f} s and {room}: {cells} of {cache.spilled_cells} spilled cells return",
-    )
-    return decision, restored(state, now)
-
-
-def _restorable(config: GovernorConfig, state: LawState, now: View, cache: CacheSnapshot) -> tuple[int, str]:
-    """Cells that one restore may bring back (whole blocks, or all that is spilled), and why so many."""
-    block = config.block_cells
-    if now.spare_bytes is None:
-        cells = max(block, int(config.step_min * cache.total_cells) // block * block)
-        return min(cells, cache.spilled_cells), "headroom is not known, so one small step"
-    room_bytes = int(config.restore_share * now.spare_bytes)
-    fits = room_bytes // max(1, cache.cell_bytes)
-    room = f"{config.restore_share:.0%} of the headroom above the low line holds {fits} cells"
-    slowly = max(block, int(state.regrowth * cache.total_cells) // block * block)
-    if min(fits, slowly) >= cache.spilled_cells:
-        return cache.spilled_cells, room
-    # Less than the smallest trim takes is not worth it: so near the line the next trim is likely, and would
-    # take more than came back. `simulate --scenario sustained --ctx 32768` without this bound: 19 restores,
-    # 11 changes of direction and 19,328 cells given up in 120 s; with it 0, 0 and 14,464.
-    least = max(block, _step(config, 0.0, cache))
-    if fits < least:
-        return 0, f"{room}, fewer than the {least} that the smallest trim takes"
-    return min(fits // block * block, slowly), room
+) -> tuple[int, str, bool]:
+    """Bytes that may go now, what holds back the rest, and whether a worse reading may find more."""
+    spent, budget = sum(n_bytes for _, n_bytes in state.given_up), budget_of(config, cache)
+    free = cache.lossless_bytes
+    nothing_there = "nothing can be given: the floor and what is protected are all there is"
+    held = f"the budget holds: {mib(spent)} of {mib(budget)} went in the last {BUDGET_WINDOW_S:g} s"
+    bounds = [(cache.trimmable_bytes, nothing_there, False), (free + max(0, budget - spent), held, False)]
+    futile = futile_by_now(state, now, cache)
+    kept = futile >= config.futile_trims and now.time_s - state.last_trim_s < config.futile_hold_s
+    if kept and now.zone is not Zone.ACUTE:
+        why = (
+            f"{futile} trims in a row brought no relief: somebody takes what is returned, or nobody needs it"
+        )
+        bounds.append((free, f"{why}, so the rest is kept", True))
+    return min(bounds, key=lambda bound: bound[0])

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.control.decision import Action, CacheSnapshot
 from psi_kv_governor.control.law import decide
+from psi_kv_governor.control.room import line_bytes
 from psi_kv_governor.control.state import LawState
 from psi_kv_governor.pressure.reading import Reading
 
@@ -70,10 +71,10 @@ def due(base: GovernorConfig, before: Trial, scenes: Sequence[Sequence[Reading]]
 def _short_s(base: GovernorConfig, scene: Sequence[Reading]) -> float:
     """From the neighbour's coming until memory is short by the reading alone; infinite where it never is."""
     for reading in scene:
-        low = (
-            reading.limit_bytes is not None
-            and reading.headroom_bytes is not None
-            and (reading.headroom_bytes < base.headroom_low * reading.limit_bytes)
+        low = any(
+            level.headroom_bytes < line_bytes(base, level.limit_bytes)
+            for level in reading.levels
+            if level.headroom_bytes is not None and level.limit_bytes
         )
         if low or (reading.interval_s > 0.0 and reading.some >= base.high):
             return reading.time_s - scene[0].time_s

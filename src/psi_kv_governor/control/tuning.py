@@ -161,9 +161,8 @@ def _pace(
         left_s = quantile(rooms, 0.5) / rate
         poll_s = min(base.poll_s, max(base.poll_busy_s, _down(left_s / 4)))
         values["poll_s"] = (poll_s, f"{took}: this machine's headroom would last {left_s:.2f} s")
-    cache_bytes = cache.trimmable_cells * cache.cell_bytes
-    if cache_bytes:
-        share = min(MOST_STEP, _up(rate * base.cooldown_s / cache_bytes, 2))
+    if cache.trimmable_bytes:
+        share = min(MOST_STEP, _up(rate * base.cooldown_s / cache.trimmable_bytes, 2))
         step_max = max(base.step_max, share)
         values["step_max"] = (step_max, f"{took}, {share:.0%} of what may go (at most) between two trims")
     return values

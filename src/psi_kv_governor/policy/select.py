@@ -31,6 +31,33 @@ class Protection:
         return parts
 
 
+def head_of(head_cells: int, next_position: int, head_share: float) -> int:
+    """How many of the first `head_cells` positions (the system prompt) are protected, in a context of
+    `next_position` tokens: `head_share` (0 to 1) of it at the most, the first of them.
+
+    Without a cap a long prompt leaves nothing to give. What is over it is cut at its end: the first tokens
+    are the sinks.
+    """
+    return max(0, min(head_cells, int(head_share * next_position)))
+
+
+def why_nothing(live: Sequence[Range], next_position: int, protection: Protection, floor_cells: int) -> str:
+    """Why no cell of `live` may go, in one clause; '' where one may. `floor_cells` is how many stay live
+    whatever the pressure says."""
+    live_cells = sum(part.cells for part in live)
+    if not live_cells:
+        return "the cache is empty"
+    if not trimmable(live, next_position, protection):
+        marked = sum(part.cells for part in protection.marked)
+        return (
+            f"all {live_cells} live cells are protected: {protection.sink_cells} first and "
+            f"{protection.window_cells} last ones, and {marked} that are marked or hold the system prompt"
+        )
+    if live_cells <= floor_cells:
+        return f"the floor of {floor_cells} cells holds: {live_cells} are live"
+    return ""
+
+
 def trimmable(live: Sequence[Range], next_position: int, protection: Protection) -> int:
     """Number of live cells that are not protected: what `select` can give up at most."""
     return sum(part.cells for part in protection.free(live, next_position))

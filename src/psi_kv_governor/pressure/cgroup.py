@@ -49,6 +49,11 @@ class OwnCgroups(NamedTuple):
     memory_v1: Cgroup | None
     """The v1 cgroup with the memory controller: its limits."""
 
+    @property
+    def unified_lineage(self) -> tuple[Path, ...]:
+        """The folders of the v2 cgroup and those above it."""
+        return () if self.unified is None else self.unified.lineage
+
 
 class Mount(NamedTuple):
     """One cgroup line of /proc/self/mountinfo."""

@@ -20,7 +20,7 @@ from psi_kv_governor.pressure.limit_events import LimitEvents, events_of
 from psi_kv_governor.pressure.machine import Counters, MachineSource
 from psi_kv_governor.pressure.portable import PortableRoom
 from psi_kv_governor.pressure.psi import PsiFile
-from psi_kv_governor.pressure.reading import PressureSource
+from psi_kv_governor.pressure.reading import MACHINE, PressureSource
 from psi_kv_governor.pressure.systemd import WATCH, is_off, parse_watch
 
 
@@ -80,7 +80,9 @@ def discover(
             None, [Candidate(WATCH, False, f"{_TURNED_OFF} (MemoryPressureWatch=)")], off=_TURNED_OFF
         )
     cgroups = find_cgroups(root)
-    machine = _Machine(root, environ, cgroups, HeadroomReader(cgroups, root), Membership(root))
+    machine = _Machine(
+        root, environ, cgroups, HeadroomReader(cgroups, root, environ=environ), Membership(root)
+    )
     chosen: PressureSource | None = None
     rank = 0
     considered = []
@@ -117,7 +119,8 @@ def _of_systemd(machine: _Machine) -> tuple[Candidate, PressureSource | None]:
             return Candidate(name, False, "no PSI file, which would say how much"), None
     except OSError as error:
         return Candidate(name, False, f"it cannot be used: {error.strerror}"), None
-    return _psi_rung(machine, watch.path, "stall of what the service manager names, and headroom")
+    gives = "stall of what the service manager names, and headroom"
+    return _psi_rung(machine, watch.path, gives, str(watch.path.parent))
 
 
 def _own_cgroup(machine: _Machine) -> tuple[Candidate, PressureSource | None]:
@@ -133,29 +136,46 @@ def _own_cgroup(machine: _Machine) -> tuple[Candidate, PressureSource | None]:
             "to be told its own, start the process in a cgroup, e.g. with systemd-run --scope"
         )
         return Candidate(str(path), False, why), None
-    return _psi_rung(machine, path, "stall of the own cgroup, and headroom", own.folder)
+    return _psi_rung(machine, path, "stall of the own cgroup, and headroom", str(own.folder), own.folder)
 
 
 def _whole_machine(machine: _Machine) -> tuple[Candidate, PressureSource | None]:
     """/proc/pressure/memory: the whole host's stall, also inside most containers."""
     path = machine.root / "proc/pressure/memory"
-    return _psi_rung(machine, path, "stall of the whole machine, and headroom")
+    return _psi_rung(machine, path, "stall of the whole machine, and headroom", MACHINE)
 
 
 def _limit_events(machine: _Machine) -> tuple[Candidate, PressureSource | None]:
     """No PSI, but a cgroup that counts how often its limit was met."""
     path = events_of(machine.cgroups)
     if path is None:
-        return Candidate(
-            "memory.events of the own cgroup", False, "no cgroup v2 with the memory controller"
-        ), None
+        return Candidate("memory.events of the own cgroup", False, why_no_limits(machine.cgroups)), None
     try:
         events = LimitEvents(path)
     except (OSError, BadInputError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
         return Candidate(str(path), False, f"it cannot be read: {why}"), None
     why = "how often the cgroup met its limit, as an estimate of stall, and headroom"
-    return Candidate(str(path), True, why), _source(machine, events, str(path))
+    return Candidate(str(path), True, why), _source(machine, events, str(path), str(path.parent))
+
+
+def why_no_limits(cgroups: OwnCgroups) -> str:
+    """Why no cgroup counts how often its limit was met, and what to do about it."""
+    own = cgroups.unified
+    if own is None:
+        return "no cgroup v2 is mounted here"
+    if own.is_root:
+        return (
+            "the cgroup to be seen here is the root, which has no limit: "
+            "start the process in a cgroup, e.g. with systemd-run --scope"
+        )
+    try:
+        controllers = (own.mount / "cgroup.controllers").read_text().split()
+    except OSError:
+        controllers = []
+    if "memory" not in controllers:
+        return "no memory controller here: boot with cgroup_enable=memory (a Raspberry Pi), or it is on v1"
+    return "the memory controller is not on for this cgroup: write +memory to cgroup.subtree_control above it"
 
 
 def _headroom_only(machine: _Machine) -> tuple[Candidate, PressureSource | None]:
@@ -195,30 +215,58 @@ LADDER: tuple[_Rung, ...] = (
 
 
 def _psi_rung(
-    machine: _Machine, path: Path, gives: str, cgroup: Path | None = None
+    machine: _Machine, path: Path, gives: str, level: str, cgroup: Path | None = None
 ) -> tuple[Candidate, PressureSource | None]:
     try:
         psi = PsiFile(path)
     except OSError as error:
-        return Candidate(str(path), False, why_no_psi(error, cgroup)), None
+        return Candidate(str(path), False, why_no_psi(error, machine.root, cgroup)), None
     except BadInputError as error:
         return Candidate(str(path), False, str(error)), None
-    return Candidate(str(path), True, gives, stall=True), _source(machine, psi, str(path))
+    return Candidate(str(path), True, gives, stall=True), _source(machine, psi, str(path), level)
 
 
-def _source(machine: _Machine, counters: Counters | None, name: str) -> PressureSource:
-    return MachineSource(counters, machine.headroom, name, membership=machine.membership)
+def _source(machine: _Machine, counters: Counters | None, name: str, level: str = "") -> PressureSource:
+    others = {MACHINE: machine.root / "proc/pressure/memory"}
+    own = machine.cgroups.unified
+    if own is not None and not own.is_root:
+        others |= {str(folder): folder / "memory.pressure" for folder in own.lineage}
+    return MachineSource(
+        counters, machine.headroom, name, membership=machine.membership, level=level, others=others
+    )
 
 
-def why_no_psi(error: OSError, cgroup: Path | None) -> str:
+def why_no_psi(error: OSError, root: Path, cgroup: Path | None) -> str:
     """Why a PSI file (of the folder `cgroup`) can't be used, and what to do about it."""
     if error.errno in (errno.ENOENT, errno.EOPNOTSUPP):
         if cgroup is not None and _switched_off(cgroup):
             return f"PSI is switched off for this cgroup: write 1 to {cgroup / 'cgroup.pressure'}"
+        if error.errno == errno.ENOENT and cgroup is None and (hidden := why_hidden(root)):
+            return hidden
         return "this kernel keeps no PSI: boot with psi=1 on its command line (Linux 4.20 or later)"
     if error.errno in (errno.EACCES, errno.EPERM):
         return f"{error.strerror}: give this user the right to it"
     return f"it cannot be used: {error.strerror}"
+
+
+def why_hidden(root: Path) -> str:
+    """Why /proc/pressure can't be seen although the kernel may keep PSI; '' where nothing hides it."""
+    if (root / "proc/pressure").is_dir():
+        return ""
+    try:
+        mounts = (root / "proc/self/mountinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    procs = [line for line in mounts if " - proc " in line]
+    if any("subset=pid" in line.rpartition(" ")[2].split(",") for line in procs):
+        return "/proc is mounted with subset=pid, which hides it: take ProcSubset=pid out of the unit"
+    if any(_psi_of(folder) for folder in find_cgroups(root).unified_lineage):
+        return "something hides /proc/pressure, though this kernel keeps PSI: mount the whole /proc"
+    return ""
+
+
+def _psi_of(folder: Path) -> bool:
+    return (folder / "memory.pressure").exists()
 
 
 def _switched_off(cgroup: Path) -> bool:

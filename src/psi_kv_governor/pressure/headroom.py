@@ -1,19 +1,25 @@
 """How many bytes can still be taken before a limit bites: the cgroup's, its ancestors', or the machine's.
 
-Kernel: Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/memory.rst, filesystems/proc.rst.
+Kernel: Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/memory.rst.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from psi_kv_governor.pressure.cgroup import OwnCgroups
-from psi_kv_governor.pressure.kernel_file import KernelFile
+from psi_kv_governor.pressure.counting import Biting, Rate
+from psi_kv_governor.pressure.kernel_file import PAGE_BYTES, KernelFile
+from psi_kv_governor.pressure.kill_lines import KillLine, find_kill_lines
+from psi_kv_governor.pressure.memory_stat import V1, V2, Kind, Stat
+from psi_kv_governor.pressure.reading import Level
+from psi_kv_governor.pressure.whole_machine import WholeMachine, parse_meminfo
 
 _NO_LIMIT_V1_BYTES = 2**62
 """v1 says "none" with the largest whole number of pages below 2^63, which depends on the page size."""
@@ -22,11 +28,18 @@ _STAT_SHARE = 0.02
 """Most of the time that may go into reading memory.stat. Here a read takes 3 us, and so it is read at every
 look; the kernel adds up all processors and all cgroups below for it, which takes longer on a big machine."""
 
-
 _UNLIMITED_EVERY_S = 1.0
 """How often to look for a limit where there is none: most of the cgroups above have none, and may lack the
 files altogether. Without six such, a reading takes 69 us and not 158 at 50 Hz, and 147 us and not 233 at
 10 Hz, when hardly anything of it is in the processor's caches any more."""
+
+
+_LINES_EVERY_S = 300.0
+"""How often to look for programs that kill at a line of theirs: 5 ms with 500 processes."""
+
+_BATCH_PAGES = 64
+"""Pages that each processor may hold charged to a cgroup without anybody using them: MEMCG_CHARGE_BATCH, in
+the kernel's mm/memcontrol.c. 256 KiB a processor; they are given back before anybody is killed."""
 
 
 class Headroom(NamedTuple):
@@ -42,14 +55,18 @@ class Room(Protocol):
     """Tells the headroom."""
 
     def read(self) -> Headroom | None:
-        """The headroom now; None where nothing tells."""
+        """The least headroom now; None where nothing tells."""
+
+    def levels(self, own_mapped_bytes: int = 0) -> list[Level]:
+        """Everything that has a limit, without its stall. `own_mapped_bytes` are file pages that this process
+        has mapped."""
 
     def close(self) -> None:
         """Give back descriptors. Safe to call twice."""
 
 
 class HeadroomReader:
-    """Reads the smallest headroom among the own cgroups, all their ancestors, and the machine.
+    """Reads the headroom of the own cgroups, all their ancestors, the machine, and the lines of others.
 
     A limit that is not there, or goes away while running, simply does not count. One that is changed while
     running counts at the next look; one that is set where there was none, within `_UNLIMITED_EVERY_S`. Files
@@ -57,90 +74,84 @@ class HeadroomReader:
     """
 
     def __init__(
-        self, cgroups: OwnCgroups, root: Path = Path("/"), clock: Callable[[], float] = time.perf_counter
+        self,
+        cgroups: OwnCgroups,
+        root: Path = Path("/"),
+        clock: Callable[[], float] = time.perf_counter,
+        *,
+        environ: Mapping[str, str] | None = None,
+        processors: int | None = None,
     ) -> None:
-        self._meminfo = KernelFile(root / "proc/meminfo")
+        self._root = root
+        self._environ = os.environ if environ is None else environ
+        self._machine = WholeMachine(root, clock)
         self._clock = clock
         self._levels: list[_Level] = []
         self._limited: list[_Level] = []
-        self._look_again_s = -math.inf
+        self._look_again_s = self._lines_again_s = -math.inf
+        self._lines: list[KillLine] = []
+        grain_bytes = _BATCH_PAGES * PAGE_BYTES * (processors or os.cpu_count() or 1)
         if cgroups.unified is not None:
-            self._levels += [_level_v2(folder, clock) for folder in cgroups.unified.lineage]
+            self._levels += [_Level(folder, V2, grain_bytes, clock) for folder in cgroups.unified.lineage]
         if cgroups.memory_v1 is not None:
-            self._levels += [_level_v1(folder, clock) for folder in _charged_v1(cgroups.memory_v1.lineage)]
+            self._levels += [
+                _Level(folder, V1, grain_bytes, clock) for folder in _charged_v1(cgroups.memory_v1.lineage)
+            ]
 
     def read(self) -> Headroom | None:
-        """The headroom that bites first; None where neither a cgroup nor the machine tells."""
+        """The headroom with the fewest bytes of a cgroup or the machine; None where none of them tells."""
+        rooms = [
+            Headroom(level.headroom_bytes, level.limit_bytes, self._source(level))
+            for level in (*self._cgroups(0), self._machine.read())
+            if level is not None and level.headroom_bytes is not None and level.limit_bytes is not None
+        ]
+        return min(rooms, default=None)
+
+    def levels(self, own_mapped_bytes: int = 0) -> list[Level]:
+        """All that has a limit: the nearest cgroup first, then the machine, then the lines of others."""
+        found = self._cgroups(own_mapped_bytes)
+        machine = self._machine.read(own_mapped_bytes)
+        if machine is None or self._machine.memory is None:
+            return found
+        now_s = self._clock()
+        if now_s >= self._lines_again_s:
+            self._lines, self._lines_again_s = (
+                find_kill_lines(self._root, self._environ),
+                now_s + _LINES_EVERY_S,
+            )
+        nearest = found[0] if found else machine
+        lines = [line.level(self._machine.memory, nearest) for line in self._lines]
+        return [*found, machine, *(level for level in lines if level is not None)]
+
+    def _cgroups(self, own_mapped_bytes: int) -> list[Level]:
         now_s = self._clock()
         if now_s >= self._look_again_s:
             self._limited, self._look_again_s = self._levels, now_s + _UNLIMITED_EVERY_S
-        found = [(room, level) for level in self._limited if (room := level.read()) is not None]
+        found = [
+            (told, level) for level in self._limited if (told := level.read(own_mapped_bytes)) is not None
+        ]
         self._limited = [level for _, level in found]
-        machine = _machine(self._meminfo)
-        rooms = [room for room, _ in found] if machine is None else [machine, *(room for room, _ in found)]
-        return min(rooms, default=None)
+        return [told for told, _ in found]
+
+    def _source(self, level: Level) -> str:
+        return self._machine.source if level.limit == "MemAvailable" else level.name
 
     def close(self) -> None:
         """Give the descriptors back. Safe to call twice."""
-        self._meminfo.close()
+        self._machine.close()
         for level in self._levels:
             level.close()
 
 
 def machine_headroom(meminfo: Path) -> Headroom | None:
-    """MemAvailable of MemTotal, less the file pages that somebody has mapped.
-
-    MemAvailable counts all but a few file pages as free. Those of a model that is mapped are its weights:
-    to take them makes every token read them again.
-    """
+    """The machine's own, out of its /proc/meminfo."""
     file = KernelFile(meminfo)
-    try:
-        return _machine(file)
-    finally:
-        file.close()
+    memory = parse_meminfo(file.read() or b"")
+    file.close()
+    return None if memory is None else Headroom(memory.headroom_bytes, memory.total_bytes, str(meminfo))
 
 
-_MEMINFO = re.compile(rb"^(MemTotal|MemAvailable|Mapped|Shmem):\s+(\d{1,20}) kB\n", re.MULTILINE)
-
-
-def _machine(meminfo: KernelFile) -> Headroom | None:
-    parsed = parse_meminfo(meminfo.read() or b"")
-    return None if parsed is None else Headroom(*parsed, str(meminfo.path))
-
-
-def parse_meminfo(text: bytes) -> tuple[int, int] | None:
-    """Room and size of the machine's memory in bytes; None where the text does not tell."""
-    values = _values(_MEMINFO, text)
-    if b"MemAvailable" not in values or b"MemTotal" not in values:
-        return None
-    mapped = max(0, values.get(b"Mapped", 0) - values.get(b"Shmem", 0))
-    return max(0, values[b"MemAvailable"] - mapped) * 1024, values[b"MemTotal"] * 1024
-
-
-def _values(pattern: re.Pattern[bytes], text: bytes) -> dict[bytes, int]:
-    """The numbers of the lines that `pattern` takes as a name and a number."""
-    return {name: int(number) for name, number in pattern.findall(text)}
-
-
-class StatLines:
-    """The lines of a memory.stat that tell what nobody would miss. `names` are those of inactive, active and
-    mapped file pages and of shared memory, in this order."""
-
-    def __init__(self, *names: bytes) -> None:
-        self._names = names
-        self._lines = re.compile(rb"^(%b) (\d{1,20})\n" % b"|".join(names), re.MULTILINE)
-
-    def droppable_bytes(self, text: bytes) -> int:
-        """File pages that are not mapped, less half of what is active beside them; 0 where the text does not
-        tell."""
-        values = _values(self._lines, text)
-        inactive, active, mapped, shared = (values.get(name, 0) for name in self._names)
-        mapped = max(0, mapped - shared)
-        return max(0, inactive + active - mapped - max(0, active - mapped) // 2)
-
-
-STAT_V2 = StatLines(b"inactive_file", b"active_file", b"file_mapped", b"shmem")
-STAT_V1 = StatLines(b"total_inactive_file", b"total_active_file", b"total_mapped_file", b"total_shmem")
+_MET = re.compile(rb"^(?:high|max) (\d{1,20})\n", re.MULTILINE)
 
 
 class _Level:
@@ -158,57 +169,63 @@ class _Level:
     and no file.)
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        limits: tuple[str, ...],
-        usage: str,
-        stat: StatLines,
-        clock: Callable[[], float],
-    ) -> None:
+    def __init__(self, folder: Path, kind: Kind, grain_bytes: int, clock: Callable[[], float]) -> None:
         self._folder = folder
-        self._limits = [KernelFile(folder / name) for name in limits]
-        self._usage = KernelFile(folder / usage)
-        self._stat = KernelFile(folder / "memory.stat")
-        self._stat_lines = stat
+        self._limits = [KernelFile(folder / name) for name in kind.limits]
+        self._usage = KernelFile(folder / kind.usage)
+        self._stat_file = KernelFile(folder / "memory.stat")
+        self._events = KernelFile(folder / kind.events) if kind.events else None
+        self._stat_lines = kind.stat
+        self._grain_bytes = grain_bytes
         self._clock = clock
-        self._droppable_bytes = 0
+        self._stat = Stat()
         self._stat_again_s = 0.0
+        self._refaults, self._biting = Rate(), Biting()
 
-    def read(self) -> Headroom | None:
+    def read(self, own_mapped_bytes: int) -> Level | None:
         """The room under this cgroup's own limit; None where it has none."""
-        limits = [limit for file in self._limits if (limit := file.number()) is not None]
-        limit_bytes = min(limits, default=_NO_LIMIT_V1_BYTES)
+        limits = [
+            (n_bytes, file.path.name) for file in self._limits if (n_bytes := file.number()) is not None
+        ]
+        limit_bytes, limit = min(limits, default=(_NO_LIMIT_V1_BYTES, ""))
         if limit_bytes >= _NO_LIMIT_V1_BYTES:
             return None
         usage_bytes = self._usage.number()
         if usage_bytes is None:
             return None
-        working_set_bytes = max(0, usage_bytes - self._droppable())
-        return Headroom(max(0, limit_bytes - working_set_bytes), limit_bytes, str(self._folder))
+        stat = self._read_stat()
+        working_set_bytes = max(0, usage_bytes - stat.droppable_bytes)
+        return Level(
+            name=str(self._folder),
+            headroom_bytes=max(0, limit_bytes - working_set_bytes),
+            limit_bytes=max(1, limit_bytes),
+            limit=limit,
+            mapped_bytes=max(0, stat.mapped_bytes - own_mapped_bytes - stat.stuck_bytes),
+            refault_bytes_per_s=self._refaults.per_s * PAGE_BYTES,
+            bites=self._biting.add(self._clock(), self._times_met()),
+            grain_bytes=self._grain_bytes,
+        )
 
-    def _droppable(self) -> int:
-        """File pages nobody misses, in bytes: looked up as often as `_STAT_SHARE` allows."""
+    def _times_met(self) -> int | None:
+        """How often this very limit was met; those of the cgroups below are not in `memory.events.local`."""
+        data = None if self._events is None else self._events.read()
+        return sum(int(number) for number in _MET.findall(data)) if data else None
+
+    def _read_stat(self) -> Stat:
+        """What nobody misses, and what somebody did: looked up as often as `_STAT_SHARE` allows."""
         before_s = self._clock()
         if before_s >= self._stat_again_s:
-            self._droppable_bytes = self._stat_lines.droppable_bytes(self._stat.read() or b"")
+            self._stat = self._stat_lines.read(self._stat_file.read() or b"")
+            self._refaults.add(before_s, self._stat.refaults)
             after_s = self._clock()
             self._stat_again_s = after_s + (after_s - before_s) / _STAT_SHARE
-        return self._droppable_bytes
+        return self._stat
 
     def close(self) -> None:
-        for file in (*self._limits, self._usage, self._stat):
+        for file in (*self._limits, self._usage, self._stat_file):
             file.close()
-
-
-def _level_v2(folder: Path, clock: Callable[[], float]) -> _Level:
-    """A v2 cgroup. `memory.high` counts as a limit: above it every allocation is slowed down."""
-    return _Level(folder, ("memory.max", "memory.high"), "memory.current", STAT_V2, clock)
-
-
-def _level_v1(folder: Path, clock: Callable[[], float]) -> _Level:
-    """A v1 cgroup, whose counters with `total_` include the cgroups below, as its limit does."""
-    return _Level(folder, ("memory.limit_in_bytes",), "memory.usage_in_bytes", STAT_V1, clock)
+        if self._events is not None:
+            self._events.close()
 
 
 def _charged_v1(lineage: tuple[Path, ...]) -> Iterator[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from pathlib import Path
 
@@ -10,6 +11,8 @@ OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK
 
 # memory.stat and meminfo have 1.5 KB; machines with many sizes of pages have a few lines more.
 _READ_BYTES = 1 << 14
+
+PAGE_BYTES = mmap.PAGESIZE
 
 
 class KernelFile:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import mmap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from psi_kv_governor.errors import SourceLostError
+import msgspec
+
+from psi_kv_governor.errors import BadInputError, SourceLostError
 from psi_kv_governor.pressure.cgroup import Membership
 from psi_kv_governor.pressure.headroom import Room
-from psi_kv_governor.pressure.kernel_file import KernelFile
-from psi_kv_governor.pressure.psi import PsiTotals, Stall, StallMeter
-from psi_kv_governor.pressure.reading import Reading
+from psi_kv_governor.pressure.kernel_file import PAGE_BYTES, KernelFile
+from psi_kv_governor.pressure.psi import PsiFile, PsiTotals, Stall, StallMeter
+from psi_kv_governor.pressure.reading import Level, Reading
 
 _NO_STALL = Stall(0.0, 0.0, 0.0)
 
@@ -35,10 +36,36 @@ class Counters(Protocol):
         """Give back the descriptor. Safe to call twice."""
 
 
-class MachineSource:
-    """Reads counters of stall and the headroom. Not thread safe: the governor has one thread for it.
+class _Gauge:
+    """The PSI file of one more level: what it tells where it can be read, and nothing where it can't."""
 
-    Without counters (`counters` is None) the stall is 0 in every reading and only the headroom speaks.
+    def __init__(self, path: Path) -> None:
+        self._meter = StallMeter()
+        try:
+            self._file: PsiFile | None = PsiFile(path)
+        except (OSError, BadInputError):
+            self._file = None
+
+    def read(self, time_s: float) -> Stall:
+        if self._file is None:
+            return _NO_STALL
+        try:
+            return self._meter.add(time_s, self._file.read())
+        except SourceLostError:
+            self.close()
+            return _NO_STALL
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class MachineSource:
+    """Reads counters of stall, and the headroom of every level. Not thread safe: the governor has one thread
+    for it.
+
+    Without counters (`counters` is None) the stall is not known in any reading and only the headroom speaks.
     A whole reading in a cgroup with a limit takes 16 us one after the other; 69 us at 50 Hz and 147 us at
     10 Hz (medians on a busy machine), when hardly anything of it is in the processor's caches any more.
     """
@@ -50,12 +77,20 @@ class MachineSource:
         name: str,
         clock: Callable[[], float] = time.monotonic,
         membership: Membership | None = None,
+        *,
+        level: str = "",
+        others: Mapping[str, Path] | None = None,
     ) -> None:
+        """`level` is the name of the level that `counters` are of; without it they are a cgroup's that has no
+        limit. `others` are the PSI files of further levels, which count where those have a limit."""
         self._counters = counters
         self._headroom = headroom
         self._name = name
         self._clock = clock
         self._membership = membership
+        self._level = level or name
+        self._others = dict(others or {})
+        self._gauges: dict[str, _Gauge] = {}
         self._own = KernelFile(Path("/proc/self/statm"))
         self._meter = StallMeter()
         self._look_s = 0.0
@@ -76,22 +111,37 @@ class MachineSource:
         time_s = self._clock()
         stall = _NO_STALL if totals is None else self._meter.add(time_s, totals)
         self._check_place(time_s)
-        room = self._headroom.read()
+        resident_bytes, mapped_bytes = self._own_bytes()
+        levels = [
+            self._with_stall(level, time_s, stall) for level in self._headroom.levels(mapped_bytes or 0)
+        ]
+        if self._counters is not None and all(level.name != self._level for level in levels):
+            levels.append(_stalled(Level(name=self._level), stall))
         return Reading(
             time_s=time_s,
             interval_s=stall.interval_s,
-            some=stall.some,
-            full=stall.full,
-            headroom_bytes=None if room is None else room.headroom_bytes,
-            limit_bytes=None if room is None else room.limit_bytes,
-            own_resident_bytes=self._own_resident_bytes(),
+            levels=tuple(levels),
+            own_resident_bytes=resident_bytes,
             source=self._name,
         )
 
-    def _own_resident_bytes(self) -> int | None:
-        """The second number of statm, in pages: proc(5)."""
+    def _with_stall(self, level: Level, time_s: float, stall: Stall) -> Level:
+        """A gauge is opened when its level first has a limit."""
+        if level.name == self._level:
+            return level if self._counters is None else _stalled(level, stall)
+        if level.name not in self._others:
+            return level
+        if level.name not in self._gauges:
+            self._gauges[level.name] = _Gauge(self._others[level.name])
+        return _stalled(level, self._gauges[level.name].read(time_s))
+
+    def _own_bytes(self) -> tuple[int | None, int | None]:
+        """Resident memory of this process, and what of it is file pages and shared memory: the second and
+        third number of statm, in pages (proc(5))."""
         words = (self._own.read() or b"").split()
-        return int(words[1]) * mmap.PAGESIZE if len(words) > 1 and words[1].isdigit() else None
+        if len(words) < 3 or not (words[1].isdigit() and words[2].isdigit()):
+            return None, None
+        return int(words[1]) * PAGE_BYTES, int(words[2]) * PAGE_BYTES
 
     def _check_place(self, time_s: float) -> None:
         if self._membership is None or time_s < self._look_s:
@@ -104,7 +154,16 @@ class MachineSource:
         """Give back the descriptors. Safe to call twice."""
         if self._counters is not None:
             self._counters.close()
+        for gauge in self._gauges.values():
+            gauge.close()
         self._headroom.close()
         self._own.close()
         if self._membership is not None:
             self._membership.close()
+
+
+def _stalled(level: Level, stall: Stall) -> Level:
+    """`level` with its stall, where the counters cover some time."""
+    if stall.interval_s <= 0.0:
+        return level
+    return msgspec.structs.replace(level, some=stall.some, full=stall.full)

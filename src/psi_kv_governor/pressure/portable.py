@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from psi_kv_governor.errors import BadInputError
 from psi_kv_governor.pressure.headroom import Headroom
+from psi_kv_governor.pressure.reading import MACHINE, Level
 
 
 class PortableRoom:
@@ -32,6 +33,20 @@ class PortableRoom:
             return Headroom(int(memory.available), int(memory.total), "psutil")
         except Exception:  # psutil raises what each system's own calls raise, RuntimeError among it
             return None
+
+    def levels(self, own_mapped_bytes: int = 0) -> list[Level]:
+        """The machine as the only level."""
+        room = self.read()
+        if room is None:
+            return []
+        return [
+            Level(
+                name=MACHINE,
+                headroom_bytes=room.headroom_bytes,
+                limit_bytes=room.limit_bytes,
+                limit="available memory",
+            )
+        ]
 
     def close(self) -> None:
         """Nothing to give back."""

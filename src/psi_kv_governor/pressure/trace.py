@@ -1,6 +1,6 @@
 """Recorded pressure: the format of a trace, its readings, and a source that replays them.
 
-A trace is a JSON Lines file, plain or gzip. Its first line is the header, `{"psi_kv_trace": 2}` at the
+A trace is a JSON Lines file, plain or gzip. Its first line is the header, `{"psi_kv_trace": 3}` at the
 least; each line after it is an object whose `reading` is a Reading. What else such a line holds (a governor's
 recording has the cache and the decision: `psi_kv_governor.recording`) is no matter of this room.
 """
@@ -17,9 +17,12 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 
 from psi_kv_governor.errors import BadInputError, SourceLostError
-from psi_kv_governor.pressure.reading import Reading
+from psi_kv_governor.pressure.reading import MACHINE, Reading
 
-VERSION = 2
+VERSION = 3
+
+_ONE_LEVEL = 2
+"""The version of the first edition, whose readings had one stall and one headroom: still read."""
 
 MOST_BYTES = 1 << 30
 """Largest trace that is read, unpacked: a week at ten readings a second. A gzip file can claim any size."""
@@ -101,7 +104,10 @@ def decode_lines(path: Path, trace: Lines, kind: type[_L]) -> Iterator[_L]:
     before: Reading | None = None
     for number, line in trace.lines:
         try:
-            entry = decoder.decode(line)
+            if trace.header.psi_kv_trace == _ONE_LEVEL:
+                entry = msgspec.convert(_with_levels(msgspec.json.decode(line)), kind)
+            else:
+                entry = decoder.decode(line)
         except (msgspec.DecodeError, ValueError, RecursionError) as error:
             raise BadInputError(f"line {number} of the trace {path} is broken: {error}") from error
         reading: Reading = entry.reading  # type: ignore[attr-defined]  # every kind of line has one
@@ -110,6 +116,17 @@ def decode_lines(path: Path, trace: Lines, kind: type[_L]) -> Iterator[_L]:
             raise BadInputError(f"line {number} of the trace {path} makes no sense: {problem}")
         before = reading
         yield entry
+
+
+def _with_levels(entry: Any) -> Any:
+    """A line of the first edition with its one stall and one headroom as the only level."""
+    reading = entry.get("reading") if isinstance(entry, dict) else None
+    if not isinstance(reading, dict):
+        return entry
+    kept = {"time_s", "interval_s", "own_resident_bytes", "own", "source"}
+    level = {name: value for name, value in reading.items() if name not in kept}
+    rest = {name: value for name, value in reading.items() if name in kept}
+    return {**entry, "reading": {**rest, "levels": [{"name": MACHINE, **level}]}}
 
 
 def _unpacked(path: Path, data: bytes) -> tuple[bytes, str]:
@@ -131,9 +148,9 @@ def _header(path: Path, line: bytes) -> Header:
         raise BadInputError(
             f'line 1 of {path} is not the header of a trace: give {{"psi_kv_trace": {VERSION}}}'
         ) from error
-    if version != VERSION:
+    if version not in {VERSION, _ONE_LEVEL}:
         raise BadInputError(
-            f"line 1 of {path}: version {version} of the trace is not known, only {VERSION} is; "
+            f"line 1 of {path}: version {version} of the trace is not known; "
             "record it again with this package"
         )
     try:
@@ -156,13 +173,15 @@ def _problem(reading: Reading, before: Reading | None) -> str:
         return f"time_s goes back from {before.time_s} to {reading.time_s}"
     if not 0.0 <= reading.interval_s < math.inf:
         return f"interval_s = {reading.interval_s} is not a length of time"
-    for name in ("some", "full"):
-        if not 0.0 <= getattr(reading, name) <= 1.0:
-            return f"{name} = {getattr(reading, name)} is not a share from 0 to 1"
-    for name in ("headroom_bytes", "limit_bytes"):
-        value = getattr(reading, name)
-        if value is not None and value < 0:
-            return f"{name} = {value} is below 0"
+    for level in reading.levels:
+        for name in ("some", "full"):
+            share = getattr(level, name)
+            if share is not None and not 0.0 <= share <= 1.0:
+                return f"{name} = {share} is not a share from 0 to 1"
+        for name in ("headroom_bytes", "limit_bytes"):
+            n_bytes = getattr(level, name)
+            if n_bytes is not None and n_bytes < 0:
+                return f"{name} = {n_bytes} is below 0"
     return ""
 
 

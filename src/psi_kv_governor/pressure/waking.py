@@ -53,18 +53,18 @@ def find_waker(
         if waker is not None:
             considered.append(Candidate(place.name, False, f"not needed: {waker.name} wakes the loop"))
             continue
-        candidate, waker = _try(place, avoid)
+        candidate, waker = _try(place, avoid, root)
         considered.append(candidate)
     return Waking(waker, considered)
 
 
-def _try(place: _Place, avoid: frozenset[str]) -> tuple[Candidate, Waker | None]:
+def _try(place: _Place, avoid: frozenset[str], root: Path) -> tuple[Candidate, Waker | None]:
     if place.open is None:
         return Candidate(place.name, False, place.why), None
     try:
         waker = place.open()
     except OSError as error:
-        return Candidate(place.name, False, _why_not(error, place)), None
+        return Candidate(place.name, False, _why_not(error, place, root)), None
     except BadInputError as error:
         return Candidate(place.name, False, str(error)), None
     if waker.name in avoid:
@@ -104,11 +104,11 @@ def _of_systemd(environ: Mapping[str, str]) -> _Place:
     )
 
 
-def _why_not(error: OSError, place: _Place) -> str:
+def _why_not(error: OSError, place: _Place, root: Path) -> str:
     if error.errno == errno.EINVAL:
         return "the kernel refuses the trigger: it is no trigger, or its window wants CAP_SYS_RESOURCE"
     if error.errno == errno.EBUSY:
         return "there is a trigger on this descriptor already"
     if place.name.startswith(WATCH):
         return f"it cannot be used: {error.strerror or error}"
-    return why_no_psi(error, place.cgroup)
+    return why_no_psi(error, root, place.cgroup)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 import threading
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
+
+from psi_kv_governor.forks import at_fork
 
 
 class SafePoint:
@@ -119,4 +120,4 @@ def _after_fork_in_child() -> None:
             point._begin()
 
 
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
+at_fork(before=_before_fork, in_parent=_after_fork, in_child=_after_fork_in_child)

@@ -1,0 +1,70 @@
+"""What the kernel itself tells of its levels: another container that thrashes is no shortage of the machine."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from psi_kv_governor.bench.pen import Pen
+from psi_kv_governor.config import GovernorConfig
+from psi_kv_governor.control import Action, CacheSnapshot, LawState, decide
+from psi_kv_governor.pressure.cgroup import OwnCgroups
+from psi_kv_governor.pressure.headroom import HeadroomReader
+from psi_kv_governor.pressure.machine import MachineSource
+from psi_kv_governor.pressure.psi import PsiFile
+from psi_kv_governor.pressure.reading import MACHINE
+from psi_kv_governor.store.mounts import memory_backed
+
+MIB = 1 << 20
+WHOLE = Path("/proc/pressure/memory")
+
+THRASHES = """
+import mmap, os, sys, time
+with open(sys.argv[1], "wb") as file:
+    for _ in range(96):
+        file.write(bytes(1 << 20))
+    os.fsync(file.fileno())
+print("ready", flush=True)
+with open(sys.argv[1], "rb") as file:
+    data = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+end_s = time.monotonic() + 30
+while time.monotonic() < end_s:
+    for page in range(0, len(data), mmap.PAGESIZE):
+        data[page]
+"""
+
+
+@pytest.mark.cgroup
+@pytest.mark.timeout(120)
+@pytest.mark.skipif(not WHOLE.exists(), reason="this kernel keeps no PSI: boot with psi=1")
+def test_another_container_that_thrashes_is_no_shortage_of_the_machine(tmp_path):
+    """It reads 96 MiB over and over in a cgroup of 40 MiB: the whole machine's PSI counts that."""
+    if memory_backed(tmp_path):
+        pytest.skip("the folder of the tests is in memory: set --basetemp to one on a disk")
+    source = MachineSource(
+        PsiFile(WHOLE), HeadroomReader(OwnCgroups(None, None), environ={}), "test", level=MACHINE
+    )
+    cache = CacheSnapshot(
+        live_bytes=100, masked_bytes=0, lost_bytes=0, trimmable_bytes=90, lossless_bytes=0, step_bytes=1
+    )
+    # As if the machine were tight, so that its stall would count: plenty is more than there is.
+    config = GovernorConfig(headroom_plenty=1.0, headroom_plenty_bytes=1 << 50, high=0.01, low=0.005)
+    with Pen(40 * MIB) as pen:
+        child = pen.popen([sys.executable, "-c", THRASHES, str(tmp_path / "data")], stdout=subprocess.PIPE)
+        assert child.stdout.readline() == b"ready\n"
+        state, readings, actions = LawState(), [], set()
+        end_s = time.monotonic() + 20.0
+        while time.monotonic() < end_s and sum(one.some >= 0.01 for one in readings) < 10:
+            readings.append(source.read())
+            decision, state = decide(config, state, readings[-1], cache)
+            actions.add(decision.action)
+            time.sleep(0.1)
+    source.close()
+    stalls = [one.some for one in readings]
+    assert sum(some >= 0.01 for some in stalls) >= 10, stalls  # it is seen
+    assert {one.levels[0].bites for one in readings[1:]} == {False}  # the kernel reclaims for the pen alone
+    assert Action.TRIM not in actions
