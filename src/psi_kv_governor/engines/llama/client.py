@@ -20,6 +20,7 @@ _REQUEST = struct.Struct("<IIIiIIQd")
 _REPLY = struct.Struct("<iIQQQQdII")
 _REGION = struct.Struct("<II8QdIIQ96s")
 _SEQUENCE = struct.Struct("<8id")
+_BLOB = struct.Struct("<IIQd")
 NO_SUCH = 1
 """Status of a reply: the cache or the sequence is gone."""
 
@@ -39,6 +40,9 @@ class Op(IntEnum):
     EVIDENCE = 10
     COLLECT = 11
     FORGET = 12
+    BLOBS = 13
+    PARK_BLOB = 14
+    REFUSE = 15
 
 
 class Reply(NamedTuple):
@@ -66,6 +70,16 @@ class SequenceInfo(NamedTuple):
     masked: int
     affected: int
     parked: int
+    used_s: float
+
+
+class BlobInfo(NamedTuple):
+    """One saved state that the program keeps."""
+
+    id: int
+    parked: bool
+    checkpoint: bool
+    n_bytes: int
     used_s: float
 
 
@@ -160,6 +174,12 @@ class Client:
             region, at = _region(reply.payload, at)
             regions.append(region)
         return regions
+
+    def blobs(self) -> list[BlobInfo]:
+        """All saved states that are whole."""
+        reply = self.ask(Op.BLOBS)
+        told = _BLOB.iter_unpack(reply.payload)
+        return [BlobInfo(n, bool(flags & 1), bool(flags & 2), size, used) for n, flags, size, used in told]
 
     def cells(self, region: int, sequence: int) -> npt.NDArray[np.int32]:
         """Position and flags of each cell of a sequence, in the order of positions: shape (cells, 2)."""

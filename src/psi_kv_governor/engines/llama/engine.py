@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from psi_kv_governor.cache import (
+    BlobState,
     CacheState,
     Capabilities,
     Capability,
@@ -28,11 +29,13 @@ from psi_kv_governor.engines.llama.client import NO_SUCH, Client, Op, RegionInfo
 from psi_kv_governor.engines.llama.evidence import LlamaEvidence, Sampling
 from psi_kv_governor.errors import EngineError
 
-_MASKED, _PARKED = 2, 4  # enum row_flag in agent.h
+_MASKED, _PARKED, _AFFECTED = 2, 4, 8  # enum row_flag in agent.h
 _RUNNING_S = 1.0
 """A sequence that was decoded within so long is running: between two tokens of a slow machine."""
 _COUNT_EVERY_S = 1.0
 """Resident pages are counted so often: 0.3 ms for a gigabyte."""
+SAVED_STATES = 1 << 19
+"""`CacheState.id` of a process' saved states: above those of its buffers."""
 _OPS = {
     Verb.WRITE_BEHIND: Op.WRITE,
     Verb.RELEASE: Op.RELEASE,
@@ -78,6 +81,7 @@ class LlamaEngine:
         able = Capability(able=True)
         none_yet = Capability(able=False, why="no cache is open, or it is too small to matter (1 MiB)")
         placeless = Capability(able=False, why="there is no place to park")
+        no_blobs = Capability(able=False, why="saved states are parked under psi-kv exec")
         by_cell = [region for region in regions if region.by_cell]
         mask = next((able for region in by_cell if region.maskable), none_yet)
         if not mask.able and by_cell:
@@ -89,7 +93,7 @@ class LlamaEngine:
                 release=able if by_cell else (state if regions else none_yet),
                 park=(able if self._place else placeless) if regions else none_yet,
                 mask=(mask if self._place else placeless) if by_cell or not regions else state,
-                blobs=Capability(able=False, why="this process keeps none that the agent knows"),
+                blobs=placeless if not self._place else able if self._context is None else no_blobs,
             ),
             backing=self._backing,
             place=self._place,
@@ -109,7 +113,37 @@ class LlamaEngine:
         }
         caches = tuple(self._cache(region, now_s, largest[region.context]) for region in regions)
         written = max((region.written for region in regions), default=0)
-        return Snapshot(time_s=now_s, caches=caches, written_bytes=written)
+        return Snapshot(time_s=now_s, caches=(*caches, *self._saved()), written_bytes=written)
+
+    def _saved(self) -> tuple[CacheState, ...]:
+        """The saved states of the process, as a cache without cells."""
+        blobs = self.client.blobs() if self._context is None else []
+        if not blobs:
+            return ()
+        states = tuple(
+            BlobState(
+                id=blob.id,
+                n_bytes=blob.n_bytes,
+                parked=blob.parked,
+                last_used_s=blob.used_s,
+                kind="checkpoint" if blob.checkpoint else "prompt",
+            )
+            for blob in blobs
+        )
+        return (
+            CacheState(
+                id=SAVED_STATES,
+                name="saved states",
+                pid=self._pid,
+                capacity_cells=0,
+                cell_bytes=1,
+                row_bytes=1,
+                resident_bytes=sum(blob.n_bytes for blob in blobs if not blob.parked),
+                maskable=False,
+                why_not_maskable="nothing attends to a saved state",
+                blobs=states,
+            ),
+        )
 
     def _look(self, *, count_resident: bool = False) -> list[RegionInfo]:
         if self._closed:
@@ -193,10 +227,12 @@ class LlamaEngine:
             if left_s <= 0.0 or left_bytes <= 0:
                 total = msgspec.structs.replace(total, done=False)
                 break
-            total = _sum(total, self._step(step, left_s, left_bytes))
+            total = added(total, self._step(step, left_s, left_bytes))
         return msgspec.structs.replace(total, seconds=time.monotonic() - begin_s)
 
     def _step(self, step: Step, left_s: float, left_bytes: float) -> Result:
+        if step.blob is not None and step.verb is Verb.PARK:
+            return _result(self.client.ask(Op.PARK_BLOB, step.blob), step.verb)
         op = _OPS.get(step.verb)
         if op is None or step.blob is not None:
             return Result(problem=f"llama.cpp's caches can't do this: {step.verb.value}")
@@ -212,7 +248,7 @@ class LlamaEngine:
         if op is Op.PARK and step.sequence is not None and self._all_idle(step):
             # Nobody reads this cache now: what does not lie cell by cell (a transposed V) can go as well.
             rest = self.client.ask(op, step.cache, -1, deadline_s=0.0 if math.isinf(left_s) else left_s)
-            result = _sum(result, msgspec.structs.replace(_result(rest, step.verb), cells=0))
+            result = added(result, msgspec.structs.replace(_result(rest, step.verb), cells=0))
         return result
 
     def _all_idle(self, step: Step) -> bool:
@@ -239,6 +275,27 @@ class LlamaEngine:
         if region is None:
             raise EngineError(f"there is no cache {cache} any more")
         return LlamaEvidence(self.client, region, sequence)
+
+    def first_affected(self, sequence: int) -> int | None:
+        """The first position that was decoded while others were masked; None where there is none."""
+        firsts = [cells[(cells[:, 1] & _AFFECTED) != 0, 0] for cells in self._cells_of(sequence)]
+        return min((int(found.min()) for found in firsts if len(found)), default=None)
+
+    def masked(self, sequence: int) -> int:
+        """Positions of the sequence that attention passes over now."""
+        return max((int(np.count_nonzero(c[:, 1] & _MASKED)) for c in self._cells_of(sequence)), default=0)
+
+    def _cells_of(self, sequence: int) -> list[npt.NDArray[np.int32]]:
+        regions = self._look()
+        return [
+            self.client.cells(region.id, sequence)
+            for region in regions
+            if region.by_cell and (region.affected or region.masked)
+        ]
+
+    def refuse_blobs(self, refuse: bool) -> None:
+        """Have the program's own prompt cache shrink instead of growing, until told otherwise."""
+        self.client.ask(Op.REFUSE, flags=int(refuse))
 
     def close(self) -> None:
         """See Engine."""
@@ -280,7 +337,8 @@ def _result(reply: Reply, verb: Verb) -> Result:
     )
 
 
-def _sum(one: Result, other: Result) -> Result:
+def added(one: Result, other: Result) -> Result:
+    """The results of two steps as one."""
     return Result(
         bytes_returned=one.bytes_returned + other.bytes_returned,
         bytes_back=one.bytes_back + other.bytes_back,

@@ -18,6 +18,7 @@
 
 void agent_say(const char * format, ...) __attribute__((format(printf, 1, 2)));  // one line on stderr
 double agent_now_s(void);
+void * agent_dlsym(void * handle, const char * name);  // the C library's own, which a hook of ours may hide
 
 // ---- real.c: the functions that the hooks stand before -----------------------------------------------------
 
@@ -198,10 +199,23 @@ bool sampler_failed(const struct sampler * sampler);
 bool keys_score(const struct tensor * keys, bool cosine, const int32_t * rows, int64_t n, float * out, float * scratch);
 bool keys_readable(const struct tensor * keys);
 
+// ---- blobs.c: saved states that the program keeps -----------------------------------------------------------
+
+struct blob { uint32_t id; bool whole, parked, checkpoint; uintptr_t base; uint64_t bytes, mapped; double used_s; };
+
+void blob_expect(size_t bytes, uint32_t flags);         // this thread is about to allocate so much for a state
+void blob_whole(const void * address, size_t bytes);    // a state was written there
+void blob_used(const void * address);                   // a state is being read from there
+int  blobs_tell(struct blob * to, int most);
+uint64_t blob_park(uint32_t id, uint64_t * written);
+void blobs_refuse(bool refuse);                         // new entries of a prompt cache
+uint64_t move_to_file(uint64_t first, uint64_t last);   // pages of a mapping of our own, which nobody writes
+
 // ---- serve.c: the protocol, in-process and over a socket ------------------------------------------------------
 
 extern pthread_mutex_t serving;  // a request is being carried out: no buffer may go meanwhile
 EXPORT int64_t psikv_serve(const void * request, int64_t n_request, void * reply, int64_t capacity);
 EXPORT void psikv_configure(const char * place, int32_t backing, uint64_t reserve_bytes, uint64_t limit_bytes, const char * library);
 void socket_start(void);
+void agent_alone(void);  // the sidecar is gone: all masks are taken off
 void sigbus_install(void);

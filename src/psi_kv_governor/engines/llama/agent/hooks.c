@@ -11,6 +11,12 @@
 
 #include "agent.h"
 
+#if defined(__x86_64__)
+#define DLSYM_FIRST "GLIBC_2.2.5"
+#else
+#define DLSYM_FIRST "GLIBC_2.17"
+#endif
+
 struct agent agent = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
 void real_set_primary(const char * path);
@@ -123,13 +129,12 @@ EXPORT int32_t llama_encode(struct llama_context * ctx, struct llama_batch batch
     return result;
 }
 
-struct llama_batch_ext;
-
-EXPORT int32_t llama_process(struct llama_context * ctx, struct llama_batch_ext * batch) {
+// Newer, and still changing: whatever else it takes is handed on as it is.
+EXPORT int32_t llama_process(struct llama_context * ctx, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t d, uintptr_t e) {
     REAL(llama_process);
     INSIDE;
     graph_call_begin(ctx, lib_of((void *) real), NULL);
-    const int32_t result = real(ctx, batch);
+    const int32_t result = real(ctx, a, b, c, d, e);
     graph_call_end();
     return result;
 }
@@ -193,9 +198,31 @@ READS(size_t, llama_state_seq_get_data, (struct llama_context * ctx, uint8_t * t
 READS(size_t, llama_state_seq_get_size, (struct llama_context * ctx, int32_t seq), (ctx, seq))
 READS(bool, llama_state_save_file, (struct llama_context * ctx, const char * path, const int32_t * tokens, size_t n), (ctx, path, tokens, n))
 READS(size_t, llama_state_seq_save_file, (struct llama_context * ctx, const char * path, int32_t seq, const int32_t * tokens, size_t n), (ctx, path, seq, tokens, n))
-READS(size_t, llama_state_seq_get_data_ext, (struct llama_context * ctx, uint8_t * to, size_t size, int32_t seq, uint32_t flags), (ctx, to, size, seq, flags))
-READS(size_t, llama_state_seq_get_size_ext, (struct llama_context * ctx, int32_t seq, uint32_t flags), (ctx, seq, flags))
-CHANGES(size_t, llama_state_seq_set_data_ext, (struct llama_context * ctx, const uint8_t * from, size_t size, int32_t seq, uint32_t flags), (ctx, from, size, seq, flags))
+
+EXPORT size_t llama_state_seq_get_size_ext(struct llama_context * ctx, int32_t seq, uint32_t flags) {
+    REAL(llama_state_seq_get_size_ext);
+    INSIDE;
+    const size_t size = real(ctx, seq, flags);
+    blob_expect(size, flags);
+    return size;
+}
+
+EXPORT size_t llama_state_seq_get_data_ext(struct llama_context * ctx, uint8_t * to, size_t size, int32_t seq, uint32_t flags) {
+    REAL(llama_state_seq_get_data_ext);
+    INSIDE;
+    const size_t n = real(ctx, to, size, seq, flags);
+    blob_whole(to, n);
+    return n;
+}
+
+EXPORT size_t llama_state_seq_set_data_ext(struct llama_context * ctx, const uint8_t * from, size_t size, int32_t seq, uint32_t flags) {
+    REAL(llama_state_seq_set_data_ext);
+    INSIDE;
+    cells_changed();
+    blob_used(from);
+    return real(ctx, from, size, seq, flags);
+}
+
 READS(int32_t, llama_memory_seq_pos_min, (llama_memory_t mem, int32_t seq), (mem, seq))
 READS(int32_t, llama_memory_seq_pos_max, (llama_memory_t mem, int32_t seq), (mem, seq))
 
@@ -250,6 +277,60 @@ EXPORT void psikv_configure(const char * place, int32_t backing, uint64_t reserv
     }
 }
 
+// Programs that look functions up by name (ctypes, JNA, purego) find the hooks too. Only under LD_PRELOAD does this stand
+// before the C library's own. A plain return is a jump at -O2: for RTLD_NEXT the C library sees who really asks.
+typedef void * (*lookup)(void *, const char *);
+
+static lookup real_lookup(void) {
+    static lookup found;
+    if (!found) {
+        found = (lookup) dlvsym(RTLD_NEXT, "dlsym", "GLIBC_2.34");
+        found = found ? found : (lookup) dlvsym(RTLD_NEXT, "dlsym", DLSYM_FIRST);
+        found = found ? found : (lookup) dlvsym(RTLD_DEFAULT, "dlsym", "GLIBC_2.34");
+        found = found ? found : (lookup) dlvsym(RTLD_DEFAULT, "dlsym", DLSYM_FIRST);
+    }
+    return found;
+}
+
+void * agent_dlsym(void * handle, const char * name) { return real_lookup()(handle, name); }
+
+static const struct { const char * name; void * hook; } hooks[] = {
+#define HOOK(name) {#name, (void *) name}
+    HOOK(llama_decode), HOOK(llama_encode), HOOK(llama_process), HOOK(llama_free), HOOK(llama_memory_seq_rm),
+    HOOK(llama_memory_seq_cp), HOOK(llama_memory_seq_keep), HOOK(llama_memory_seq_add), HOOK(llama_memory_seq_div),
+    HOOK(llama_memory_clear), HOOK(llama_memory_seq_pos_min), HOOK(llama_memory_seq_pos_max), HOOK(llama_state_set_data),
+    HOOK(llama_state_get_data), HOOK(llama_state_get_size), HOOK(llama_state_seq_set_data), HOOK(llama_state_seq_get_data),
+    HOOK(llama_state_seq_get_size), HOOK(llama_state_load_file), HOOK(llama_state_save_file), HOOK(llama_state_seq_load_file),
+    HOOK(llama_state_seq_save_file), HOOK(llama_state_seq_get_size_ext), HOOK(llama_state_seq_get_data_ext),
+    HOOK(llama_state_seq_set_data_ext),
+};
+
+static void * hooked(void * handle, const char * name) {
+    void * found = real_lookup()(handle, name);
+    for (size_t i = 0; found && i < sizeof(hooks) / sizeof(hooks[0]); i++) {
+        if (!strcmp(name, hooks[i].name)) {
+            return hooks[i].hook;
+        }
+    }
+    return found;
+}
+
+EXPORT void * dlsym(void * restrict handle, const char * restrict name) {
+    const lookup real = real_lookup();
+    if (handle != RTLD_NEXT && !strncmp(name, "llama_", 6)) {
+        return hooked(handle, name);
+    }
+    return real(handle, name);
+}
+
 __attribute__((constructor)) static void begin(void) {
     (void) pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
+    if (getenv("PSI_KV_SOCKET")) {  // under `psi-kv exec`
+        const char * place   = getenv("PSI_KV_AGENT_PLACE");
+        const char * backing = getenv("PSI_KV_AGENT_BACKING");
+        const char * reserve = getenv("PSI_KV_AGENT_RESERVE_BYTES");
+        const char * limit   = getenv("PSI_KV_AGENT_LIMIT_BYTES");
+        psikv_configure(place, backing && !strcmp(backing, "file") ? BACKING_FILE : BACKING_MEMORY,
+                        reserve ? strtoull(reserve, NULL, 10) : 0, limit ? strtoull(limit, NULL, 10) : 0, NULL);
+    }
 }

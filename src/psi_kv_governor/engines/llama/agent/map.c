@@ -60,7 +60,9 @@ bool map_asking(const struct ggml_tensor * tensor, size_t offset, size_t size) {
             const int32_t row = (int32_t) ((address - leader->base) / leader->row_bytes);
             const int32_t n   = (int32_t) (size / leader->row_bytes);
             for (int32_t i = row; i < row + n && i < region->n_rows; i++) {
-                map_append(region, asking.id, i);
+                if (asking.id >= 0) {
+                    map_append(region, asking.id, i);
+                }
                 region->flags[i] |= ROW_USED;
             }
         }

@@ -43,7 +43,7 @@ static int search_module(struct dl_phdr_info * info, size_t size, void * data) {
     if (info->dlpi_name && info->dlpi_name[0]) {
         void * handle = dlopen(info->dlpi_name, RTLD_LAZY | RTLD_NOLOAD);
         if (handle) {
-            search->found = not_ours(dlsym(handle, search->name));
+            search->found = not_ours(agent_dlsym(handle, search->name));
             dlclose(handle);
         }
     }
@@ -55,14 +55,14 @@ static void * look_up(const char * name, void * caller) {
     void *            found  = NULL;
     void *            handle = map ? open_module(map) : NULL;
     if (handle) {
-        found = not_ours(dlsym(handle, name));
+        found = not_ours(agent_dlsym(handle, name));
         dlclose(handle);
     }
     if (!found) {
-        found = not_ours(dlsym(RTLD_NEXT, name));
+        found = not_ours(agent_dlsym(RTLD_NEXT, name));
     }
     if (!found && primary_path[0] && (handle = dlopen(primary_path, RTLD_LAZY | RTLD_NOLOAD))) {
-        found = not_ours(dlsym(handle, name));
+        found = not_ours(agent_dlsym(handle, name));
         dlclose(handle);
     }
     if (!found) {
@@ -97,7 +97,7 @@ void * real_of(const char * name, void * caller, struct real_cache * cache) {
 }
 
 static void * in_module(void * handle, const char * name) {
-    void * symbol = dlsym(handle, name);
+    void * symbol = agent_dlsym(handle, name);
     return not_ours(symbol) ? symbol : look_up(name, NULL);
 }
 

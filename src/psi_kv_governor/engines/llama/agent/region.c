@@ -159,7 +159,11 @@ void region_born(struct lib * lib, ggml_backend_buffer_t buffer, struct ggml_con
             forget(region);
         }
     }
+    const bool known = region && region->alive;
     pthread_mutex_unlock(&agent.lock);
+    if (known) {
+        socket_start();
+    }
 }
 
 // ---- files ------------------------------------------------------------------------------------------------
@@ -551,6 +555,29 @@ uint64_t unpark_pages(struct region * region, uint64_t first, uint64_t last) {
     (void) madvise((void *) first, last - first, MADV_POPULATE_READ);
     const uint64_t after = resident_in(first, last);
     return after > before ? after - before : 0;
+}
+
+// A saved state: its own unlinked file, which vanishes with the mapping.
+uint64_t move_to_file(uint64_t first, uint64_t last) {
+    if (!agent.place[0] || !space_for(last - first)) {
+        return 0;
+    }
+    const uint64_t before = resident_in(first, last);
+    struct region  one    = {.first = first, .last = last, .fd = open_unlinked(0), .direct_fd = -1};
+    one.in_file           = calloc((last - first) / page_bytes(), 1);
+    if (one.fd < 0 || !one.in_file) {
+        refused("no file can be made for a saved state");
+    } else if (move_out(&one, first, last, false)) {
+        (void) sync_file_range(one.fd, 0, (off_t) (last - first), SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
+        (void) posix_fadvise(one.fd, 0, (off_t) (last - first), POSIX_FADV_DONTNEED);
+        agent.written_bytes += last - first;
+    }
+    if (one.fd >= 0) {
+        close(one.fd);
+    }
+    free(one.in_file);
+    const uint64_t after = resident_in(first, last);
+    return before > after ? before - after : 0;
 }
 
 uint64_t drop_pages(struct region * region, uint64_t first, uint64_t last) {

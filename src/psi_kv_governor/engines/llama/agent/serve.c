@@ -10,7 +10,7 @@
 #include "agent.h"
 
 enum { VERSION = 1 };
-enum op { HELLO = 1, SNAPSHOT, SEQUENCE, MASK, UNMASK, PARK, UNPARK, WRITE, RELEASE, EVIDENCE, COLLECT, FORGET };
+enum op { HELLO = 1, SNAPSHOT, SEQUENCE, MASK, UNMASK, PARK, UNPARK, WRITE, RELEASE, EVIDENCE, COLLECT, FORGET, BLOBS, PARK_BLOB, REFUSE };
 enum kind { ARRIVALS = 1, KEY_NORMS, KEY_DIFFS, ATTENTION, LAST_USED };
 
 struct range { int32_t start, stop; };
@@ -41,7 +41,11 @@ struct region_info {
     char     why_no_mask[96];
 };
 
+struct blob_info { uint32_t id, flags; uint64_t bytes; double used_s; };  // 1: parked, 2: a checkpoint
+
 struct sequence_info { int32_t id, low, high, n, masked, affected, parked, unused; double used_s; };
+
+pthread_mutex_t serving = PTHREAD_MUTEX_INITIALIZER;
 
 #define SLICE_BYTES (8u << 20)
 // How long a program's call may be kept waiting for us, and how long we wait for it.
@@ -433,6 +437,24 @@ static char * answer(const struct request * request, char * to, char * end, stru
         agent.sample_half_life = (float) request->ranges[2].start;
         return to;
     }
+    if (request->op == BLOBS) {
+        static struct blob told[4096];
+        const int n = blobs_tell(told, 4096);
+        for (int i = 0; i < n && to; i++) {
+            const struct blob_info info = {told[i].id, (told[i].parked ? 1u : 0u) | (told[i].checkpoint ? 2u : 0u), told[i].bytes, told[i].used_s};
+            to = put(to, end, &info, sizeof(info));
+            reply->count++;
+        }
+        return to;
+    }
+    if (request->op == PARK_BLOB) {
+        reply->bytes = blob_park(request->region, &reply->written);
+        return to;
+    }
+    if (request->op == REFUSE) {
+        blobs_refuse(request->flags != 0);
+        return to;
+    }
     struct region * region = region_of_id(request->region);
     if (!region || agent.forked) {
         reply->status = 1;
@@ -453,7 +475,15 @@ static char * answer(const struct request * request, char * to, char * end, stru
     return to;
 }
 
-pthread_mutex_t serving = PTHREAD_MUTEX_INITIALIZER;
+void agent_alone(void) {
+    for (int i = 0; i < MAX_REGIONS; i++) {
+        if (agent.regions[i].alive) {
+            forget_masks(&agent.regions[i]);
+        }
+    }
+    agent.watched = false;
+    blobs_refuse(false);
+}
 
 // One request at a time. Gives the bytes of the reply, or minus the bytes that it would need.
 EXPORT int64_t psikv_serve(const void * message, int64_t n_message, void * answer_to, int64_t capacity) {

@@ -1,0 +1,188 @@
+// Saved states that a program keeps in memory: entries of a prompt cache, checkpoints. The program asks for a state's
+// size, allocates so much, and has it filled; here this one allocation becomes a mapping of its own, which can be parked
+// once it is whole. It is read again only when the state is loaded.
+
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "agent.h"
+
+#define MAX_BLOBS 4096
+#define LEAST_BYTES (1u << 20)
+
+static struct blob blobs[MAX_BLOBS];
+static int         n_blobs;  // slots used so far
+static uint32_t    next_id;
+static bool        refusing;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+
+// The state that this thread is about to make room for.
+static __thread struct { size_t bytes; uint32_t flags; } expected;
+
+void blob_expect(size_t bytes, uint32_t flags) {
+    expected.bytes = bytes;
+    expected.flags = flags;
+}
+
+void blobs_refuse(bool refuse) { refusing = refuse; }
+
+static struct blob * blob_at(const void * address) {
+    for (int i = 0; i < n_blobs; i++) {
+        if (blobs[i].bytes && (uintptr_t) address == blobs[i].base) {
+            return &blobs[i];
+        }
+    }
+    return NULL;
+}
+
+static void * take(size_t bytes) {
+    const size_t mapped = (bytes + page_bytes() - 1) & ~(page_bytes() - 1);
+    void * at = mmap(NULL, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (at == MAP_FAILED) {
+        return NULL;
+    }
+    pthread_mutex_lock(&lock);
+    int slot = 0;
+    while (slot < n_blobs && blobs[slot].bytes) {
+        slot++;
+    }
+    const bool fits = slot < MAX_BLOBS;
+    if (fits) {
+        n_blobs     = slot == n_blobs ? n_blobs + 1 : n_blobs;
+        blobs[slot] = (struct blob){.id = ++next_id, .base = (uintptr_t) at, .bytes = bytes, .mapped = mapped,
+                                    .checkpoint = expected.flags != 0, .used_s = agent_now_s()};
+    }
+    pthread_mutex_unlock(&lock);
+    if (!fits) {
+        munmap(at, mapped);
+    }
+    return fits ? at : NULL;
+}
+
+static bool gone(void * address) {
+    if ((uintptr_t) address & (page_bytes() - 1)) {
+        return false;  // none of ours: they begin on a page
+    }
+    pthread_mutex_lock(&serving);  // not while it is being parked
+    pthread_mutex_lock(&lock);
+    struct blob * blob = blob_at(address);
+    if (blob) {
+        munmap((void *) blob->base, blob->mapped);
+        blob->bytes = 0;
+    }
+    pthread_mutex_unlock(&lock);
+    pthread_mutex_unlock(&serving);
+    return blob != NULL;
+}
+
+static void * real_function(const char * name, void ** kept) {
+    if (!*kept) {
+        *kept = agent_dlsym(RTLD_NEXT, name);
+    }
+    return *kept;
+}
+
+// Where a program's operator new throws for want of memory, its own prompt cache makes itself smaller. A checkpoint
+// must never fail.
+EXPORT void * _Znwm(size_t bytes) {
+    static void * kept;
+    void * (*real)(size_t) = real_function("_Znwm", &kept);
+    if (bytes >= LEAST_BYTES && bytes == expected.bytes) {
+        const uint32_t flags = expected.flags;
+        expected.bytes       = 0;
+        if (refusing && flags == 0) {
+            return real(SIZE_MAX / 2);  // throws what the program expects
+        }
+        void * at = take(bytes);
+        if (at) {
+            return at;
+        }
+    }
+    if (!real) {
+        void * at = malloc(bytes ? bytes : 1);  // no libstdc++ here: nobody to catch an exception either
+        if (!at) {
+            abort();
+        }
+        return at;
+    }
+    return real(bytes);
+}
+
+EXPORT void _ZdlPv(void * address) {
+    static void * kept;
+    if (!address || (n_blobs && gone(address))) {
+        return;
+    }
+    void (*real)(void *) = real_function("_ZdlPv", &kept);
+    if (real) {
+        real(address);
+    } else {
+        free(address);
+    }
+}
+
+EXPORT void _ZdlPvm(void * address, size_t bytes) {
+    (void) bytes;
+    _ZdlPv(address);
+}
+
+// A state was written to `address`: if that is one of ours, it is whole.
+void blob_whole(const void * address, size_t bytes) {
+    if (!n_blobs || !bytes) {
+        return;
+    }
+    pthread_mutex_lock(&lock);
+    struct blob * blob = blob_at(address);
+    if (blob) {
+        blob->whole  = true;
+        blob->used_s = agent_now_s();
+    }
+    pthread_mutex_unlock(&lock);
+}
+
+void blob_used(const void * address) { blob_whole(address, 1); }
+
+int blobs_tell(struct blob * to, int most) {
+    int n = 0;
+    pthread_mutex_lock(&lock);
+    for (int i = 0; i < n_blobs && n < most; i++) {
+        if (blobs[i].bytes && blobs[i].whole) {
+            to[n++] = blobs[i];
+        }
+    }
+    pthread_mutex_unlock(&lock);
+    return n;
+}
+
+// Moves a whole blob to a file. `serving` is held, so it can't be freed meanwhile. Gives the resident bytes that went.
+uint64_t blob_park(uint32_t id, uint64_t * written) {
+    pthread_mutex_lock(&lock);
+    struct blob * blob = NULL;
+    for (int i = 0; i < n_blobs && !blob; i++) {
+        blob = blobs[i].bytes && blobs[i].whole && blobs[i].id == id ? &blobs[i] : NULL;
+    }
+    const struct blob one = blob ? *blob : (struct blob){0};
+    pthread_mutex_unlock(&lock);
+    if (!blob) {
+        return 0;
+    }
+    if (one.parked) {  // loaded since, and so back in memory: clean, and dropped as it is
+        const uint64_t before = resident_in(one.base, one.base + one.mapped);
+        (void) madvise((void *) one.base, one.mapped, MADV_DONTNEED);
+        const uint64_t after = resident_in(one.base, one.base + one.mapped);
+        return before - after;
+    }
+    const uint64_t bytes = move_to_file(one.base, one.base + one.mapped);
+    if (bytes) {
+        *written += one.mapped;
+        pthread_mutex_lock(&lock);
+        blob->parked = true;
+        pthread_mutex_unlock(&lock);
+    }
+    return bytes;
+}

@@ -1,0 +1,255 @@
+"""All programs under one sidecar as one engine: each agent that connects is one more process with caches."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import struct
+import threading
+from collections.abc import Callable
+
+import msgspec
+
+from psi_kv_governor.cache import (
+    CacheState,
+    Capabilities,
+    Capability,
+    Description,
+    Evidence,
+    Kind,
+    Plan,
+    Result,
+    Snapshot,
+    Step,
+)
+from psi_kv_governor.engines.llama.client import VERSION, Client, Op
+from psi_kv_governor.engines.llama.engine import LlamaEngine, added
+from psi_kv_governor.errors import EngineError
+
+_LENGTH = struct.Struct("<I")
+_ID_BITS = 20
+"""Bits of a cache's number within its process; the number of the process stands above them."""
+_ANSWER_S = 60.0
+"""Longest that an agent may take to answer. A plan ends by its deadline, but a thrashing machine is slow."""
+
+
+class SocketTransport:
+    """Carries requests to an agent in another process. Raises EngineError when it is gone."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._connection.settimeout(_ANSWER_S)
+        self._lock = threading.Lock()
+
+    def __call__(self, request: bytes) -> bytes:
+        with self._lock:
+            try:
+                self._connection.sendall(_LENGTH.pack(len(request)) + request)
+                (n,) = _LENGTH.unpack(self._read(_LENGTH.size))
+                if n == 0:
+                    raise EngineError("the agent and this package are of different versions")
+                return self._read(n)
+            except OSError as error:
+                self.close()  # half a message may be under way
+                raise EngineError(f"the program is gone: {error}") from error
+
+    def _read(self, n: int) -> bytes:
+        parts = []
+        while n:
+            part = self._connection.recv(min(n, 1 << 20))
+            if not part:
+                raise ConnectionResetError("it closed the connection")
+            parts.append(part)
+            n -= len(part)
+        return b"".join(parts)
+
+    def close(self) -> None:
+        """End the connection. The agent takes its masks off."""
+        with contextlib.suppress(OSError):
+            self._connection.close()
+
+
+class _Member:
+    def __init__(self, number: int, pid: int, transport: SocketTransport, engine: LlamaEngine) -> None:
+        self.number, self.pid, self.transport, self.engine = number, pid, transport, engine
+
+
+class Fleet:
+    """An `Engine` over every agent that connects to the abstract socket `name`.
+
+    `opened` and `closed` are called with the process id of each that comes and goes, in a thread of its own.
+    """
+
+    def __init__(
+        self,
+        *,
+        place: str,
+        backing: str,
+        why_backing: str = "",
+        name: str = "",
+        opened: Callable[[int], None] = lambda pid: None,
+        closed: Callable[[int], None] = lambda pid: None,
+    ) -> None:
+        self.name = name or f"psi-kv-{os.getpid()}-{secrets.token_hex(8)}"
+        """Without the NUL that makes it abstract. It can't be guessed, and each end looks who the other is."""
+        self._place, self._backing, self._why_backing = place, backing, why_backing
+        self._opened, self._closed = opened, closed
+        self._members: dict[int, _Member] = {}
+        self._next = 1
+        self._kinds: frozenset[Kind] = frozenset()
+        self._lock = threading.Lock()
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(f"\0{self.name}")
+        self._listener.listen(64)
+        self._thread = threading.Thread(target=self._accept, name="psi-kv-agents", daemon=True)
+        self._thread.start()
+
+    # -- coming and going -------------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return  # closed
+            threading.Thread(target=self._enter, args=(connection,), name="psi-kv-agent", daemon=True).start()
+
+    def _enter(self, connection: socket.socket) -> None:
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        pid, uid, _ = struct.unpack("3i", credentials)
+        transport = SocketTransport(connection)
+        if uid != os.getuid() and os.getuid() != 0:
+            transport.close()
+            return
+        client = Client(transport)
+        try:
+            told = client.ask(Op.HELLO)
+        except (EngineError, struct.error):
+            transport.close()
+            return
+        if len(told.payload) < 8 or struct.unpack_from("<2i", told.payload)[1] != VERSION:
+            transport.close()
+            return
+        engine = LlamaEngine(
+            client, pid=pid, place=self._place, backing=self._backing, why_backing=self._why_backing
+        )
+        with self._lock:
+            member = _Member(self._next, pid, transport, engine)
+            self._next += 1
+            self._members[member.number] = member
+            kinds = self._kinds
+        with contextlib.suppress(EngineError):
+            engine.collect(kinds)
+        self._opened(pid)
+
+    def _gone(self, member: _Member) -> None:
+        with self._lock:
+            known = self._members.pop(member.number, None) is not None
+        member.transport.close()
+        if known:
+            self._closed(member.pid)
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes that are connected now."""
+        return [member.pid for member in self._all()]
+
+    def _all(self) -> list[_Member]:
+        with self._lock:
+            return list(self._members.values())
+
+    # -- the protocol -----------------------------------------------------------------------------------
+
+    def describe(self) -> Description:
+        """See Engine. Of several processes what the first can do."""
+        for member in self._all():
+            return member.engine.describe()
+        none_yet = Capability(able=False, why="no program with a llama.cpp cache has connected yet")
+        return Description(
+            engine="llama",
+            capabilities=Capabilities(release=none_yet, park=none_yet, mask=none_yet, blobs=none_yet),
+            backing=self._backing,
+            place=self._place,
+            details={"backing": self._why_backing} if self._why_backing else {},
+        )
+
+    def snapshot(self) -> Snapshot:
+        """See Engine. A process that ended is left out from then on."""
+        caches: list[CacheState] = []
+        written_bytes, time_s = 0, 0.0
+        for member in self._all():
+            try:
+                one = member.engine.snapshot()
+            except EngineError:
+                self._gone(member)
+                continue
+            written_bytes += one.written_bytes
+            time_s = max(time_s, one.time_s)
+            for cache in one.caches:
+                number = member.number << _ID_BITS | cache.id
+                caches.append(msgspec.structs.replace(cache, id=number))
+        return Snapshot(time_s=time_s, caches=tuple(caches), written_bytes=written_bytes)
+
+    def apply(self, plan: Plan) -> Result:
+        """See Engine. Steps of different processes are carried out in the order of the plan."""
+        total = Result()
+        for step in plan.steps:
+            member, local = self._member(step)
+            if member is None:
+                continue  # it ended meanwhile
+            left = (
+                None if plan.max_bytes is None else plan.max_bytes - total.bytes_returned - total.bytes_back
+            )
+            if (left is not None and left <= 0) or total.seconds >= plan.deadline_s:
+                return msgspec.structs.replace(total, done=False)
+            one = Plan(
+                steps=(local,),
+                deadline_s=plan.deadline_s - total.seconds,
+                max_bytes=left,
+                urgent=plan.urgent,
+            )
+            try:
+                result = member.engine.apply(one)
+            except EngineError:
+                self._gone(member)
+                continue
+            total = msgspec.structs.replace(added(total, result), seconds=total.seconds + result.seconds)
+        return total
+
+    def _member(self, step: Step) -> tuple[_Member | None, Step]:
+        with self._lock:
+            member = self._members.get(step.cache >> _ID_BITS)
+        return member, msgspec.structs.replace(step, cache=step.cache & ((1 << _ID_BITS) - 1))
+
+    def collect(self, kinds: frozenset[Kind]) -> None:
+        """See Engine. Also of those who connect later."""
+        with self._lock:
+            self._kinds = kinds
+        for member in self._all():
+            with contextlib.suppress(EngineError):
+                member.engine.collect(kinds)
+
+    def evidence(self, cache: int, sequence: int) -> Evidence:
+        """See Engine."""
+        with self._lock:
+            member = self._members.get(cache >> _ID_BITS)
+        if member is None:
+            raise EngineError("the process of this cache has ended")
+        return member.engine.evidence(cache & ((1 << _ID_BITS) - 1), sequence)
+
+    def refuse_blobs(self, refuse: bool) -> None:
+        """See LlamaEngine."""
+        for member in self._all():
+            with contextlib.suppress(EngineError):
+                member.engine.refuse_blobs(refuse)
+
+    def close(self) -> None:
+        """See Engine."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for member in self._all():
+            member.engine.close()
+            member.transport.close()

@@ -1,0 +1,117 @@
+"""The agent of this process, where its caches are born and parked, and what is asked of one model of it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+from psi_kv_governor.cache import (
+    Capabilities,
+    Capability,
+    Description,
+    Evidence,
+    Kind,
+    Plan,
+    Result,
+    Snapshot,
+)
+from psi_kv_governor.config import GovernorConfig
+from psi_kv_governor.engines.llama.client import Client, InProcess
+from psi_kv_governor.engines.llama.engine import LlamaEngine
+from psi_kv_governor.engines.llama.library import load
+from psi_kv_governor.errors import BadInputError, EngineError
+from psi_kv_governor.residence import choose_backing, find_place, swap_state
+
+
+class Chosen(NamedTuple):
+    """Where caches are born and parked."""
+
+    folder: str
+    """Empty where there is no place to park."""
+    backing: str
+    why: str
+
+
+opening = threading.RLock()
+"""Held while a model is opened: the agent has one place at a time."""
+
+
+@functools.cache
+def client() -> Client:
+    """The client of this process' agent. Raises EngineError where there is none."""
+    agent = load().agent
+    if agent is None:
+        raise EngineError(load().why)
+    return Client(InProcess(agent.serve))
+
+
+def prepare(config: GovernorConfig) -> Chosen:
+    """Have the caches that are opened from now on live where `config` says. Raises EngineError without an
+    agent, BadInputError for a folder that was named and can't be used."""
+    agent = load().agent
+    if agent is None:
+        raise EngineError(load().why)
+    search = find_place(
+        config.place, limit_bytes=config.place_limit_bytes, reserve_bytes=config.place_reserve_bytes
+    )
+    if search.place is None and config.place:
+        raise BadInputError(search.why_none)  # it was named: a mistake, not a machine's limit
+    backing, why = choose_backing(config.backing, search.place, *swap_state())
+    folder = search.place.folder if search.place else ""
+    chosen = Chosen(folder, backing, why if folder else search.why_none)
+    agent.configure(
+        chosen.folder,
+        in_file=chosen.backing == "file",
+        reserve_bytes=config.place_reserve_bytes,
+        limit_bytes=config.place_limit_bytes,
+    )
+    return chosen
+
+
+def engine(chosen: Chosen, context: Callable[[], int] | None = None) -> LlamaEngine:
+    """The engine of this process' caches, or with `context` of those of one llama_context (its address)."""
+    return LlamaEngine(
+        client(),
+        pid=os.getpid(),
+        place=chosen.folder,
+        backing=chosen.backing,
+        why_backing=chosen.why,
+        context=context,
+    )
+
+
+class NoEngine:
+    """An `Engine` without caches, for a model that can't be governed: it runs as without us."""
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+
+    def describe(self) -> Description:
+        """See Engine."""
+        unable = Capability(able=False, why=self._why)
+        return Description(
+            engine="llama",
+            capabilities=Capabilities(release=unable, park=unable, mask=unable, blobs=unable),
+        )
+
+    def snapshot(self) -> Snapshot:
+        """See Engine."""
+        return Snapshot(time_s=0.0)
+
+    def apply(self, plan: Plan) -> Result:
+        """See Engine."""
+        del plan
+        return Result(problem=self._why)
+
+    def collect(self, kinds: frozenset[Kind]) -> None:
+        """See Engine."""
+
+    def evidence(self, cache: int, sequence: int) -> Evidence:
+        """See Engine."""
+        raise EngineError(self._why)
+
+    def close(self) -> None:
+        """See Engine."""
