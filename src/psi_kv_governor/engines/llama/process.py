@@ -48,20 +48,26 @@ def client() -> Client:
     return Client(InProcess(agent.serve))
 
 
-def prepare(config: GovernorConfig) -> Chosen:
-    """Have the caches that are opened from now on live where `config` says. Raises EngineError without an
-    agent, BadInputError for a folder that was named and can't be used."""
-    agent = load().agent
-    if agent is None:
-        raise EngineError(load().why)
+def choose(config: GovernorConfig) -> Chosen:
+    """Where `config` has caches live on this machine. Raises BadInputError for a folder that was named and
+    can't be used: a mistake, and not a machine's limit."""
     search = find_place(
         config.place, limit_bytes=config.place_limit_bytes, reserve_bytes=config.place_reserve_bytes
     )
     if search.place is None and config.place:
-        raise BadInputError(search.why_none)  # it was named: a mistake, not a machine's limit
+        raise BadInputError(search.why_none)
     backing, why = choose_backing(config.backing, search.place, *swap_state())
     folder = search.place.folder if search.place else ""
-    chosen = Chosen(folder, backing, why if folder else search.why_none)
+    return Chosen(folder, backing, why if folder else search.why_none)
+
+
+def prepare(config: GovernorConfig) -> Chosen:
+    """Have the caches that are opened from now on live where `config` says. Raises EngineError without an
+    agent, and what `choose` raises."""
+    agent = load().agent
+    if agent is None:
+        raise EngineError(load().why)
+    chosen = choose(config)
     agent.configure(
         chosen.folder,
         in_file=chosen.backing == "file",

@@ -1,0 +1,48 @@
+"""What the tests of the engine for llama.cpp share: tiny models, and contexts that close themselves."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from models import LLAMA, Shape, write_model
+
+from psi_kv_governor.engines.llama import library
+from psi_kv_governor.residence import find_place
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Callable[[Shape], Path]:
+    """Writes a tiny model of a shape, once a session."""
+    made: dict[Shape, Path] = {}
+    folder = tmp_path_factory.mktemp("models")
+
+    def write(shape: Shape = LLAMA) -> Path:
+        if shape not in made:
+            made[shape] = write_model(folder / f"{len(made)}-{shape.arch}.gguf", shape)
+        return made[shape]
+
+    return write
+
+
+@pytest.fixture
+def folder(tmp_path, request) -> Iterator[Path]:
+    """A folder on a disk: /tmp may be memory, and there nothing is parked."""
+    if find_place(str(tmp_path)).place is not None:
+        yield tmp_path
+        return
+    path = Path(__file__).parents[3] / "out" / f"engine-{os.getpid()}-{abs(hash(request.node.nodeid))}"
+    path.mkdir(parents=True)
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def agent() -> library.Agent:
+    """The agent in this process, with llama_cpp behind it."""
+    loaded = library.load()
+    assert loaded.agent is not None, loaded.why
+    return loaded.agent
