@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from psi_kv_governor.config import GovernorConfig, load_config
-    from psi_kv_governor.engine.llama.llm import GovernedLlama
+    from psi_kv_governor.llama import GovernedLlama
     from psi_kv_governor.governor import Governor, psi_set_cache_limit
     from psi_kv_governor.status import Status
 
 _HOME = {
-    "GovernedLlama": "psi_kv_governor.engine.llama.llm",
+    "GovernedLlama": "psi_kv_governor.llama",
     "Governor": "psi_kv_governor.governor",
     "GovernorConfig": "psi_kv_governor.config",
     "Status": "psi_kv_governor.status",

@@ -25,25 +25,29 @@ class ModeChanged(_Event, frozen=True, kw_only=True):
 
 
 class Trimmed(_Event, frozen=True, kw_only=True):
-    """Cells were given up and their memory returned."""
+    """Memory was given up: parked, or parked and masked."""
 
     cells: int
-    spilled: int
+    masked: int
+    """Of these, the ones that attention passes over from now on."""
     bytes_returned: int
+    written_bytes: int = 0
     seconds: float
     reason: str
 
 
 class Restored(_Event, frozen=True, kw_only=True):
-    """Spilled cells are back where they were."""
+    """Masked cells are back, bit for bit."""
 
     cells: int
+    bytes_back: int
     seconds: float
-    missing: int
+    masked_bytes: int
+    """What is still masked."""
 
 
 class Recomputed(_Event, frozen=True, kw_only=True):
-    """Lost tokens were decoded again."""
+    """Tokens were decoded again."""
 
     cells: int
     seconds: float
@@ -69,7 +73,32 @@ class SourceChanged(_Event, frozen=True, kw_only=True):
     why: str
 
 
-Event = ModeChanged | Trimmed | Restored | Recomputed | Released | Degraded | SourceChanged
+class CacheOpened(_Event, frozen=True, kw_only=True):
+    """A cache is governed from now on."""
+
+    cache: int
+    name: str
+    pid: int
+
+
+class CacheClosed(_Event, frozen=True, kw_only=True):
+    """A cache is gone: its model was closed, or its process ended."""
+
+    cache: int
+    name: str
+
+
+Event = (
+    CacheOpened
+    | CacheClosed
+    | ModeChanged
+    | Trimmed
+    | Restored
+    | Recomputed
+    | Released
+    | Degraded
+    | SourceChanged
+)
 
 
 class JsonLinesSink:

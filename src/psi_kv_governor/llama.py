@@ -37,7 +37,7 @@ masked: a quarter of a second of prefill on the demo model, two on an 8B model w
 where they are no more than the request's own prompt has to decode anyway, so that it at most doubles."""
 
 
-class GovernedLlama(llama_cpp.Llama):
+class GovernedLlama(llama_cpp.Llama):  # type: ignore[misc]  # mypy here follows no import of llama_cpp
     """Takes every argument of `llama_cpp.Llama`, and has all of its methods.
 
     A result for which some of the context was masked, or that builds on tokens decoded while it was, has a
@@ -153,8 +153,10 @@ def _before_request(llm: GovernedLlama, tokens: list[int]) -> None:
 def _head(llm: GovernedLlama, tokens: list[int]) -> int:
     """Length of the system prompt with what the chat template puts around it: up to the first end of a turn."""
     vocabulary = llama_cpp.llama_model_get_vocab(llm.model)
-    ends = (i for i, token in enumerate(tokens) if i and llama_cpp.llama_vocab_is_eog(vocabulary, token))
-    return next(ends, -1) + 1
+    for i, token in enumerate(tokens):
+        if i and llama_cpp.llama_vocab_is_eog(vocabulary, token):
+            return i + 1
+    return 0
 
 
 def _heal(llm: GovernedLlama, length: int, most: int) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from psi_kv_governor.policy.base import Evidence, Kind, Policy, Range, Values
+from psi_kv_governor.cache import Evidence, Kind, Range, Values
+from psi_kv_governor.policy.base import Policy
 from psi_kv_governor.policy.registry import POLICIES, all_policies, get_policy
 from psi_kv_governor.policy.select import select, trimmable
 

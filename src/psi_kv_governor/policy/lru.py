@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from psi_kv_governor.policy.base import Evidence, Kind, Policy, Range, Values
+from psi_kv_governor.cache import Evidence, Kind, Range, Values
+from psi_kv_governor.policy.base import Policy
 from psi_kv_governor.policy.pool import highest, without_gaps
 
 

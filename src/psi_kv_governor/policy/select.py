@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from psi_kv_governor.policy.base import Evidence, Policy, Range, Values
+from psi_kv_governor.cache import Evidence, Range, Values, merged, without
+from psi_kv_governor.policy.base import Policy
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Scored:
             part = Range(block.start, min(block.stop, block.start + most - taken))
             chosen.append(part)
             taken += part.cells
-        return _merge(chosen)
+        return merged(chosen)
 
 
 def score(
@@ -140,26 +141,9 @@ def _clip(part: Range, zone: Range) -> Range:
     return Range(start, max(start, min(part.stop, zone.stop)))
 
 
-def without(part: Range, gone: Range) -> Iterator[Range]:
-    """What is left of `part` without `gone`: none, one or two ranges."""
-    for rest in (Range(part.start, min(part.stop, gone.start)), Range(max(part.start, gone.stop), part.stop)):
-        if rest.cells > 0:
-            yield rest
-
-
 def _cut(part: Range, block_cells: int) -> Iterator[Range]:
     start = part.start
     while start < part.stop:
         stop = min(part.stop, (start // block_cells + 1) * block_cells)
         yield Range(start, stop)
         start = stop
-
-
-def _merge(ranges: Sequence[Range]) -> list[Range]:
-    merged: list[Range] = []
-    for part in sorted(ranges):
-        if merged and merged[-1].stop == part.start:
-            merged[-1] = Range(merged[-1].start, part.stop)
-        else:
-            merged.append(part)
-    return merged

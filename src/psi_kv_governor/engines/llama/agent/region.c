@@ -237,6 +237,7 @@ static bool bear_in_file(struct region * region) {
     region->mapped  = true;
     region->backing = BACKING_FILE;
     agent.born_bytes += bytes;
+    sigbus_install();
     return true;
 }
 
@@ -463,6 +464,7 @@ static bool move_out(struct region * region, uint64_t first, uint64_t last, bool
     }
     no_read_ahead(first, last);
     region->mapped = true;
+    sigbus_install();
     memset(region->in_file + (first - region->first) / page_bytes(), 1, (last - first) / page_bytes());
     return true;
 }

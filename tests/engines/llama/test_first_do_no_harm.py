@@ -1,0 +1,66 @@
+"""Whatever the machine or the program does, a model runs at least as well as without the agent."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import scripts
+from models import LARGE
+
+pytestmark = pytest.mark.llama
+
+backings = pytest.mark.parametrize("backing", ["file", "memory"])
+
+
+@pytest.fixture
+def run(tiny_model, folder):
+    """Runs a script with the path of a model and a folder to park in; gives what it prints."""
+
+    def run_(script: str, *arguments: str, **options) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tiny_model(LARGE)), *(arguments or (str(folder),))],
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+            **options,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return run_
+
+
+@backings
+def test_after_a_fork_neither_process_sees_the_other_s_writes(run, folder, backing):
+    assert "both whole" in run(scripts.FORK, str(folder), backing)
+
+
+@backings
+def test_under_a_filter_that_kills_at_mincore_bytes_are_counted_otherwise(run, folder, backing):
+    assert "alive" in run(scripts.FILTERED, str(folder), backing)
+
+
+@backings
+def test_batches_of_one_and_two_tokens_are_decoded(run, folder, backing):
+    assert "all sizes" in run(scripts.BATCHES, str(folder), backing)
+
+
+@backings
+def test_a_limit_on_the_size_of_files_leaves_the_cache_in_memory(run, folder, backing):
+    assert "runs on" in run(scripts.LIMITED, str(folder), backing)
+
+
+def test_a_library_that_the_user_chose_himself_stands_behind_the_agent(run, tmp_path):
+    installed = Path(importlib.util.find_spec("llama_cpp").origin).parent / "lib"
+    shutil.copytree(installed, tmp_path / "lib", symlinks=True)
+    assert "governed" in run(scripts.OWN_LIBRARY, str(tmp_path / "lib"))
+
+
+def test_where_llama_cpp_was_imported_before_it_says_so_and_the_model_runs(run):
+    assert "plain" in run(scripts.IMPORTED_BEFORE)
