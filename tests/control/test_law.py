@@ -60,6 +60,7 @@ def snapshot(
     spilled: int = 0,
     lost: int = 0,
     trimmable: int | None = None,
+    *,
     lossless: int = 0,
     block: int = 64,
 ):
