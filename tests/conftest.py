@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import uml
 from psi_kv_governor import model
 from psi_kv_governor.bench.pen import Pen
 from psi_kv_governor.errors import PsiKvError
@@ -39,13 +40,15 @@ def _why_not(mark: str) -> str:
     if mark == "llama":
         found = importlib.util.find_spec("llama_cpp")
         return "" if found else "llama-cpp-python is not installed: pip install -e '.[llama]'"
+    if mark == "uml":
+        return uml.why_not()
     able, why = Pen.available("zram" if mark == "swap" else "none")
     return "" if able else why
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    for mark in ("llama", "cgroup", "swap"):
+    for mark in ("llama", "cgroup", "swap", "uml"):
         if item.get_closest_marker(mark) is not None and (why := _why_not(mark)):
             pytest.skip(f"{mark}: {why}")
 

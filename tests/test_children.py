@@ -53,7 +53,8 @@ WITHOUT_FORK = """
 import os
 del os.register_at_fork, os.fork
 import psi_kv_governor, psi_kv_governor.lifetime, psi_kv_governor.status_socket
-import psi_kv_governor.pressure.neighbours, psi_kv_governor.engine.llama.safepoint, psi_kv_governor.engine.llama.llm
+import psi_kv_governor.pressure.neighbours
+import psi_kv_governor.engine.llama.safepoint, psi_kv_governor.engine.llama.llm
 """
 
 

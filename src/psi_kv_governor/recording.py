@@ -26,7 +26,7 @@ from psi_kv_governor.pressure.trace import VERSION, Header, decode_lines, read_l
 
 _log = logging.getLogger("psi_kv_governor")
 
-_PRIVATE_SETTINGS = frozenset({"store_dir"})
+_PRIVATE_SETTINGS = frozenset({"place"})
 """Settings that name a folder of the user. The law does not look at them."""
 
 _CGROUP_PATH = re.compile(r"/sys/fs/cgroup/\S*/")
@@ -151,6 +151,11 @@ def read_recording(path: Path) -> Recording:
     A last line that was cut off (the recorder was killed) is left out, and `note` says so.
     """
     trace = read_lines(path)
+    if trace.header.psi_kv_trace != VERSION:
+        raise BadInputError(
+            f"{path} is a recording of the first edition, which counted in cells: `psi-kv simulate --trace` "
+            "plays its readings; its decisions can't be compared"
+        )
     for number, line in trace.lines:
         _check_keys(path, number, line)
     turns = list(decode_lines(path, trace, Turn))

@@ -18,6 +18,7 @@ from psi_kv_governor.pressure.bell import Bell
 from psi_kv_governor.pressure.discovery import Discovery
 from psi_kv_governor.pressure.machine import MovedError
 from psi_kv_governor.pressure.neighbours import Neighbours
+from psi_kv_governor.pressure.processes import Processes, only_this
 from psi_kv_governor.pressure.reading import PressureSource, Reading
 from psi_kv_governor.pressure.waking import find_waker
 
@@ -38,13 +39,15 @@ class Sensor:
     One thread reads and waits; `interrupt` and `close` may come from any other.
     """
 
-    def __init__(self, source: PressureSource | None, bus: Bus) -> None:
+    def __init__(self, source: PressureSource | None, bus: Bus, processes: Processes = only_this) -> None:
+        """`processes` gives the ids of those that hold the caches: this one, or governed programs."""
         self.source = source
         self.bell = Bell()
         """What `wait` sleeps on. A thread that holds it, and not the sensor, keeps nothing else alive."""
-        self.neighbours = None if source is not None else Neighbours()
+        self.neighbours = None if source is not None else Neighbours(processes=processes)
         """The other governors of this user; none beside a source that was given."""
         self._bus = bus
+        self._processes = processes
         self._box = _Box()
         self._bars = _Bars()
         self._reading: Reading | None = None
@@ -120,7 +123,7 @@ class Sensor:
 
     def _find(self, why: str) -> None:
         """Take the best source there is, and what wakes for it."""
-        found = discover(avoid=self._bars.names(time.monotonic()))
+        found = discover(avoid=self._bars.names(time.monotonic()), processes=self._processes)
         if found.source is None:
             self.source = None
             self.bell.watch(None)
@@ -144,7 +147,8 @@ class Sensor:
 
     def _climb(self) -> None:
         """Look whether a better rung than the one in use answers again."""
-        found = discover(avoid=self._bars.names(time.monotonic()), rungs=self._rank)
+        barred = self._bars.names(time.monotonic())
+        found = discover(avoid=barred, rungs=self._rank, processes=self._processes)
         if found.source is not None:
             self._take(found, found.source, "a better source answers")
         elif self.bell.waker is None or self._waker_fell:

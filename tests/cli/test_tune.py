@@ -21,7 +21,7 @@ from psi_kv_governor.cli import tune as command
 from psi_kv_governor.config import GovernorConfig, load_config
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.pressure.discovery import Discovery
-from psi_kv_governor.pressure.reading import Reading
+from psi_kv_governor.pressure.reading import Reading, one_level
 from psi_kv_governor.pressure.trace import write_trace
 
 LIMIT_BYTES = 1 << 30
@@ -30,7 +30,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(psi_kv_governor.__file__).pa
 
 def readings(stalls: list[float], headrooms: list[float]) -> list[Reading]:
     return [
-        Reading(
+        one_level(
             time_s=i / 50,
             interval_s=0.1,
             some=some,
@@ -54,7 +54,7 @@ class Machine:
     def read(self) -> Reading:
         self.reads += 1
         stall = 0.15 if self.reads % 3 == 0 else 0.0
-        return Reading(
+        return one_level(
             time_s=time.monotonic(),
             interval_s=0.1,
             some=stall,
@@ -128,11 +128,11 @@ def test_an_existing_file_is_refused_at_once(tmp_path, machine):
 
 def test_force_keeps_the_old_file_and_its_other_settings(tmp_path):
     file = tmp_path / "psi-kv.toml"
-    old = 'policy = "fifo"\nstore_dir = "/some/where \\"else\\""\nhigh = 0.5\nfloor_cells = 300\n'
+    old = 'policy = "fifo"\nplace = "/some/where \\"else\\""\nhigh = 0.5\nfloor_cells = 300\n'
     file.write_text(old)
     assert tune("--force").exit_code == 0
     config = load_config(file, {})
-    assert (config.policy, config.floor_cells, config.store_dir) == ("fifo", 300, '/some/where "else"')
+    assert (config.policy, config.floor_cells, config.place) == ("fifo", 300, '/some/where "else"')
     assert config.high != 0.5
     assert (tmp_path / "psi-kv.toml.bak").read_text() == old
     assert tune("--force").exit_code == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 
 import msgspec
 import pytest
@@ -11,6 +12,7 @@ from paper import MIB, Governed, Paper
 
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.control import Action, CacheSnapshot, LawState, Mode, decide, pause_s
+from psi_kv_governor.pressure import discover
 from psi_kv_governor.pressure.reading import MACHINE, Level, Reading, one_level
 
 GIB = 1 << 30
@@ -322,6 +324,20 @@ def test_at_the_floor_it_looks_once_a_second():
     decision, state = decide(CONFIG, state, msgspec.structs.replace(look, time_s=2.0), cache())
     assert decision.action is Action.TRIM
     assert pause_s(CONFIG, look, state) == CONFIG.poll_busy_s
+
+
+def test_there_a_turn_costs_less_than_two_thousandths_of_a_core():
+    """Processor time of looking and deciding on this machine, once a second."""
+    source, state = discover().source, LawState()
+    source.read()
+    turns = 200
+    before_s = time.process_time()
+    for _ in range(turns):
+        look = source.read()
+        _, state = decide(CONFIG, state, look, cache(trimmable_mib=0))
+        pause_s(CONFIG, look, state)
+    assert (time.process_time() - before_s) / turns < 0.002 * 1.0
+    source.close()
 
 
 @pytest.mark.parametrize(("headroom", "behind"), [(0.5, False), (0.2, True), (0.03, True)])

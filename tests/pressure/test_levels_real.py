@@ -1,4 +1,4 @@
-"""What the kernel itself tells of its levels: another container that thrashes is no shortage of the machine."""
+"""What the kernel itself tells of its levels: another container that thrashes is no shortage of ours."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import time
 
 import pytest
@@ -33,6 +35,20 @@ def test_a_reading_holds_stall_and_headroom(tree):
     assert second.source == "test"
     machine.close()
     machine.close()
+
+
+def test_what_the_governed_processes_hold_is_told(tree):
+    with subprocess.Popen(["sleep", "60"]) as child:
+        sizes = []
+        for pids in ([child.pid], [os.getpid()], [child.pid, os.getpid()], [2**30]):
+            rooms = HeadroomReader(find_cgroups(tree.root), tree.root)
+            machine = MachineSource(None, rooms, "x", processes=lambda found=pids: found)
+            sizes.append(machine.read().own_resident_bytes)
+            machine.close()
+        child.kill()
+    assert 0 < sizes[0] < 8 << 20 < sizes[1]
+    assert sizes[2] == pytest.approx(sizes[0] + sizes[1], rel=0.1)
+    assert sizes[3] is None
 
 
 def test_a_psi_file_that_goes_away_is_said(tree):

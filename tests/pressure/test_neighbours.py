@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
@@ -84,8 +83,19 @@ def test_a_restore_that_is_stuck_keeps_nobody_waiting(pair):
 
 def test_work_is_told_while_it_runs(pair):
     one, other, _ = pair
-    one.say_work([(1.0, 2.0), (3.0, math.inf)])
-    assert other.read(HERE)[0].work == ((1.0, 2.0), (3.0, math.inf))
+    one.say_work([(1.0, 2.0), (3.0, float("inf"))])
+    assert other.read(HERE)[0].work == ((1.0, 2.0), (3.0, 100.0))  # until now
+
+
+def test_a_sidecar_tells_of_the_programs_that_it_governs(tmp_path):
+    with subprocess.Popen(["sleep", "60"]) as child:
+        one = Neighbours(tmp_path, processes=lambda: [child.pid])
+        other = Neighbours(tmp_path)
+        say(one)
+        assert 0 < other.read(HERE)[0].resident_bytes < 8 << 20  # of sleep, not of this Python
+        child.kill()
+        one.close()
+        other.close()
 
 
 def test_one_that_ends_is_gone(pair):

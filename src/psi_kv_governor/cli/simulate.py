@@ -72,6 +72,7 @@ def command(  # noqa: PLR0917  (one parameter an option)
     """
     config = load_config(
         file,
+        None,
         default_file=True,
         **{**settings_given("--set", settings), **({"policy": policy} if policy else {})},
     )

@@ -117,13 +117,16 @@ def command(  # noqa: PLR0917  (one parameter an option)
 
 
 def _full_cache(config: GovernorConfig, cells: int, cell_bytes: int) -> CacheSnapshot:
-    """A context of which everything may go that is not protected."""
+    """A context of which everything may go that is not protected, down to the floor."""
+    floor = max(config.floor_cells, math.ceil(config.floor_share * cells))
+    kept = max(floor, config.sink_cells + config.window_cells)
     return CacheSnapshot(
-        live_cells=cells,
-        spilled_cells=0,
-        lost_cells=0,
-        trimmable_cells=max(0, cells - config.sink_cells - config.window_cells),
-        cell_bytes=cell_bytes,
+        live_bytes=cells * cell_bytes,
+        masked_bytes=0,
+        lost_bytes=0,
+        trimmable_bytes=max(0, cells - kept) * cell_bytes,
+        lossless_bytes=0,
+        step_bytes=config.block_cells * cell_bytes,
     )
 
 

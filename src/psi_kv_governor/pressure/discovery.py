@@ -19,6 +19,7 @@ from psi_kv_governor.pressure.headroom import HeadroomReader
 from psi_kv_governor.pressure.limit_events import LimitEvents, events_of
 from psi_kv_governor.pressure.machine import Counters, MachineSource
 from psi_kv_governor.pressure.portable import PortableRoom
+from psi_kv_governor.pressure.processes import Processes, only_this
 from psi_kv_governor.pressure.psi import PsiFile
 from psi_kv_governor.pressure.reading import MACHINE, PressureSource
 from psi_kv_governor.pressure.systemd import WATCH, is_off, parse_watch
@@ -55,6 +56,7 @@ class _Machine(NamedTuple):
     cgroups: OwnCgroups
     headroom: HeadroomReader
     membership: Membership
+    processes: Processes
 
 
 _Rung = Callable[[_Machine], tuple[Candidate, PressureSource | None]]
@@ -68,11 +70,12 @@ def discover(
     *,
     avoid: frozenset[str] = frozenset(),
     rungs: int | None = None,
+    processes: Processes = only_this,
 ) -> Discovery:
     """Try the rungs of the ladder in order; the first usable one whose name is not in `avoid` is the source.
 
     `root` stands in for the folder that holds /proc and /sys, `environ` for the process's environment. Only
-    the first `rungs` are tried where it is given.
+    the first `rungs` are tried where it is given. `processes` gives the ids of those that hold the caches.
     """
     environ = os.environ if environ is None else environ
     if is_off(environ):
@@ -81,7 +84,12 @@ def discover(
         )
     cgroups = find_cgroups(root)
     machine = _Machine(
-        root, environ, cgroups, HeadroomReader(cgroups, root, environ=environ), Membership(root)
+        root,
+        environ,
+        cgroups,
+        HeadroomReader(cgroups, root, environ=environ),
+        Membership(root),
+        processes,
     )
     chosen: PressureSource | None = None
     rank = 0
@@ -232,7 +240,13 @@ def _source(machine: _Machine, counters: Counters | None, name: str, level: str 
     if own is not None and not own.is_root:
         others |= {str(folder): folder / "memory.pressure" for folder in own.lineage}
     return MachineSource(
-        counters, machine.headroom, name, membership=machine.membership, level=level, others=others
+        counters,
+        machine.headroom,
+        name,
+        membership=machine.membership,
+        level=level,
+        others=others,
+        processes=machine.processes,
     )
 
 

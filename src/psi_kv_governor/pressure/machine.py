@@ -12,7 +12,7 @@ import msgspec
 from psi_kv_governor.errors import BadInputError, SourceLostError
 from psi_kv_governor.pressure.cgroup import Membership
 from psi_kv_governor.pressure.headroom import Room
-from psi_kv_governor.pressure.kernel_file import PAGE_BYTES, KernelFile
+from psi_kv_governor.pressure.processes import Processes, ProcessSizes, only_this
 from psi_kv_governor.pressure.psi import PsiFile, PsiTotals, Stall, StallMeter
 from psi_kv_governor.pressure.reading import Level, Reading
 
@@ -80,9 +80,11 @@ class MachineSource:
         *,
         level: str = "",
         others: Mapping[str, Path] | None = None,
+        processes: Processes = only_this,
     ) -> None:
         """`level` is the name of the level that `counters` are of; without it they are a cgroup's that has no
-        limit. `others` are the PSI files of further levels, which count where those have a limit."""
+        limit. `others` are the PSI files of further levels, which count where those have a limit. `processes`
+        gives the ids of those that hold the caches: this one, or the programs that it governs."""
         self._counters = counters
         self._headroom = headroom
         self._name = name
@@ -91,7 +93,8 @@ class MachineSource:
         self._level = level or name
         self._others = dict(others or {})
         self._gauges: dict[str, _Gauge] = {}
-        self._own = KernelFile(Path("/proc/self/statm"))
+        self._processes = processes
+        self._sizes = ProcessSizes()
         self._meter = StallMeter()
         self._look_s = 0.0
 
@@ -136,12 +139,11 @@ class MachineSource:
         return _stalled(level, self._gauges[level.name].read(time_s))
 
     def _own_bytes(self) -> tuple[int | None, int | None]:
-        """Resident memory of this process, and what of it is file pages and shared memory: the second and
-        third number of statm, in pages (proc(5))."""
-        words = (self._own.read() or b"").split()
-        if len(words) < 3 or not (words[1].isdigit() and words[2].isdigit()):
+        """Resident memory of the governed processes, and what of it is file pages and shared memory."""
+        sizes = [size for pid in self._processes() if (size := self._sizes.read(pid)) is not None]
+        if not sizes:
             return None, None
-        return int(words[1]) * PAGE_BYTES, int(words[2]) * PAGE_BYTES
+        return sum(resident for resident, _ in sizes), sum(mapped for _, mapped in sizes)
 
     def _check_place(self, time_s: float) -> None:
         if self._membership is None or time_s < self._look_s:
@@ -157,7 +159,7 @@ class MachineSource:
         for gauge in self._gauges.values():
             gauge.close()
         self._headroom.close()
-        self._own.close()
+        self._sizes.close()
         if self._membership is not None:
             self._membership.close()
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import msgspec
 
 from psi_kv_governor.forks import at_fork
-from psi_kv_governor.pressure.kernel_file import PAGE_BYTES
+from psi_kv_governor.pressure.processes import Processes, ProcessSizes, only_this
 from psi_kv_governor.pressure.reading import MACHINE, Level, Neighbour
 from psi_kv_governor.socket_place import folders, private
 
@@ -47,7 +47,7 @@ _SPANS = 8
 class _Notice(msgspec.Struct, frozen=True, array_like=True):
     """The content of a file."""
 
-    pid: int
+    pids: tuple[int, ...]
     pid_space: str
     levels: tuple[str, ...]
     time_s: float
@@ -74,16 +74,21 @@ class Neighbours:
     """
 
     def __init__(
-        self, folder: Path | None = None, clock: Callable[[], float] = time.monotonic, root: Path = Path("/")
+        self,
+        folder: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        processes: Processes = only_this,
     ) -> None:
+        """`processes` gives the ids of those that hold the caches."""
         self.problem = ""
         self._clock = clock
-        self._root = root
+        self._processes = processes
+        self._sizes = ProcessSizes()
         self._descriptor = -1
         self._path: Path | None = None
         self._heard: dict[str, _Heard] = {}
         self._look_again_s = -math.inf
-        self._notice = _Notice(os.getpid(), _pid_space(), (), 0.0, 0.0, 0, 0, False, 0, 0, ())
+        self._notice = _Notice((), _pid_space(), (), 0.0, 0.0, 0, 0, False, 0, 0, ())
         self._ids: dict[str, str] = {}
         try:
             self._folder = _folder() if folder is None else folder
@@ -109,6 +114,7 @@ class Neighbours:
         """How this governor stands. Written only where it differs, or while it restores: 5 us."""
         said = msgspec.structs.replace(
             self._notice,
+            pids=tuple(self._processes()),
             levels=tuple(name for level in levels if (name := self._id(level.name))),
             last_used_s=last_used_s,
             trimmable_bytes=trimmable_bytes,
@@ -156,9 +162,10 @@ class Neighbours:
 
     def _neighbour(self, name: str, notice: _Notice, names: dict[str, str], now_s: float) -> Neighbour:
         active = notice.restoring and 0.0 <= now_s - notice.time_s < _STALE_S
-        resident = None
-        if notice.pid_space == self._notice.pid_space:
-            resident = _resident_bytes(self._root, notice.pid)
+        resident_bytes = notice.resident_bytes
+        if notice.pid_space == self._notice.pid_space:  # else its numbers are others' here
+            sizes = [size[0] for pid in notice.pids if (size := self._sizes.read(pid)) is not None]
+            resident_bytes = sum(sizes) if sizes else resident_bytes
         return Neighbour(
             id=name,
             levels=tuple(names[one] for one in notice.levels if one in names),
@@ -167,8 +174,8 @@ class Neighbours:
             masked_bytes=notice.masked_bytes,
             restoring=active,
             claim_bytes=notice.claim_bytes if active else 0,
-            resident_bytes=notice.resident_bytes if resident is None else resident,
-            work=notice.work,
+            resident_bytes=resident_bytes,
+            work=tuple((begin_s, min(end_s, now_s)) for begin_s, end_s in notice.work),
         )
 
     def _look(self) -> None:
@@ -225,6 +232,7 @@ class Neighbours:
         for heard in self._heard.values():
             os.close(heard.descriptor)
         self._heard = {}
+        self._sizes.close()
         self._descriptor, self._path = -1, None
         self._end()
 
@@ -285,14 +293,6 @@ def _pid_space() -> str:
         return str(Path("/proc/self/ns/pid").readlink())
     except OSError:
         return ""
-
-
-def _resident_bytes(root: Path, pid: int) -> int | None:
-    try:
-        words = (root / f"proc/{pid}/statm").read_bytes().split()
-        return int(words[1]) * PAGE_BYTES
-    except (OSError, IndexError, ValueError):
-        return None
 
 
 _open_ones: weakref.WeakSet[Neighbours] = weakref.WeakSet()

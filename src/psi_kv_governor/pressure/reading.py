@@ -55,8 +55,8 @@ class Neighbour(msgspec.Struct, frozen=True, kw_only=True):
     resident_bytes: int = 0
     """Of its process: what it takes or gives is no neighbour's fall or rise."""
     work: tuple[tuple[float, float], ...] = ()
-    """(from, until) in monotonic seconds of its last parkings and restores; until is infinite while one
-    runs. Stall of those times may be their doing."""
+    """(from, until) in monotonic seconds of its last parkings and restores; one that runs lasts until now.
+    Stall of those times may be their doing."""
 
 
 class Reading(msgspec.Struct, frozen=True, kw_only=True):
