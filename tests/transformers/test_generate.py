@@ -7,12 +7,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 from tiny import COUNT, prompt, tiny_model, with_cache
-from transformers import DynamicCache
 
 from psi_kv_governor.cache import Plan, Range, Step, Verb
 from psi_kv_governor.engines.transformers.cache import GovernedCache
 from psi_kv_governor.engines.transformers.engine import TransformersEngine
 from psi_kv_governor.engines.transformers.versions import cache_argument
+from transformers import DynamicCache
 
 
 @contextmanager
@@ -69,8 +69,8 @@ def plain() -> dict:
 
 
 MODES = {
-    "plain": lambda: plain(),
-    "padded batch": lambda: padded(),
+    "plain": plain,
+    "padded batch": padded,
     "beams": lambda: {**plain(), "num_beams": 4},
     "beams of a padded batch": lambda: {**padded(), "num_beams": 3, "num_return_sequences": 2},
     "prompt look-up": lambda: {
@@ -119,8 +119,15 @@ def test_a_cache_that_was_reset_begins_anew(model, cache):
 
 def test_crop_in_a_stock_way_leaves_the_common_beginning(model, cache):
     expected = model.generate(**COUNT, **plain())
-    model.generate(**COUNT, **{**plain(), "input_ids": torch.cat([prompt(40), prompt(9)], 1),
-                              "attention_mask": torch.ones(1, 49, dtype=torch.long)}, **with_cache(cache))
+    model.generate(
+        **COUNT,
+        **{
+            **plain(),
+            "input_ids": torch.cat([prompt(40), prompt(9)], 1),
+            "attention_mask": torch.ones(1, 49, dtype=torch.long),
+        },
+        **with_cache(cache),
+    )
     cache.crop(-(cache.get_seq_length() - 39))
     assert torch.equal(model.generate(**COUNT, **plain(), **with_cache(cache)), expected)
 

@@ -1,11 +1,11 @@
 """Tiny models of transformers with weights of their own, and what tests do with their caches."""
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from psi_kv_governor.engines.transformers.cache import GovernedCache
 from psi_kv_governor.engines.transformers.versions import cache_argument
 from psi_kv_governor.residence import Place
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 VOCABULARY = 211
 COUNT = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": 0, "min_new_tokens": 24}

@@ -55,13 +55,17 @@ class GovernedCache(Cache):  # type: ignore[misc]
         stock = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
         if not any(type(layer) is DynamicLayer for layer in stock):
             kinds = ", ".join(sorted({type(layer).__name__ for layer in stock})) or "none"
-            raise BadInputError(f"this model has no layer with full attention to govern (its layers: {kinds})")
+            raise BadInputError(
+                f"this model has no layer with full attention to govern (its layers: {kinds})"
+            )
         if all(parameter.device.type != "cpu" for parameter in model.parameters()):
             raise BadInputError(
-                f"the model is on {model.device}, whose memory can't be returned page by page: keep it on the "
-                "CPU, or use a stock cache"
+                f"the model is on {model.device}, whose memory can't be returned page by page: keep it on "
+                "the CPU, or use a stock cache"
             )
-        super().__init__(layers=[GovernedLayer(self) if type(layer) is DynamicLayer else layer for layer in stock])
+        super().__init__(
+            layers=[GovernedLayer(self) if type(layer) is DynamicLayer else layer for layer in stock]
+        )
         self.id = next(_ids)
         self.place = place
         self.backing: Backing = backing if place is not None else "memory"
@@ -81,22 +85,18 @@ class GovernedCache(Cache):  # type: ignore[misc]
         self._turn = threading.Lock()
         hook(model, self)
 
-    # -- what its layers ask ---------------------------------------------------------------------------------
-
     def check_update(self) -> None:
         """See Owner."""
         if not self._running:
             raise BadInputError(
-                "this GovernedCache belongs to another model, or its model was entered by a side door: make one "
-                "for each model, and call the model itself"
+                "this GovernedCache belongs to another model, or its model was entered by a side door: make "
+                "one for each model, and call the model itself"
             )
 
     def new_rows(self, sample: torch.Tensor) -> Rows:
         """See Owner."""
         usual = _CELLS_IN_FILE if self.backing == "file" else _CELLS_IN_MEMORY
         return Rows(sample, self.max_cells or usual, self.backing, self.place)
-
-    # -- what a forward pass does ----------------------------------------------------------------------------
 
     def begin_forward(self) -> None:
         """A forward pass begins: nothing moves until it ends. Called by the hooks."""
@@ -130,13 +130,11 @@ class GovernedCache(Cache):  # type: ignore[misc]
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _settle(self) -> None:
-        """After a forward pass that ended in the middle, layers have different lengths: the shortest counts."""
+        """After a pass that ended in the middle, layers have different lengths: the shortest counts."""
         lengths = {layer.places.next_position for layer in self.governed}
         if len(lengths) > 1:
             for layer in self.governed:
                 layer.places.crop(min(lengths))
-
-    # -- what generate() does between them ---------------------------------------------------------------------
 
     def crop(self, tokens: int) -> None:
         """See Cache."""
@@ -185,8 +183,6 @@ class GovernedCache(Cache):  # type: ignore[misc]
                 aside.close()
             self.asides.clear()
         self.affected = min(self.affected, self.places.next_position)
-
-    # -- what the engine does with it ----------------------------------------------------------------------------
 
     @property
     def governed(self) -> list[GovernedLayer]:

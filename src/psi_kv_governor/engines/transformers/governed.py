@@ -58,6 +58,8 @@ def _wants_one(model: Any, args: Any, kwargs: Any) -> bool:
     """Whether this call leaves the cache to generate(), and to no special kind of cache."""
     if any(kwargs.get(name) is not None for name in CACHE_NAMES) or kwargs.get("use_cache") is False:
         return False
-    settings = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
+    settings = (
+        kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
+    )
     special = kwargs.get("cache_implementation") or getattr(settings, "cache_implementation", None)
     return special in (None, "dynamic") and getattr(settings, "use_cache", True) is not False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, Protocol
 
 import torch
@@ -32,14 +33,14 @@ class GovernedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def __init__(self, owner: Owner) -> None:
         # Not the base's: it would set `keys` and `values`, which are views here.
-        self._owner = owner
+        self._owner = weakref.proxy(owner)  # a circle would keep the memory until the next collection
         self.places = Places()
         self.rows: tuple[Rows, Rows] | None = None
         self.is_initialized = False
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """Keys of the live positions, [batch, heads, live, head_dim]: a view, for as long as nothing moves."""
+        """Keys of the live positions, [batch, heads, live, head_dim]: a view, while nothing moves."""
         return self.rows[0].view(self.places.live_cells) if self.rows else None
 
     @property
@@ -141,6 +142,7 @@ def _check_fits(rows: Rows, states: torch.Tensor) -> None:
         )
     if (batch, heads, width) != rows.shape or states.dtype != rows.dtype:
         raise BadInputError(
-            f"this cache holds {rows.shape[0]} x {rows.shape[1]} heads of {rows.shape[2]} {rows.dtype} and was "
-            f"given {batch} x {heads} of {width} {states.dtype}: one GovernedCache is for one model and batch"
+            f"this cache holds {rows.shape[0]} x {rows.shape[1]} heads of {rows.shape[2]} {rows.dtype}, and "
+            f"was given {batch} x {heads} of {width} {states.dtype}: one GovernedCache is for one model and "
+            "batch"
         )

@@ -37,7 +37,9 @@ class Places:
 
     def row_of(self, position: int) -> int:
         """The row of a live position; of another, the row before which it would stand."""
-        return position - sum(min(hole.stop, position) - hole.start for hole in self.holes if hole.start < position)
+        return position - sum(
+            min(hole.stop, position) - hole.start for hole in self.holes if hole.start < position
+        )
 
     def live_part(self, ranges: Sequence[Range]) -> list[Range]:
         """The live positions among `ranges`, sorted and disjoint."""

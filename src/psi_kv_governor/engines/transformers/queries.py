@@ -76,15 +76,12 @@ class Queries:
         cache = self._cache()
         if cache is None or self.why_not or not self._late:
             return None
-        rows = cache.places.live_cells
-        weights = [self._weights(cache, layer, rows) for layer in sorted(self._late)]
+        weights = [self._weights(cache, layer) for layer in sorted(self._late)]
         known = [it for it in weights if it is not None]
         if not known:
             return None
-        mean = torch.stack(known).mean(dim=0) * rows  # [queries, rows]
-        newest = cache.places.next_position
-        numbers = torch.arange(newest - len(mean) + 1, newest + 1)[:, None]
-        used = torch.where(mean > 1, numbers, 0).amax(dim=0)
+        mean = torch.stack(known).mean(dim=0)
+        used = used_of(mean, cache.places.next_position)
         positions = cache.places.live_positions().tolist()
         for position, number in zip(positions, used.tolist(), strict=True):
             if number:
@@ -92,21 +89,32 @@ class Queries:
         last = np.array([self._used.get(position, 0) for position in positions], dtype=np.float64)
         return mean.mean(dim=0).double().numpy(), last
 
-    def _weights(self, cache: GovernedCache, index: int, rows: int) -> torch.Tensor | None:
-        """softmax(q.k) of the last queries, averaged over batch and heads: [queries, rows]."""
-        layer, late, module = cache.layers[index], self._late[index], self.modules[index]
-        late = Late(*(it[:, -SAMPLED:] for it in late))
-        keys = layer.keys.float()
-        if not _makes_these_keys(module, late, keys):
+    def _weights(self, cache: GovernedCache, index: int) -> torch.Tensor | None:
+        late = Late(*(it[:, -SAMPLED:] for it in self._late[index]))
+        found = attention_of(self.modules[index], late, cache.layers[index].keys.float())
+        if found is None:
             self.why_not = "this model makes its keys in a way that can't be repeated"
-            return None
-        with torch.no_grad():
-            queries = project(module, "q", late).float()
-        groups = queries.shape[1] // keys.shape[1]
-        scores = queries @ keys.repeat_interleave(groups, dim=1).transpose(-1, -2) / keys.shape[-1] ** 0.5
-        n_queries = queries.shape[2]
-        seen = torch.arange(rows)[None, :] <= torch.arange(rows - n_queries, rows)[:, None]
-        return scores.masked_fill(~seen, float("-inf")).softmax(dim=-1).mean(dim=(0, 1))
+        return found
+
+
+def attention_of(module: Any, late: Late, keys: torch.Tensor) -> torch.Tensor | None:
+    """softmax(q.k) of the last queries to all `keys` [batch, heads, rows, head_dim], averaged over batch and
+    heads, as multiples of an equal share: [queries, rows]. None where queries can't be made again."""
+    if not _makes_these_keys(module, late, keys):
+        return None
+    with torch.no_grad():
+        queries = project(module, "q", late).float()
+    groups, n_queries, rows = queries.shape[1] // keys.shape[1], queries.shape[2], keys.shape[2]
+    scores = queries @ keys.repeat_interleave(groups, dim=1).transpose(-1, -2) / keys.shape[-1] ** 0.5
+    seen = torch.arange(rows)[None, :] <= torch.arange(rows - n_queries, rows)[:, None]
+    seen = seen.to(scores.device)
+    return scores.masked_fill(~seen, float("-inf")).softmax(dim=-1).mean(dim=(0, 1)) * rows
+
+
+def used_of(shares: torch.Tensor, next_position: int) -> torch.Tensor:
+    """Number of the newest query that gave a row more than an equal share, 0 where none did: (rows,)."""
+    numbers = torch.arange(next_position - len(shares) + 1, next_position + 1, device=shares.device)
+    return torch.where(shares > 1, numbers[:, None], 0).amax(dim=0)
 
 
 def _remove(hooks: list[Any], late: dict[int, Late]) -> None:
@@ -150,4 +158,5 @@ def _makes_these_keys(module: Any, late: Late, keys: torch.Tensor) -> bool:
             made = project(module, "k", Late(*(it[:, -1:] for it in late))).float()
     except (RuntimeError, AttributeError):
         return False
-    return made.shape == keys[:, :, -1:].shape and torch.allclose(made, keys[:, :, -1:], rtol=2e-2, atol=2e-2)
+    last = keys[:, :, -1:]
+    return made.shape == last.shape and bool(torch.allclose(made, last, rtol=2e-2, atol=2e-2))

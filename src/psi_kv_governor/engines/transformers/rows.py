@@ -99,9 +99,7 @@ class Rows:
 
     def with_members(self, n_rows: int, order: torch.Tensor) -> Rows:
         """The same rows with other members of the batch, in a mapping of their own."""
-        sample: Any = torch.empty(
-            (len(order), self.shape[1], 0, self.shape[2]), dtype=self.dtype
-        )
+        sample: Any = torch.empty((len(order), self.shape[1], 0, self.shape[2]), dtype=self.dtype)
         other = Rows(sample, self.capacity, self._backing, self._place)
         step = max(1, _COPY_BYTES // other.row_bytes)
         for start in range(0, n_rows, step):
@@ -114,7 +112,7 @@ class Rows:
         """Return the pages above the first `n_rows`. Gives the bytes that the system has again."""
         if self.used <= n_rows:
             return 0
-        done = self.mapping.release([(n_rows * self.row_bytes, self.used * self.row_bytes)])
+        done = self.mapping.release([(n_rows * self.row_bytes, self.part[1])])
         self.used = n_rows
         return done.bytes_returned
 

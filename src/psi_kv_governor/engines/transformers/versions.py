@@ -15,6 +15,7 @@ def check_versions() -> None:
     """Raises BadInputError, in one line, where torch or transformers is absent or out of range."""
     try:
         import torch
+
         import transformers
     except ImportError as error:
         raise BadInputError(
@@ -46,5 +47,5 @@ CACHE_NAMES = ("cache", "past_key_values")
 
 
 def query_length(given: Any) -> int:
-    """Tokens of one forward pass: what `get_mask_sizes` is given is their number, or (5.2) their positions."""
+    """Tokens of one pass: what `get_mask_sizes` is given is their number, or (5.2) their positions."""
     return given if isinstance(given, int) else int(given.shape[0])
