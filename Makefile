@@ -11,7 +11,14 @@ READY := $(VENV)/.psi-kv-ready
 EXTRAS := llama,plot,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench-quick model clean
+# transformers and torch live in environments of their own: 1.6 GB that llama.cpp has no need of. Two of them,
+# since the oldest version that is supported differs from the newest, and kvpress wants the oldest.
+TRANSFORMERS := .venv-transformers
+TRANSFORMERS_READY := $(TRANSFORMERS)/.psi-kv-ready
+TORCH ?= torch==2.13.0
+KVPRESS := kvpress==0.5.5
+
+.PHONY: help setup demo test test-transformers lint format bench-quick model clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +60,28 @@ lint: $(READY) ## Check format, lint and types
 
 test: lint model ## Lint, types and all tests; ends with what was skipped and why
 	$(BIN)/python -m pytest
+	@if timeout 900 $(MAKE) --no-print-directory $(TRANSFORMERS_READY) >$(VENV)/transformers.log 2>&1; then \
+	  $(MAKE) --no-print-directory test-transformers; \
+	else \
+	  echo "make: the tests of transformers were left out: their environment can't be had here (the last line" \
+	    "of $(VENV)/transformers.log: $$(tail -n 1 $(VENV)/transformers.log))"; \
+	fi
+
+test-transformers: $(TRANSFORMERS_READY) model ## Tests of the transformers engine, with its newest and oldest version
+	$(TRANSFORMERS)/bin/python -m pytest tests/transformers
+	$(TRANSFORMERS)/oldest/bin/python -m pytest tests/transformers
+
+$(TRANSFORMERS_READY): pyproject.toml | $(BIN)/python
+	$(PYTHON) -m venv $(TRANSFORMERS)
+	$(TRANSFORMERS)/bin/python -m pip install --disable-pip-version-check --quiet '$(TORCH)' \
+	  'transformers<6' 'gguf>=0.17' accelerate
+	$(TRANSFORMERS)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	$(TRANSFORMERS)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps '$(KVPRESS)'
+	$(PYTHON) -m venv $(TRANSFORMERS)/oldest
+	cd $(TRANSFORMERS) && { bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	  echo '$(CURDIR)/src'; } > "$$(oldest/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/newest.pth"
+	$(TRANSFORMERS)/oldest/bin/python -m pip install --disable-pip-version-check --quiet 'transformers==5.2.0'
+	@touch $@
 
 format: $(READY) ## Format the code, and fix what the linter can fix
 	$(BIN)/ruff check --fix src tests scripts benchmarks
@@ -63,5 +92,5 @@ bench-quick: model ## Measure the governor on this machine, in minutes
 	@$(BIN)/psi-kv bench pressure --repeats 1
 
 clean: ## Remove .venv and everything made by tools
-	rm -rf $(VENV) build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TRANSFORMERS) build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""One folder an engine. No engine knows another."""

@@ -1,0 +1,48 @@
+"""What the tests of transformers share: models, and a place to park.
+
+They need torch and transformers: `make test-transformers` runs them in an environment of its own. Without,
+only the tests that need neither are collected.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("torch") is None:
+    collect_ignore_glob = ["test_[!p]*.py"]
+else:
+    import torch
+
+    from psi_kv_governor.residence import Place, find_place
+
+    @pytest.fixture(scope="session")
+    def place() -> Place:
+        search = find_place(reserve_bytes=0)
+        assert search.place is not None, search.why_none
+        return search.place
+
+    @pytest.fixture(autouse=True)
+    def quiet_torch():
+        """One thread: the machine may be busy, and results must not hang on how work is split."""
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            yield
+
+    @pytest.fixture(scope="session")
+    def demo(demo_model: Path):
+        """Makes the real demo model, of 30 layers, with a kind of attention and a type."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        where = {"pretrained_model_name_or_path": str(demo_model.parent), "gguf_file": demo_model.name}
+        weights = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).state_dict()
+        config = AutoConfig.from_pretrained(**where)
+
+        def make(attention: str, dtype: torch.dtype):
+            # Anew: what was loaded from a GGUF counts as quantized, and refuses another type.
+            made = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+            made.load_state_dict(weights)
+            return made.eval()
+
+        return make
