@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from psi_kv_governor.config import GovernorConfig, load_config
-    from psi_kv_governor.llama import GovernedLlama
     from psi_kv_governor.governor import Governor, psi_set_cache_limit
+    from psi_kv_governor.llama import GovernedLlama
     from psi_kv_governor.status import Status
 
 _HOME = {

@@ -1,4 +1,4 @@
-"""The loop that wires the rooms: a reading to the law, its decision to the planner, its plan to the engine."""
+"""The loop that wires the rooms: a reading to the law, its decision to the planner, a plan to the engine."""
 
 from __future__ import annotations
 

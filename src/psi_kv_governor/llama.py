@@ -33,8 +33,8 @@ _SYSTEM_ROLES = frozenset({"system", "developer"})
 
 HEAL_AT_ONCE_CELLS = 256
 """Tokens that a request decodes again by itself when it builds on some that were decoded while others were
-masked: a quarter of a second of prefill on the demo model, two on an 8B model with four cores. More are healed
-where they are no more than the request's own prompt has to decode anyway, so that it at most doubles."""
+masked: a quarter of a second of prefill on the demo model, two on an 8B model with four cores. More are
+healed where they are no more than the request's own prompt has to decode anyway: then it at most doubles."""
 
 
 class GovernedLlama(llama_cpp.Llama):  # type: ignore[misc]  # mypy here follows no import of llama_cpp
@@ -151,7 +151,7 @@ def _before_request(llm: GovernedLlama, tokens: list[int]) -> None:
 
 
 def _head(llm: GovernedLlama, tokens: list[int]) -> int:
-    """Length of the system prompt with what the chat template puts around it: up to the first end of a turn."""
+    """Length of the system prompt with what the template puts around it: up to the first end of a turn."""
     vocabulary = llama_cpp.llama_model_get_vocab(llm.model)
     for i, token in enumerate(tokens):
         if i and llama_cpp.llama_vocab_is_eog(vocabulary, token):
@@ -192,8 +192,8 @@ def annotated(governor: Governor, result: Any) -> Any:
 
 def _annotated_stream(governor: Governor, chunks: Iterator[Any]) -> Iterator[Any]:
     for chunk in chunks:
-        choices = chunk.get("choices") if isinstance(chunk, dict) else None
-        last = bool(choices) and any(choice.get("finish_reason") for choice in choices)
+        choices = (chunk.get("choices") or []) if isinstance(chunk, dict) else []
+        last = any(choice.get("finish_reason") for choice in choices)
         yield _annotate(governor, chunk) if last else chunk
 
 

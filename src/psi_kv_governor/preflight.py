@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Literal
 
 from psi_kv_governor.bench.pen import Pen
+from psi_kv_governor.cache import Capability, Plan, Range, Step, Verb
 from psi_kv_governor.config import GovernorConfig
-from psi_kv_governor.engine.base import Capability
-from psi_kv_governor.engine.llama import native
-from psi_kv_governor.errors import BadInputError, EngineError, PsiKvError, StoreError
+from psi_kv_governor.engines.llama import library
+from psi_kv_governor.errors import BadInputError, EngineError, PsiKvError
 from psi_kv_governor.model import check, demo_model_path
 from psi_kv_governor.pressure.cgroup import find_cgroups
 from psi_kv_governor.pressure.discovery import Candidate, discover, why_no_limits
@@ -27,14 +27,13 @@ from psi_kv_governor.pressure.kill_lines import find_kill_lines
 from psi_kv_governor.pressure.reading import MACHINE
 from psi_kv_governor.pressure.systemd import WATCH
 from psi_kv_governor.pressure.waking import find_waker
-from psi_kv_governor.store import BlobTag, DiskStore, open_store
+from psi_kv_governor.residence import choose_backing, find_place, swap_state
 
 State = Literal["ok", "warn", "fail"]
 
 _COMMIT = re.compile(rb"^(CommitLimit|Committed_AS):\s+(\d{1,20}) kB\n", re.MULTILINE)
 _CAP_SYS_RESOURCE = 24  # <linux/capability.h>
-_PROBE_BYTES = 8 << 20  # a second on the slowest SD card, and long enough to be a measurement on a fast disk
-_PROBE_CELLS = 512  # the smallest context that the engine's self-test fits in comfortably
+_PROBE_CELLS = 2048  # large enough that its cache is governed, with room for a range to park
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,12 @@ def run_checks(config: GovernorConfig, model: Path | None = None, root: Path = P
     yield check_compiler()
     llama = check_llama()
     yield llama
-    tap = check_tap() if llama.state != "fail" else None
-    if tap is not None:
-        yield tap
-    yield check_store(config)
+    agent = check_agent()
+    yield agent
+    yield check_place(config)
     found = check_model(model)
     yield found
-    if found.state == "ok" and tap is not None:
+    if found.state == "ok" and "fail" not in {llama.state, agent.state}:
         yield from check_engine(model or demo_model_path())
 
 
@@ -202,50 +200,54 @@ def _may(capability: int, root: Path) -> bool:
 
 
 def check_compiler() -> Check:
-    """The C compiler that builds the tap, once for each version of llama.cpp."""
+    """The C compiler that builds the agent where it did not come compiled."""
     try:
-        return Check("compiler", "ok", native.compiler())
+        return Check("compiler", "ok", library.compiler())
     except EngineError as error:
-        return Check("compiler", "warn", "none: the tap can't be compiled for a new llama.cpp", str(error))
+        shipped = library.shipped()
+        state: State = "ok" if shipped else "warn"
+        return Check(
+            "compiler",
+            state,
+            "none" + (": the agent came compiled" if shipped else ""),
+            "" if shipped else str(error),
+        )
 
 
 def check_llama() -> Check:
-    """llama-cpp-python and the headers that it installs."""
+    """llama-cpp-python; programs under `psi-kv exec` bring their own llama.cpp."""
     try:
-        native.llama_cpp_package()
-        return Check("llama.cpp", "ok", f"{native.library_version()}, headers in {native.header_dir()}")
+        return Check(
+            "llama.cpp", "ok", f"{library.llama_cpp_version()} in {library.llama_cpp_library().parent}"
+        )
     except EngineError as error:
-        return Check("llama.cpp", "fail", "not usable", str(error))
+        return Check("llama.cpp", "warn", "not usable from Python; psi-kv exec works without", str(error))
 
 
-def check_tap() -> Check:
-    """The native tap: without it no memory can be returned."""
+def check_agent() -> Check:
+    """The agent between a program and llama.cpp: without it nothing can be returned."""
     try:
-        return Check("tap", "ok", str(native.library_path()))
+        return Check("agent", "ok", str(library.agent_path()))
     except EngineError as error:
-        return Check("tap", "fail", "can't be had, so that no memory can be returned", str(error))
+        return Check("agent", "fail", "can't be had, so that no memory can be returned", str(error))
 
 
-def check_store(config: GovernorConfig) -> Check:
-    """Where spilled ranges go, how much fits, and how fast it is: measured with a blob of 8 MiB."""
+def check_place(config: GovernorConfig) -> Check:
+    """Where parked bytes go, how much fits, how fast it is, and whether caches are born there."""
     try:
-        store = open_store(config)
-    except (BadInputError, StoreError) as error:
-        return Check("store", "fail", "what is given up can't be kept, and is recomputed", str(error))
-    if not isinstance(store, DiskStore):
-        return Check("store", "warn", "none: what is given up is recomputed", "set store = 'disk'")
-    try:
-        room = store.room_bytes()
-        store.drop(store.put(_PROBE_TAG, _PROBE_BYTES, [memoryview(bytes(_PROBE_BYTES))]))
-        speed = (store.write_bytes_per_s or 0.0) / 1e6
-        return Check("store", "ok", f"{store.directory}: {_mib(room)} of room, {speed:,.0f} MB/s")
-    except StoreError as error:
-        return Check("store", "fail", f"{store.directory} takes nothing", str(error))
-    finally:
-        store.close()
-
-
-_PROBE_TAG = BlobTag(model="preflight", library="", layout="", start=0, stop=0)
+        search = find_place(
+            config.place, limit_bytes=config.place_limit_bytes, reserve_bytes=config.place_reserve_bytes
+        )
+    except BadInputError as error:
+        return Check("place to park", "fail", "the folder can't be used", str(error))
+    place = search.place
+    more = tuple(f"refused: {one.folder}: {one.why}" for one in search.refused)
+    if place is None:
+        return Check("place to park", "fail", "none: nothing can be parked", search.why_none, more)
+    backing, why = choose_backing(config.backing, place, *swap_state())
+    speed = place.write_bytes_per_s / 1e6
+    detail = f"{place.folder} ({place.device}): {_mib(place.free_bytes)} of room, {speed:,.0f} MB/s"
+    return Check("place to park", "ok", f"{detail}; caches are born in {backing}: {why}", more=more)
 
 
 def check_model(model: Path | None = None) -> Check:
@@ -259,26 +261,51 @@ def check_model(model: Path | None = None) -> Check:
 
 
 def check_engine(model: Path) -> Iterator[Check]:
-    """Open the model in a small context: the self-test says which steps it can do on this build."""
+    """Open the model in a small context, park a part of it and read it back: what is told was done."""
     try:
-        from psi_kv_governor.engine.llama.llm import GovernedLlama
+        from psi_kv_governor.llama import GovernedLlama
 
-        llm = GovernedLlama(str(model), n_ctx=_PROBE_CELLS, auto=False, verbose=False)
+        llm = GovernedLlama(
+            str(model),
+            config=GovernorConfig(),
+            n_ctx=_PROBE_CELLS,
+            flash_attn=True,
+            auto=False,
+            verbose=False,
+        )
     except (PsiKvError, ValueError, RuntimeError, OSError) as error:  # the last three are llama_cpp's own
         yield Check("engine", "fail", "the model can't be opened", " ".join(str(error).split()))
         return
     try:
-        able = llm.governor.capabilities
+        llm.eval([llm.token_bos()] * 600)
+        engine = llm.governor.engine
+        caches = engine.snapshot().caches
+        able = engine.describe().capabilities
+        returned = sum(
+            engine.apply(
+                Plan(steps=(Step(verb=verb, cache=cache.id, sequence=sequence.id, ranges=(Range(64, 512),)),))
+            ).bytes_returned
+            for cache in caches
+            for sequence in cache.sequences
+            for verb in ((Verb.MASK,) if cache.maskable else (Verb.PARK,))
+        )
         yield _step("release", able.release, "fail")
-        yield _step("spill", able.spill, "warn")
-        yield _step("recompute", able.recompute, "warn")
+        yield _step("park", able.park, "warn", f"yes: {_mib(returned)} went back in a trial")
+        yield _step("mask", able.mask, "warn")
+        if llm.context_params.flash_attn_type != 1:
+            return
+        yield Check(
+            "flash attention",
+            "ok",
+            "is off unless a program asks for it; with it running conversations can give too",
+        )
     finally:
         llm.close()
 
 
-def _step(name: str, capability: Capability, without: State) -> Check:
+def _step(name: str, capability: Capability, without: State, detail: str = "yes") -> Check:
     if capability.able:
-        return Check(f"can {name}", "ok", "yes, by the self-test")
+        return Check(f"can {name}", "ok", detail)
     return Check(f"can {name}", without, "no", capability.why)
 
 

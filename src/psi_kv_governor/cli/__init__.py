@@ -7,6 +7,7 @@ import click
 from psi_kv_governor.cli._group import LazyGroup, example
 
 COMMANDS = {
+    "exec": "Run llama-server, Ollama or any llama.cpp program under the governor.",
     "run": "Complete a prompt under the governor.",
     "chat": "Talk to a model under the governor.",
     "demo": "Watch the governor at work under real memory pressure.",

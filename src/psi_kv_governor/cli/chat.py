@@ -9,17 +9,18 @@ import click
 import msgspec
 
 from psi_kv_governor.cli._group import example
-from psi_kv_governor.cli.run import Answer
+from psi_kv_governor.cli.run import Answer, without
 from psi_kv_governor.cli.session import Tally, model_options, open_model
 from psi_kv_governor.errors import PsiKvError
 
 if TYPE_CHECKING:
-    from psi_kv_governor.engine.llama.llm import GovernedLlama
+    from psi_kv_governor.llama import GovernedLlama
 
 _HELP = """\
 /status           mode, stall, headroom and cells
 /trim [SHARE]     give up a share of the cells now (0.5)
-/restore          put back what waits in the store
+/restore          bring back what is masked
+/heal             decode again what was answered meanwhile
 /reset            forget the conversation
 /undo             take back the last question and its answer
 /quit             end (also Ctrl-D)"""
@@ -46,7 +47,7 @@ def command(system: str | None, n_predict: int, as_json: bool, **options: Any) -
         talk = _Conversation(llm, tally, system=system, most=n_predict, temp=options["temp"], as_json=as_json)
         talk.run()
         if not as_json:
-            click.echo(f"psi-kv: {tally.words(llm.governor.status().holes)}", err=True)
+            click.echo(f"psi-kv: {tally.words(llm.governor.status())}", err=True)
 
 
 class _Conversation:
@@ -97,12 +98,12 @@ class _Conversation:
             return
         self._messages = [*messages, {"role": "assistant", "content": answer.text}]
         if self._as_json:
-            report = {"text": answer.text, "psi_kv": answer.missing or None}
+            report = {"text": answer.text, "psi_kv": answer.marked or None}
             click.echo(msgspec.json.encode(report).decode())
             return
         click.echo()
-        if answer.missing:
-            click.echo(f"psi-kv: {answer.missing['missing_tokens']} tokens were away meanwhile", err=True)
+        if answer.marked:
+            click.echo(f"psi-kv: {without(answer.marked)}", err=True)
 
     def _command(self, line: str) -> None:
         name, _, argument = line.partition(" ")
@@ -112,13 +113,16 @@ class _Conversation:
                 click.echo(msgspec.json.format(msgspec.json.encode(governor.status())).decode(), err=True)
             elif name == "/trim":
                 result = governor.trim(_share(argument or "0.5"))
-                click.echo(
-                    f"{result.cells} cells, {result.bytes_returned / 2**20:.1f} MiB, {result.seconds:.3f} s",
-                    err=True,
+                told = (
+                    f"{result.cells} cells ({result.masked} masked), {result.bytes_returned / 2**20:.1f} MiB"
                 )
+                click.echo(result.problem or f"{told}, {result.seconds:.3f} s", err=True)
             elif name == "/restore":
                 back = governor.restore()
-                click.echo(f"{back.cells} cells in {back.seconds:.3f} s, {back.missing} missing", err=True)
+                told = f"{back.cells} cells, {back.bytes_back / 2**20:.1f} MiB in {back.seconds:.3f} s"
+                click.echo(back.problem or told, err=True)
+            elif name == "/heal":
+                click.echo(f"{self._llm.heal()} tokens decoded again", err=True)
             elif name == "/reset":
                 self._messages = list(self._start)
             elif name == "/undo":

@@ -15,7 +15,7 @@ from psi_kv_governor.cli.session import Tally, model_options, open_model
 from psi_kv_governor.errors import BadInputError
 
 if TYPE_CHECKING:
-    from psi_kv_governor.engine.llama.llm import GovernedLlama
+    from psi_kv_governor.llama import GovernedLlama
 
 
 @click.command(
@@ -58,7 +58,7 @@ class Answer:
     def __init__(self) -> None:
         self.text = ""
         self.chunks = 0
-        self.missing: dict[str, int] = {}
+        self.marked: dict[str, int] = {}
 
     def stream(self, llm: GovernedLlama, prompt: str, raw: bool, most: int, temp: float) -> Iterator[str]:
         """Generate, token by token."""
@@ -74,7 +74,7 @@ class Answer:
         for chunk in chunks:
             choice = chunk["choices"][0]
             text = choice["text"] if "text" in choice else choice["delta"].get("content") or ""
-            self.missing = chunk.get("psi_kv", self.missing)
+            self.marked = chunk.get("psi_kv", self.marked)
             self.text += text
             self.chunks += bool(text)
             if text:
@@ -93,14 +93,21 @@ def _finish(llm: GovernedLlama, tally: Tally, answer: Answer, seconds: float, as
             "bytes_returned": tally.bytes_returned,
             "restored_cells": tally.restored,
             "recomputed_cells": tally.recomputed,
-            "missing_cells": status.holes,
-            "psi_kv": answer.missing or None,
+            "masked_cells": status.masked_cells,
+            "psi_kv": answer.marked or None,
             "status": status,
         }
         click.echo(msgspec.json.encode(report).decode())
         return
     click.echo()
-    click.echo(f"psi-kv: {answer.chunks} tokens at {rate:.1f}/s; {tally.words(status.holes)}", err=True)
-    if answer.missing:
-        away = f"up to {answer.missing['missing_tokens']} tokens of the context were away while it answered"
-        click.echo(f"psi-kv: {away}", err=True)
+    click.echo(f"psi-kv: {answer.chunks} tokens at {rate:.1f}/s; {tally.words(status)}", err=True)
+    if answer.marked:
+        click.echo(f"psi-kv: {without(answer.marked)}", err=True)
+
+
+def without(marked: dict[str, int]) -> str:
+    """What an answer was computed without, in one clause."""
+    return (
+        f"{marked['masked_tokens']} tokens of the context were masked while it answered, and "
+        f"{marked['affected_tokens']} were decoded without them"
+    )

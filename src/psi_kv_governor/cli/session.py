@@ -19,9 +19,10 @@ from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.events import Event, JsonLinesSink, Recomputed, Restored, Trimmed
 from psi_kv_governor.model import demo_model_path
 from psi_kv_governor.recording import Recorder
+from psi_kv_governor.status import Status
 
 if TYPE_CHECKING:
-    from psi_kv_governor.engine.llama.llm import GovernedLlama
+    from psi_kv_governor.llama import GovernedLlama
 
 _OPTIONS = (
     click.option("-m", "--model", type=click.Path(path_type=Path), help="GGUF file [default: demo model]."),
@@ -30,6 +31,10 @@ _OPTIONS = (
         help="Cells of the KV cache; 0: as many as the model was trained for.",
     ),
     click.option("-t", "--threads", type=click.IntRange(min=1), help="Threads [default: half the cores]."),
+    click.option(
+        "--flash/--no-flash", default=True, show_default=True,
+        help="Flash attention: with it cells of the running conversation can be given up too.",
+    ),
     click.option("--temp", type=click.FloatRange(min=0), default=0.7, show_default=True, help="Temperature."),
     click.option("--seed", type=click.IntRange(min=0), help="Seed of the sampling [default: random]."),
     click.option(
@@ -76,14 +81,14 @@ class Tally:
         elif isinstance(event, Recomputed):
             self.recomputed += event.cells
 
-    def words(self, missing: int) -> str:
+    def words(self, status: Status) -> str:
         """One clause: what was given up, and what of it is back."""
         if not self.trims:
             return "the machine was calm, nothing was given up"
         back = f"{self.restored} restored" + (f", {self.recomputed} recomputed" if self.recomputed else "")
         return (
             f"{self.trims} trim{'s' if self.trims > 1 else ''} gave up {self.given_up} cells and returned "
-            f"{self.bytes_returned / 2**20:.1f} MiB; {back}, {missing} missing"
+            f"{self.bytes_returned / 2**20:.1f} MiB; {back}, {status.masked_cells} masked"
         )
 
 
@@ -102,7 +107,7 @@ def open_model(options: dict[str, Any]) -> Iterator[tuple[GovernedLlama, Tally]]
         recorder = (
             files.enter_context(closing(Recorder(options["record"], config))) if options["record"] else None
         )
-        from psi_kv_governor.engine.llama.llm import GovernedLlama
+        from psi_kv_governor.llama import GovernedLlama
 
         with Console(stderr=True).status(f"opening {path.name}"):
             llm = GovernedLlama(
@@ -111,6 +116,7 @@ def open_model(options: dict[str, Any]) -> Iterator[tuple[GovernedLlama, Tally]]
                 auto=False,
                 n_ctx=options["ctx_size"],
                 n_threads=options["threads"],
+                flash_attn=options["flash"],
                 **({"seed": options["seed"]} if options["seed"] is not None else {}),
                 verbose=options["verbose"],
             )

@@ -1,4 +1,4 @@
-"""`psi-kv exec`: a program that knows nothing of us, started with the agent in it and a governor beside it."""
+"""`psi-kv exec`: a program that knows nothing of us, with the agent in it and a governor beside it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from psi_kv_governor.governor import Governor
 from psi_kv_governor.service.program import Found, Program, end_as, find_program
 from psi_kv_governor.service.systemd import notify
 
-SOCKET = "PSI_KV_SOCKET"
+SOCKET = "PSIKV_SOCKET"
 """Name of the abstract socket at which agents look for their sidecar; children inherit it."""
 
 
@@ -60,10 +60,10 @@ def environment(
         **environ,
         "LD_PRELOAD": ":".join([prepared.agent, *others]),
         SOCKET: fleet.name,
-        "PSI_KV_AGENT_PLACE": prepared.chosen.folder,
-        "PSI_KV_AGENT_BACKING": prepared.chosen.backing,
-        "PSI_KV_AGENT_RESERVE_BYTES": str(config.place_reserve_bytes),
-        "PSI_KV_AGENT_LIMIT_BYTES": str(config.place_limit_bytes),
+        "PSIKV_PLACE": prepared.chosen.folder,
+        "PSIKV_BACKING": prepared.chosen.backing,
+        "PSIKV_RESERVE_BYTES": str(config.place_reserve_bytes),
+        "PSIKV_LIMIT_BYTES": str(config.place_limit_bytes),
     }
 
 
@@ -75,9 +75,9 @@ def run(command: Sequence[str], config: GovernorConfig, *, environ: Mapping[str,
     """
     environ = dict(os.environ) if environ is None else environ
     prepared = prepare(command, config, environ)
-    why = "another psi-kv exec governs it already" if prepared.inside else prepared.why_not
-    if why:
-        _say(f"{command[0]} runs ungoverned: {why}")
+    if prepared.inside or prepared.why_not:
+        if not prepared.inside:  # else it has its governor
+            _say(f"{command[0]} runs ungoverned: {prepared.why_not}")
         return end_as(Program(command, prepared.found.path, environ).wait())
     opened: list[int] = []
     fleet = Fleet(

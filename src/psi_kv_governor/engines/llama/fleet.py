@@ -93,7 +93,7 @@ class Fleet:
         closed: Callable[[int], None] = lambda pid: None,
     ) -> None:
         self.name = name or f"psi-kv-{os.getpid()}-{secrets.token_hex(8)}"
-        """Without the NUL that makes it abstract. It can't be guessed, and each end looks who the other is."""
+        """Without the NUL that makes it abstract. Nobody can guess it; each end looks who the other is."""
         self._place, self._backing, self._why_backing = place, backing, why_backing
         self._opened, self._closed = opened, closed
         self._members: dict[int, _Member] = {}

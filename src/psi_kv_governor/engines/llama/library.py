@@ -7,6 +7,7 @@ import ctypes
 import functools
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -65,12 +66,25 @@ def agent_path() -> Path:
             problems.append(f"{folder}: {error.strerror or error}")
             continue
         return target
-    raise EngineError(f"the compiled agent has no place ({'; '.join(problems)}): set PSI_KV_NATIVE_DIR")
+    raise EngineError(f"the compiled agent has no place ({'; '.join(problems)}): set PSIKV_NATIVE_DIR")
+
+
+def shipped() -> bool:
+    """Whether the agent came compiled with this package."""
+    return _SHIPPED.is_file()
+
+
+def llama_cpp_version() -> str:
+    """The version of llama-cpp-python. Raises EngineError where it is not installed."""
+    try:
+        return importlib.metadata.version("llama-cpp-python")
+    except importlib.metadata.PackageNotFoundError:
+        raise EngineError(f"llama-cpp-python is not installed: {INSTALL_HINT}") from None
 
 
 def _folders() -> list[Path]:
     """Where a compiled agent may be kept, best first. None of them need exist, or be usable."""
-    named = [Path(value) for value in [os.environ.get("PSI_KV_NATIVE_DIR", "")] if value]
+    named = [Path(value) for value in [os.environ.get("PSIKV_NATIVE_DIR", "")] if value]
     service = [Path(v.split(":")[0]) for v in [os.environ.get("CACHE_DIRECTORY", "")] if v]
     home: list[Path] = []
     with contextlib.suppress(RuntimeError, KeyError, OSError):  # no HOME and no passwd entry
@@ -169,7 +183,7 @@ def load() -> Loaded:
     agent, folder, why = None, None, ""
     before = os.environ.get("LLAMA_CPP_LIB_PATH")
     try:
-        library = _library(before)
+        library = llama_cpp_library(before)
         path = agent_path()
         agent = Agent(path, library)
         folder = Path(tempfile.mkdtemp(prefix="psi-kv-"))
@@ -190,7 +204,7 @@ def load() -> Loaded:
     return Loaded(agent, why)
 
 
-def _library(folder: str | None) -> Path:
+def llama_cpp_library(folder: str | None = None) -> Path:
     """The libllama that llama-cpp-python would load. Raises EngineError."""
     if folder is None:
         spec = importlib.util.find_spec("llama_cpp")

@@ -325,11 +325,11 @@ EXPORT void * dlsym(void * restrict handle, const char * restrict name) {
 
 __attribute__((constructor)) static void begin(void) {
     (void) pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
-    if (getenv("PSI_KV_SOCKET")) {  // under `psi-kv exec`
-        const char * place   = getenv("PSI_KV_AGENT_PLACE");
-        const char * backing = getenv("PSI_KV_AGENT_BACKING");
-        const char * reserve = getenv("PSI_KV_AGENT_RESERVE_BYTES");
-        const char * limit   = getenv("PSI_KV_AGENT_LIMIT_BYTES");
+    if (getenv("PSIKV_SOCKET")) {  // under `psi-kv exec`
+        const char * place   = getenv("PSIKV_PLACE");
+        const char * backing = getenv("PSIKV_BACKING");
+        const char * reserve = getenv("PSIKV_RESERVE_BYTES");
+        const char * limit   = getenv("PSIKV_LIMIT_BYTES");
         psikv_configure(place, backing && !strcmp(backing, "file") ? BACKING_FILE : BACKING_MEMORY,
                         reserve ? strtoull(reserve, NULL, 10) : 0, limit ? strtoull(limit, NULL, 10) : 0, NULL);
     }

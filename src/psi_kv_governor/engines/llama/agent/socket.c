@@ -92,7 +92,7 @@ static void * keep_connected(void * name) {
 
 void socket_start(void) {
     static bool  started;
-    const char * name = getenv("PSI_KV_SOCKET");
+    const char * name = getenv("PSIKV_SOCKET");
     if (!name || !name[0] || __atomic_exchange_n(&started, true, __ATOMIC_ACQ_REL)) {
         return;
     }
