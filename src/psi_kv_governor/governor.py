@@ -109,6 +109,8 @@ class Governor:
         self._reason = ""
         self._state = LawState()
         self._limit: float | None = None
+        self.last_result: dict[str, int] = {}
+        """What the last completion was computed without (`psi_kv` of its result); empty where nothing was."""
         self._written: deque[tuple[float, int]] = deque()
         self._behind_s = 0.0
         self._caches: dict[int, str] = {}

@@ -204,8 +204,10 @@ def _annotate(governor: Governor, result: dict[str, Any]) -> dict[str, Any]:
         sequences = [sequence for cache in snapshot.caches if cache.maskable for sequence in cache.sequences]
         masked = max((sequence.masked_cells for sequence in sequences), default=0)
         affected = max((sequence.affected for sequence in sequences), default=0)
+        governor.last_result = {}
         if masked or affected:
-            result["psi_kv"] = {"masked_tokens": masked, "affected_tokens": affected}
+            governor.last_result = {"masked_tokens": masked, "affected_tokens": affected}
+            result["psi_kv"] = governor.last_result
     except EngineError:
         pass  # the model was closed while its answer was made
     except Exception:

@@ -10,7 +10,8 @@ from psi_kv_governor.engines.llama.client import Client, InProcess, Op
 client = Client(InProcess(agent.serve))
 
 def open_():
-    return llama_cpp.Llama(sys.argv[1], n_ctx=2048, n_threads=1, n_threads_batch=1, verbose=False, flash_attn=True)
+    small = {"n_ctx": 2048, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+    return llama_cpp.Llama(sys.argv[1], flash_attn=True, **small)
 
 def state(llm):
     size = llama_cpp.llama_state_get_size(llm.ctx)
@@ -53,7 +54,7 @@ print("both whole")
 
 FILTERED = """
 import ctypes, os, struct, sys
-# A seccomp filter that kills at mincore, as systemd's @system-service does where SystemCallErrorNumber is not set.
+# A seccomp filter that kills at mincore, as a unit with SystemCallFilter=@system-service does.
 libc = ctypes.CDLL(None, use_errno=True)
 MINCORE = {"x86_64": 27, "aarch64": 232}[os.uname().machine]
 filters = b"".join(struct.pack("HBBI", *one) for one in (
@@ -84,7 +85,7 @@ agent = library.load().agent
 agent.configure(sys.argv[2], in_file=sys.argv[3] == "file", reserve_bytes=0, limit_bytes=0)
 import llama_cpp
 for n_batch in (1, 2, 7):
-    llm = llama_cpp.Llama(sys.argv[1], n_ctx=512, n_batch=n_batch, n_threads=1, n_threads_batch=1, verbose=False)
+    llm = llama_cpp.Llama(sys.argv[1], n_ctx=512, n_batch=n_batch, n_threads=1, verbose=False)
     print(llm("a b c", max_tokens=4, temperature=0)["choices"][0]["text"])
     llm.close()
 print("all sizes")
