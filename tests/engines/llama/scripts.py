@@ -138,3 +138,62 @@ llm = llama_cpp.Llama(sys.argv[1], n_ctx=512, n_threads=1, verbose=False)
 llm.eval([5, 6])
 print("plain")
 """
+
+LOCKED = """
+import ctypes, sys
+libc = ctypes.CDLL(None, use_errno=True)
+from psi_kv_governor.engines.llama import library
+agent = library.load().agent
+agent.configure(sys.argv[2], in_file=sys.argv[3] == "file", reserve_bytes=0, limit_bytes=0)
+import llama_cpp
+from psi_kv_governor.engines.llama.client import Client, InProcess, Op
+llm = llama_cpp.Llama(sys.argv[1], n_ctx=4096, n_threads=1, n_threads_batch=1, verbose=False, flash_attn=True)
+tokens = [i % 240 + 5 for i in range(1500)]
+llm.eval(tokens)
+assert libc.mlockall(1) == 0
+client = Client(InProcess(agent.serve))
+(region,) = client.regions(count_resident=True)
+reply = client.ask(Op.PARK, region.id, 0)
+after = client.regions(count_resident=True)[0].resident
+assert reply.n_bytes <= region.resident - after + 4096, (reply, region.resident, after)
+assert reply.n_bytes or "locked" in reply.problem, reply
+print(reply.problem)
+libc.munlockall()
+llm.eval(tokens[:5])
+print("runs on")
+"""
+
+MANY_MAPPINGS = """
+import ctypes, mmap, sys
+from pathlib import Path
+from psi_kv_governor.engines.llama import library
+agent = library.load().agent
+agent.configure(sys.argv[2], in_file=False, reserve_bytes=0, limit_bytes=0)
+import llama_cpp
+from psi_kv_governor.engines.llama.client import Client, InProcess, Op
+llm = llama_cpp.Llama(sys.argv[1], n_ctx=4096, n_threads=1, n_threads_batch=1, verbose=False, flash_attn=True)
+tokens = [i % 240 + 5 for i in range(1500)]
+llm.eval(tokens)
+def state():
+    size = llama_cpp.llama_state_get_size(llm.ctx)
+    buffer = (ctypes.c_uint8 * size)()
+    return bytes(buffer)[: llama_cpp.llama_state_get_data(llm.ctx, buffer, size)]
+whole = state()
+client = Client(InProcess(agent.serve))
+(region,) = client.regions(count_resident=True)
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+most = int(Path("/proc/sys/vm/max_map_count").read_text())
+base = libc.mmap(None, 4096 * 2 * most, 1, 0x4022, -1, 0)
+i = 0
+while libc.mprotect(base + 4096 * (2 * i + 1), 4096, 3) == 0:
+    i += 1
+reply = client.ask(Op.PARK, region.id, 0)
+libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+libc.munmap(base, 4096 * 2 * most)
+assert "max_map_count" in reply.problem or reply.n_bytes > 0, reply
+assert state() == whole
+print("whole")
+"""

@@ -64,3 +64,12 @@ def test_a_library_that_the_user_chose_himself_stands_behind_the_agent(run, tmp_
 
 def test_where_llama_cpp_was_imported_before_it_says_so_and_the_model_runs(run):
     assert "plain" in run(scripts.IMPORTED_BEFORE)
+
+
+@backings
+def test_locked_memory_stays_and_it_is_said_why(run, folder, backing):
+    assert "runs on" in run(scripts.LOCKED, str(folder), backing)
+
+
+def test_where_no_mapping_is_left_nothing_is_lost(run, folder):
+    assert "whole" in run(scripts.MANY_MAPPINGS, str(folder))
