@@ -173,8 +173,10 @@ def _judged(
         zone = Zone.ACUTE
     elif (room is not None and room.short) or (stalled and not plenty):
         zone = Zone.PRESSURE
-    elif not known:
+    elif reading.interval_s <= 0.0 or (not known and room is None):
         zone, why = Zone.UNKNOWN, f"{why}, first reading of its source"
+    elif not known:
+        zone = Zone.QUIET  # no PSI: headroom alone says that there is room
     elif stalled:
         zone, why = Zone.BETWEEN, f"{why}: stall without shortage, trimming would not help"
     else:
