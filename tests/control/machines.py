@@ -169,7 +169,8 @@ def _turn(machine: Machine, one: Governed, caches: list[Governed], seen: tuple) 
 
 def table(told: Callable[[str], object] = print) -> None:
     told(
-        "| machine | calm | killed, without → with | time lost, without → with | trims, restores | given up | away at the end |"
+        "| machine | calm | killed: without, with | lost: without, with "
+        "| trims, restores | given up | away at the end |"
     )
     told("| --- | --- | --- | --- | --- | --- | --- |")
     for machine in MACHINES:
@@ -177,10 +178,10 @@ def table(told: Callable[[str], object] = print) -> None:
         plain = run(machine, pressed=True, governed=False)
         with_it = run(machine, pressed=True, governed=True)
         yes = {True: "yes", False: "no"}
-        lost = ["–" if one.killed else f"{one.lost_s:.1f} s" for one in (plain, with_it)]
+        lost = ["all" if one.killed else f"{one.lost_s:.1f} s" for one in (plain, with_it)]
         told(
-            f"| {machine.name} | {calm.trims + calm.restores} | {yes[plain.killed]} → {yes[with_it.killed]} "
-            f"| {lost[0]} → {lost[1]} | {with_it.trims}, {with_it.restores} "
+            f"| {machine.name} | {calm.trims + calm.restores} | {yes[plain.killed]}, {yes[with_it.killed]} "
+            f"| {lost[0]}, {lost[1]} | {with_it.trims}, {with_it.restores} "
             f"| {with_it.given_bytes // MIB:,} MiB | {with_it.away_bytes // MIB:,} MiB |"
         )
 
