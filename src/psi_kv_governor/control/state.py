@@ -142,6 +142,8 @@ def seen_before(state: LawState, reading: Reading) -> dict[str, Seen]:
 
 
 def _lost_s(state: LawState, reading: Reading, level: Level) -> float:
+    if not level.some:
+        return 0.0  # without stall now it does not matter how long it lasted
     lost_s = _stalls(reading).get(level.name, 0.0) * _passed_s(state, reading)
     for look in state.looks:
         if reading.time_s - look.time_s < STALL_WINDOW_S:
@@ -166,12 +168,16 @@ def _fall_bytes_per_s(state: LawState, reading: Reading, level: Level) -> float:
     if level.headroom_bytes is None or (reading.own > 0.0 and reading.own_resident_bytes is None):
         return 0.0
     room = _room_bytes(reading, level)
+    if len(state.looks) < 2 or not room < _room_then(state.looks[-1], level) < _room_then(
+        state.looks[-2], level
+    ):
+        return 0.0
     past = [
         (look.time_s, look.rooms[level.name])
         for look in state.looks
-        if level.name in look.rooms and reading.time_s - look.time_s <= FALL_WINDOW_S
+        if reading.time_s - look.time_s <= FALL_WINDOW_S and level.name in look.rooms
     ]
-    if len(past) < 2 or not room < past[-1][1] < past[-2][1]:
+    if len(past) < 2:
         return 0.0
     falls = (
         (n_bytes - room) / (reading.time_s - time_s)
@@ -179,6 +185,10 @@ def _fall_bytes_per_s(state: LawState, reading: Reading, level: Level) -> float:
         if reading.time_s - time_s >= _LEAST_FALL_S and n_bytes - room > level.grain_bytes
     )
     return max(0.0, max(falls, default=0.0))
+
+
+def _room_then(look: Look, level: Level) -> int:
+    return look.rooms.get(level.name, 0)
 
 
 def _room_bytes(reading: Reading, level: Level) -> int:
