@@ -308,9 +308,13 @@ def trimmed(state: LawState, now: View, cache: CacheSnapshot, n_bytes: int) -> L
 def _mean_stall(state: LawState, now: View) -> float:
     """Over the pressure so far, a second at the most: what the stall after a trim is compared with. The
     stall of the moment would be a peak, and anything after a peak is less."""
-    since_s = now.time_s if state.pressed_since_s is None else state.pressed_since_s
-    span_s = min(STALL_WINDOW_S, now.time_s - since_s)
-    return min(1.0, now.lost_s / span_s) if span_s > 0.0 else now.stall
+    since_s = -math.inf if state.pressed_since_s is None else state.pressed_since_s
+    since_s = max(since_s, now.time_s - STALL_WINDOW_S)
+    looks = [look for look in state.looks if look.time_s > since_s]
+    covered_s = sum(look.covered_s for look in looks)
+    if covered_s <= 0.0:
+        return now.stall
+    return min(1.0, sum(look.stalls.get(now.level, 0.0) * look.covered_s for look in looks) / covered_s)
 
 
 def restored(state: LawState, now: View, cache: CacheSnapshot, run_bytes: int, *, begins: bool) -> LawState:
