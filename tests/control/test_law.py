@@ -279,6 +279,13 @@ def test_any_relief_starts_the_count_anew(relief):
     assert sum(cells(d) > 0 for d in follow(looks, snapshot(live=100_000))) >= 6
 
 
+def test_a_stall_that_stays_is_no_relief_however_long_it_takes_to_count():
+    """It was pressure half a second after it began: what was lost before that is not lost in less time."""
+    config = GovernorConfig(high=0.5, low=0.5, futile_trims=1, headroom_low=0.0, lead_s=0.0)
+    looks = [reading(time_s=100.0 + i / 50, some=0.5, headroom=0.2, interval_s=0.02) for i in range(200)]
+    assert sum(cells(d) > 0 for d in follow(looks, snapshot(), config)) == 1
+
+
 def test_a_hold_ends_when_the_pressure_does():
     looks = [*pressed(10), reading(time_s=106.0, headroom=0.2), reading(time_s=107.0, some=0.5, headroom=0.2)]
     assert [cells(d) > 0 for d in follow(looks, snapshot())][-2:] == [False, True]

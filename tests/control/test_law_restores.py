@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from law_help import CELL_BYTES, CONFIG, cells, follow, reading, replay, snapshot
+from law_help import CELL_BYTES, CONFIG, cells, changed, follow, reading, replay, snapshot
 
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.control import (
@@ -79,6 +79,14 @@ def test_unknown_headroom_restores_a_small_step():
     assert cells(quiet_run(None, snapshot(live=2096, spilled=2000))[-1]) == 384  # a tenth, whole blocks
     assert cells(quiet_run(None, snapshot(live=300, spilled=100))[-1]) == 64  # at least a block
     assert cells(quiet_run(None, snapshot(live=300, spilled=10))[-1]) == 10
+
+
+def test_without_psi_it_comes_back_by_headroom_alone():
+    looks = [changed(reading(time_s=100.0 + t, headroom=0.5), some=None, full=None) for t in range(7)]
+    actions = [d.action for d in replay(looks, snapshot(live=3040, spilled=960))]
+    assert actions.index(Action.RESTORE) == 5
+    short = [changed(one, headroom_bytes=10) for one in looks]
+    assert Action.RESTORE not in {d.action for d in replay(short, snapshot(live=3040, spilled=960))}
 
 
 def test_each_restore_is_watched_for_a_quiet_time():

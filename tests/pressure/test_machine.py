@@ -79,6 +79,15 @@ def test_without_psi_the_stall_is_nothing(tree):
     machine.close()
 
 
+def test_without_psi_a_reading_covers_the_time_since_the_last_one(tree):
+    """Else every reading would be the first of its source, and nothing would ever come back."""
+    clock = iter([1.0, 1.5, 2.5])
+    rooms = HeadroomReader(find_cgroups(tree.root), tree.root)
+    machine = MachineSource(None, rooms, "headroom alone", lambda: next(clock))
+    assert [machine.read().interval_s for _ in range(3)] == [0.0, 0.5, 1.0]
+    machine.close()
+
+
 def test_a_reading_costs_less_than_100_us():
     """Of processor time, so that other programs do not count: 16 us on the machine it was made on."""
     source = discover().source

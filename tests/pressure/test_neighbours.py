@@ -166,6 +166,18 @@ def test_garbage_is_not_heard(tmp_path, garbage):
     other.close()
 
 
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), RuntimeError("no home")])
+def test_a_user_without_any_folder_is_only_not_known_to_the_others(monkeypatch, error):
+    def none():
+        raise error
+
+    monkeypatch.setattr(module, "folders", none)
+    one = Neighbours()
+    assert "can't be told of this one: " in one.problem
+    assert one.read(HERE) == ()
+    one.close()
+
+
 def test_a_folder_that_cannot_be_had_is_said_and_nothing_else(tmp_path):
     one = Neighbours(tmp_path / "none")
     assert "can't be told" in one.problem

@@ -142,6 +142,8 @@ def seen_before(state: LawState, reading: Reading) -> dict[str, Seen]:
 
 
 def _lost_s(state: LawState, reading: Reading, level: Level) -> float:
+    if not level.some:
+        return 0.0  # without stall now it does not matter how long it lasted
     lost_s = _stalls(reading).get(level.name, 0.0) * _passed_s(state, reading)
     for look in state.looks:
         if reading.time_s - look.time_s < STALL_WINDOW_S:
@@ -166,12 +168,16 @@ def _fall_bytes_per_s(state: LawState, reading: Reading, level: Level) -> float:
     if level.headroom_bytes is None or (reading.own > 0.0 and reading.own_resident_bytes is None):
         return 0.0
     room = _room_bytes(reading, level)
+    if len(state.looks) < 2 or not room < _room_then(state.looks[-1], level) < _room_then(
+        state.looks[-2], level
+    ):
+        return 0.0
     past = [
         (look.time_s, look.rooms[level.name])
         for look in state.looks
-        if level.name in look.rooms and reading.time_s - look.time_s <= FALL_WINDOW_S
+        if reading.time_s - look.time_s <= FALL_WINDOW_S and level.name in look.rooms
     ]
-    if len(past) < 2 or not room < past[-1][1] < past[-2][1]:
+    if len(past) < 2:
         return 0.0
     falls = (
         (n_bytes - room) / (reading.time_s - time_s)
@@ -179,6 +185,10 @@ def _fall_bytes_per_s(state: LawState, reading: Reading, level: Level) -> float:
         if reading.time_s - time_s >= _LEAST_FALL_S and n_bytes - room > level.grain_bytes
     )
     return max(0.0, max(falls, default=0.0))
+
+
+def _room_then(look: Look, level: Level) -> int:
+    return look.rooms.get(level.name, 0)
 
 
 def _room_bytes(reading: Reading, level: Level) -> int:
@@ -298,9 +308,13 @@ def trimmed(state: LawState, now: View, cache: CacheSnapshot, n_bytes: int) -> L
 def _mean_stall(state: LawState, now: View) -> float:
     """Over the pressure so far, a second at the most: what the stall after a trim is compared with. The
     stall of the moment would be a peak, and anything after a peak is less."""
-    since_s = now.time_s if state.pressed_since_s is None else state.pressed_since_s
-    span_s = min(STALL_WINDOW_S, now.time_s - since_s)
-    return min(1.0, now.lost_s / span_s) if span_s > 0.0 else now.stall
+    since_s = -math.inf if state.pressed_since_s is None else state.pressed_since_s
+    since_s = max(since_s, now.time_s - STALL_WINDOW_S)
+    looks = [look for look in state.looks if look.time_s > since_s]
+    covered_s = sum(look.covered_s for look in looks)
+    if covered_s <= 0.0:
+        return now.stall
+    return min(1.0, sum(look.stalls.get(now.level, 0.0) * look.covered_s for look in looks) / covered_s)
 
 
 def restored(state: LawState, now: View, cache: CacheSnapshot, run_bytes: int, *, begins: bool) -> LawState:

@@ -73,8 +73,6 @@ class View(NamedTuple):
     """What has to come back for the headroom to be at its low line in twice `lead_s`, as it falls now."""
     plenty: bool
     """Headroom is known, and far from its low line, on all levels."""
-    lost_s: float
-    """Time lost to stall in the last STALL_WINDOW_S."""
     noise: float
     """The most stall of any level."""
     why: str
@@ -137,7 +135,6 @@ def view(
         spare_bytes=min((one.spare_bytes for one in known), default=None),
         missing_bytes=max((one.missing_bytes for one in known), default=0),
         plenty=bool(known) and all(one.plenty for one in known),
-        lost_s=before.get(worst.name, Seen()).lost_s,
         noise=max(one.some for one in judged),
         why=worst.why,
     )
@@ -173,8 +170,10 @@ def _judged(
         zone = Zone.ACUTE
     elif (room is not None and room.short) or (stalled and not plenty):
         zone = Zone.PRESSURE
-    elif not known:
+    elif reading.interval_s <= 0.0 or (not known and room is None):
         zone, why = Zone.UNKNOWN, f"{why}, first reading of its source"
+    elif not known:
+        zone = Zone.QUIET  # no PSI: headroom alone says that there is room
     elif stalled:
         zone, why = Zone.BETWEEN, f"{why}: stall without shortage, trimming would not help"
     else:

@@ -97,6 +97,7 @@ class MachineSource:
         self._sizes = ProcessSizes()
         self._meter = StallMeter()
         self._look_s = 0.0
+        self._last_s: float | None = None
 
     @property
     def name(self) -> str:
@@ -122,11 +123,16 @@ class MachineSource:
             levels.append(_stalled(Level(name=self._level), stall))
         return Reading(
             time_s=time_s,
-            interval_s=stall.interval_s,
+            interval_s=stall.interval_s if self._counters is not None else self._since_last_s(time_s),
             levels=tuple(levels),
             own_resident_bytes=resident_bytes,
             source=self._name,
         )
+
+    def _since_last_s(self, time_s: float) -> float:
+        """What a reading covers where no stall is told."""
+        before_s, self._last_s = self._last_s, time_s
+        return 0.0 if before_s is None else max(0.0, time_s - before_s)
 
     def _with_stall(self, level: Level, time_s: float, stall: Stall) -> Level:
         """A gauge is opened when its level first has a limit."""

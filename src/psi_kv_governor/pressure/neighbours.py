@@ -93,8 +93,9 @@ class Neighbours:
         try:
             self._folder = _folder() if folder is None else folder
             self._open()
-        except OSError as error:
-            self.problem = f"other governors can't be told of this one: {error.strerror or error}"
+        except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
+            why = getattr(error, "strerror", None) or error
+            self.problem = f"other governors can't be told of this one: {why}"
         _open_ones.add(self)
         self._end = weakref.finalize(self, _drop, self._descriptor, self._path)
 
