@@ -8,7 +8,7 @@ import pytest
 from psi_kv_governor import preflight
 from psi_kv_governor.bench.pen import Pen
 from psi_kv_governor.config import GovernorConfig
-from psi_kv_governor.engine.llama import native
+from psi_kv_governor.engines.llama import library
 from psi_kv_governor.errors import EngineError
 
 MEMINFO = "MemTotal:        8000000 kB\nMemAvailable:    4000000 kB\n"
@@ -168,44 +168,39 @@ def refuse(*_):
 
 
 def test_without_llama_cpp_the_rest_of_the_engine_is_not_tried(monkeypatch, tmp_path):
-    monkeypatch.setattr(native, "llama_cpp_package", refuse)
-    found = {
-        check.name: check
-        for check in preflight.run_checks(GovernorConfig(store="none"), tmp_path / "none.gguf")
-    }
-    assert (found["llama.cpp"].state, found["llama.cpp"].remedy) == ("fail", "install it")
-    assert "tap" not in found
+    monkeypatch.setattr(library, "llama_cpp_version", refuse)
+    found = {check.name: check for check in preflight.run_checks(GovernorConfig(), tmp_path / "none.gguf")}
+    assert (found["llama.cpp"].state, found["llama.cpp"].remedy) == ("warn", "install it")
     assert not any(name.startswith("can ") for name in found)
     assert found["model"].state == "fail"
 
 
-def test_a_tap_that_does_not_compile_is_a_failure(monkeypatch):
-    monkeypatch.setattr(native, "library_path", refuse)
-    found = preflight.check_tap()
+def test_an_agent_that_does_not_compile_is_a_failure(monkeypatch):
+    monkeypatch.setattr(library, "agent_path", refuse)
+    found = preflight.check_agent()
     assert (found.state, found.remedy) == ("fail", "install it")
 
 
-def test_the_store_is_tried_and_measured(tmp_path):
-    found = preflight.check_store(GovernorConfig(store_dir=str(tmp_path), store_reserve_bytes=0))
-    if "returns nothing" in found.remedy:
+def test_the_place_is_tried_and_measured(tmp_path):
+    found = preflight.check_place(GovernorConfig(place=str(tmp_path), place_reserve_bytes=0))
+    if "memory" in found.remedy:
         pytest.skip("the temporary directory is in memory here")
     assert found.state == "ok"
     assert "MB/s" in found.detail
-    assert list(tmp_path.iterdir()) == []
+    assert "caches are born in" in found.detail
 
 
 @pytest.mark.parametrize(
-    ("settings", "state", "remedy"),
+    ("settings", "remedy"),
     [
-        ({"store": "none"}, "warn", "store = 'disk'"),
-        ({"store_dir": "/proc/nowhere"}, "fail", "point store_dir at"),
-        ({"store_dir": "/dev/shm/psi-kv-test/../"}, "fail", "point store_dir at a disk"),
-        ({"store_reserve_bytes": 1 << 60}, "fail", "reserve"),
+        ({"place": "/proc/nowhere"}, "PSI_KV_PLACE"),
+        ({"place": "/dev/shm"}, "tmpfs"),
+        ({"place_reserve_bytes": 1 << 60}, "reserve"),
     ],
 )
-def test_a_store_that_keeps_nothing_is_told(settings, state, remedy):
-    found = preflight.check_store(GovernorConfig(**settings))
-    assert found.state == state
+def test_a_place_that_keeps_nothing_is_told(settings, remedy):
+    found = preflight.check_place(GovernorConfig(**settings))
+    assert found.state == "fail"
     assert remedy in found.remedy
 
 
@@ -221,11 +216,12 @@ def test_a_model_that_was_named_must_be_one(tmp_path):
 
 
 @pytest.mark.llama
-def test_with_a_model_its_steps_are_proved(demo_model, tmp_path):
-    config = GovernorConfig(store_dir=str(tmp_path))
+def test_with_a_model_its_steps_are_proved(demo_model):
+    config = GovernorConfig()
     found = {check.name: check for check in preflight.run_checks(config, demo_model)}
-    assert found["tap"].state == "ok"
-    assert [found[f"can {step}"].state for step in ("release", "spill", "recompute")] == ["ok"] * 3
+    assert found["agent"].state == "ok"
+    assert [found[f"can {step}"].state for step in ("release", "park", "mask")] == ["ok"] * 3
+    assert "MiB went back" in found["can park"].detail
 
 
 @pytest.mark.llama

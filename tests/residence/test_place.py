@@ -43,7 +43,7 @@ def folder_of(search) -> str:
 def test_the_setting_is_used_or_nothing():
     search = find_place("/proc/nothing")
     assert search.place is None
-    assert "store_dir" in search.why_none
+    assert "place" in search.why_none
     assert [refusal.name for refusal in search.refused] == ["absent"]
 
 
@@ -64,7 +64,7 @@ def test_a_user_without_a_home_or_a_name_still_gets_a_place_or_the_way_out():
         assert stat.S_IMODE(Path(answer).stat().st_mode) == 0o700
         Path(answer).rmdir()
     else:
-        assert "store_dir" in answer
+        assert "place" in answer
 
 
 def test_a_read_only_root_is_refused_with_the_way_out(mounted, tmp_path):
@@ -73,7 +73,7 @@ def test_a_read_only_root_is_refused_with_the_way_out(mounted, tmp_path):
         found = check_place(str(point / "cache"), "the test")
         assert isinstance(found, Refusal)
         assert found.name == "read-only"
-        assert "PSI_KV_STORE_DIR" in found.way_out
+        assert "PSI_KV_PLACE" in found.way_out
 
 
 def test_our_folder_is_closed_to_others(disk):

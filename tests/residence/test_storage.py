@@ -13,7 +13,7 @@ from psi_kv_governor.residence.storage import Kernel, storage_of
 def refused(folder: Path) -> Refusal:
     found = check_place(str(folder), "the test")
     assert isinstance(found, Refusal), found
-    assert "store_dir" in found.way_out
+    assert "place" in found.way_out
     assert "\n" not in found.why
     return found
 

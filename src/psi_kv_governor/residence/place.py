@@ -16,7 +16,7 @@ from psi_kv_governor.residence.storage import HERE, Kernel, storage_of
 RESERVE_BYTES = 512 << 20
 """Free space that is left on the disk unless told otherwise."""
 
-WAY_OUT = "name a folder on a disk by store_dir (PSI_KV_STORE_DIR), or mount one, e.g. at /var/tmp"
+WAY_OUT = "name a folder on a disk by place (PSI_KV_PLACE), or mount one, e.g. at /var/tmp"
 
 
 class Refusal(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,7 +83,7 @@ def find_place(
     """
     refused: list[Refusal] = []
     environ = os.environ if environ is None else environ
-    candidates = [(setting, "the setting store_dir")] if setting else list(_candidates(environ))
+    candidates = [(setting, "the setting place")] if setting else list(_candidates(environ))
     for parent, why in candidates:
         try:
             found = check_place(parent, why, limit_bytes, reserve_bytes, kernel)
