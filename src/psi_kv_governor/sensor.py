@@ -17,7 +17,7 @@ from psi_kv_governor.pressure import discover
 from psi_kv_governor.pressure.bell import Bell
 from psi_kv_governor.pressure.discovery import Discovery
 from psi_kv_governor.pressure.machine import MovedError
-from psi_kv_governor.pressure.neighbours import Neighbours
+from psi_kv_governor.pressure.neighbours import Neighbourhood, Neighbours
 from psi_kv_governor.pressure.reading import PressureSource, Reading
 from psi_kv_governor.pressure.waking import find_waker
 
@@ -38,12 +38,14 @@ class Sensor:
     One thread reads and waits; `interrupt` and `close` may come from any other.
     """
 
-    def __init__(self, source: PressureSource | None, bus: Bus) -> None:
+    def __init__(
+        self, source: PressureSource | None, bus: Bus, neighbours: Neighbourhood | None = None
+    ) -> None:
         self.source = source
         self.bell = Bell()
         """What `wait` sleeps on. A thread that holds it, and not the sensor, keeps nothing else alive."""
-        self.neighbours = None if source is not None else Neighbours()
-        """The other governors of this user; none beside a source that was given."""
+        self.neighbours = Neighbours() if neighbours is None and source is None else neighbours
+        """The other governors of this user; beside a source that was given, those that were given."""
         self._bus = bus
         self._box = _Box()
         self._bars = _Bars()

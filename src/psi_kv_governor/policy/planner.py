@@ -13,6 +13,7 @@ import numpy.typing as npt
 from psi_kv_governor.cache import (
     BlobState,
     CacheState,
+    Capabilities,
     Engine,
     Evidence,
     Plan,
@@ -112,10 +113,8 @@ class Planner:
     def holdings(self, snapshot: Snapshot) -> CacheSnapshot:
         """The caches as the law sees them."""
         able = self._engine.describe().capabilities
-        evicts = not able.park.able and self._config.evict and able.evict.able
-        rungs = list(self._lossless(snapshot)) if able.park.able else list(_free(snapshot))
-        lossless = sum(rung.n_bytes for rung in rungs)
-        lossy = sum(r.n_bytes for r in self._running(snapshot)) if able.park.able or evicts else 0
+        lossless = sum(rung.n_bytes for rung in self._lossless(snapshot, able))
+        lossy = sum(rung.n_bytes for rung in self._running(snapshot)) if self._lossy_verb(able) else 0
         sequences = [(cache, s) for cache in snapshot.caches for s in cache.sequences]
         steps = [self._config.block_cells * cache.cell_bytes for cache, _ in sequences if cache.maskable]
         return CacheSnapshot(
@@ -129,18 +128,26 @@ class Planner:
             last_used_s=max((s.last_used_s for _, s in sequences), default=0.0),
         )
 
-    def _lossless(self, snapshot: Snapshot) -> Iterator[_Rung]:
+    def _lossy_verb(self, able: Capabilities) -> Verb | None:
+        """How cells of running sequences go here: content is dropped only where it was allowed, and there is
+        no place to park. None where they can't go."""
+        if able.park.able:
+            return Verb.MASK if able.mask.able else None
+        return Verb.EVICT if self._config.evict and able.evict.able else None
+
+    def _lossless(self, snapshot: Snapshot, able: Capabilities) -> Iterator[_Rung]:
         """What costs no fidelity, in the order of the ladder."""
-        yield from _free(snapshot)
+        if able.release.able:
+            yield from _free(snapshot)
         blobs = [
             _Rung(cache, blob.n_bytes, blob=blob)
-            for cache in snapshot.caches
+            for cache in (snapshot.caches if able.blobs.able else ())
             for blob in cache.blobs
             if not blob.parked
         ]
         idle = [
             _Rung(cache, n_bytes, sequence=sequence)
-            for cache in snapshot.caches
+            for cache in (snapshot.caches if able.park.able else ())
             for sequence in cache.sequences
             if not sequence.running
             and (n_bytes := sequence.live_cells * cache.cell_bytes - sequence.parked_bytes) > 0
@@ -189,13 +196,12 @@ class Planner:
         able = self._engine.describe().capabilities
         steps: list[Step] = []
         left = n_bytes
-        for rung in self._lossless(snapshot) if able.park.able else _free(snapshot):
+        for rung in self._lossless(snapshot, able):
             if left <= 0:
                 break
             steps.append(self._step(rung, left))
             left -= rung.n_bytes
-        if left > 0 and (able.mask.able or self._config.evict):
-            verb = Verb.MASK if able.park.able else Verb.EVICT
+        if left > 0 and (verb := self._lossy_verb(able)):
             steps += self._of_running(snapshot, left, verb)
         return Plan(steps=tuple(steps), urgent=urgent)
 
@@ -213,17 +219,32 @@ class Planner:
         return Step(verb=Verb.PARK, cache=rung.cache.id, sequence=rung.sequence.id, ranges=ranges)
 
     def _of_running(self, snapshot: Snapshot, n_bytes: int, verb: Verb) -> list[Step]:
-        """Ranges of running sequences, each giving its share, by the policy's scores."""
+        """Ranges of running sequences, each giving its share, by the policy's scores. Whole blocks are
+        chosen, so later ones give what is left: together they exceed `n_bytes` by one block at the most."""
+        self._forget(snapshot)
         rungs = list(self._running(snapshot))
         total = sum(rung.n_bytes for rung in rungs)
+        left = n_bytes
         steps = []
         for rung in rungs:
-            wanted = min(rung.n_bytes, -(-n_bytes * rung.n_bytes // total))
-            ranges = self._choose(rung, -(-wanted // rung.cache.cell_bytes))
-            if ranges and rung.sequence is not None:
+            wanted = min(rung.n_bytes, -(-n_bytes * rung.n_bytes // total), left)
+            if wanted <= 0 or rung.sequence is None:
+                continue
+            try:
+                ranges = self._choose(rung, -(-wanted // rung.cache.cell_bytes))
+            except EngineError:  # it ended since the snapshot: the others give all the same
+                continue
+            left -= cells_in(ranges) * rung.cache.cell_bytes
+            if ranges:
                 step = Step(verb=verb, cache=rung.cache.id, sequence=rung.sequence.id, ranges=tuple(ranges))
                 steps.append(step)
         return steps
+
+    def _forget(self, snapshot: Snapshot) -> None:
+        """What was thought of sequences that are gone."""
+        there = {(cache.id, sequence.id) for cache in snapshot.caches for sequence in cache.sequences}
+        for key in self._scores.keys() - there:
+            del self._scores[key]
 
     def _choose(self, rung: _Rung, cells: int) -> list[Range]:
         """So many cells in whole blocks, the lowest scores first; never more than may go."""
@@ -277,8 +298,8 @@ class Planner:
     def why_nothing(self, snapshot: Snapshot) -> str:
         """Why a trim gives nothing, in one clause."""
         able = self._engine.describe().capabilities
-        if not able.park.able and not self._config.evict:
-            return able.park.why
+        if self._lossy_verb(able) is None:
+            return able.mask.why if able.park.able else able.park.why
         for cache in snapshot.caches:
             for sequence in cache.sequences:
                 if not cache.maskable:
@@ -293,6 +314,7 @@ class Planner:
 
     def restore(self, snapshot: Snapshot, n_bytes: int) -> Plan:
         """A slice of what is masked, what scored highest first."""
+        self._forget(snapshot)
         wanted: list[tuple[float, Step, int]] = []
         for cache in snapshot.caches:
             for sequence in cache.sequences:
@@ -315,6 +337,8 @@ class Planner:
 
     def release(self, snapshot: Snapshot) -> Plan | None:
         """Return what free cells hold, where it is worth a look."""
+        if not self._engine.describe().capabilities.release.able:
+            return None
         rungs = [rung for rung in _free(snapshot) if rung.n_bytes >= _LEAST_RELEASE_BYTES]
         steps = tuple(Step(verb=Verb.RELEASE, cache=rung.cache.id) for rung in rungs)
         return Plan(steps=steps) if steps else None
@@ -333,6 +357,8 @@ class Planner:
 
     def park_blobs(self, snapshot: Snapshot) -> Plan | None:
         """Saved states are parked as soon as they are whole: they are read again only when they are loaded."""
+        if not self._engine.describe().capabilities.blobs.able:
+            return None
         steps = tuple(
             Step(verb=Verb.PARK, cache=cache.id, blob=blob.id)
             for cache in snapshot.caches
