@@ -40,8 +40,9 @@ class Subscribers(Generic[_T]):
 class Bus(Subscribers[Event]):
     """The subscribers of one governor's events, and what has been said to them."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
+        self._clock = clock
         self._said: set[str] = set()
 
     def degrade(self, what: str, why: str) -> None:
@@ -51,4 +52,4 @@ class Bus(Subscribers[Event]):
             return
         self._said.add(cause)
         _log.warning("%s: %s", what, why)
-        self.tell(Degraded(time_s=time.monotonic(), what=what, why=why))
+        self.tell(Degraded(time_s=self._clock(), what=what, why=why))

@@ -126,7 +126,7 @@ class GovernorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     block_cells: OneOrMore = 64
     """Unit in which cells are given up. 64 rows of the smallest model here (384 bytes) are six whole pages.
     Policies whose blocks lie apart enlarge it for shorter rows and long contexts
-    (`policy.chooser.block_size`)."""
+    (`policy.scoring.block_size`)."""
 
     # -- where to --------------------------------------------------------------------------------------
     place: str = ""

@@ -1,7 +1,9 @@
-"""The loop that wires the rooms: a reading to the law, its decision to the planner, a plan to the engine."""
+"""The loop that wires the rooms: reading to law, decision to planner, plan to engine."""
 
 from __future__ import annotations
 
+import logging
+import random
 import sys
 import threading
 import time
@@ -44,11 +46,13 @@ from psi_kv_governor.lifetime import open_governors, run
 from psi_kv_governor.own_work import OwnWork
 from psi_kv_governor.policy import Policy, get_policy
 from psi_kv_governor.policy.planner import Planner
+from psi_kv_governor.pressure.neighbours import Neighbourhood
 from psi_kv_governor.pressure.reading import PressureSource, Reading
 from psi_kv_governor.sensor import Sensor
 from psi_kv_governor.status import Status
 from psi_kv_governor.status_socket import StatusSocket
 
+_log = logging.getLogger("psi_kv_governor")
 _T = TypeVar("_T")
 _cache_limit: float | None = None
 
@@ -57,6 +61,8 @@ _CALM_TURN_S = 1.0
 _BEHIND_S = 1.0
 """Dirty pages are written so often while headroom is not plentiful: decoding makes a few MB of them in it."""
 _DAY_S = 86_400.0
+_FAILED_S = 1.0
+"""Pause after a turn that failed: the next one fails most likely too."""
 
 
 def psi_set_cache_limit(share: float | None) -> None:
@@ -90,13 +96,18 @@ class Governor:
         policy: Policy | None = None,
         config: GovernorConfig | None = None,
         name: str = "",
+        clock: Callable[[], float] = time.monotonic,
+        jitter: float | None = None,
+        neighbours: Neighbourhood | None = None,
     ) -> None:
         """Without a `source` the best of this machine is found; `policy` comes from `config`. `name` is what
-        others call it (`psi-kv watch`)."""
+        others call it (`psi-kv watch`). A simulation brings its own `clock` (monotonic seconds), `jitter` (0
+        to 1, else chance) and `neighbours`."""
         self.config = config or load_config()
         self.engine = engine
         self.name = name
-        self._bus = Bus()
+        self._clock = clock
+        self._bus = Bus(clock)
         self._turns: Subscribers[Turn] = Subscribers()
         self._planner = Planner(
             policy or get_policy(self.config.policy),
@@ -105,12 +116,14 @@ class Governor:
             complain=lambda why: self._bus.degrade("policy", why),
         )
         engine.collect(self._planner.policy.needs)
-        self._reading = Reading(time_s=time.monotonic(), interval_s=0.0)
+        self._reading = Reading(time_s=clock(), interval_s=0.0)
         self._reason = ""
-        self._state = LawState()
+        self._jitter = random.random() if jitter is None else jitter
+        self._state = LawState(jitter=self._jitter)
         self._limit: float | None = None
         self.last_result: dict[str, int] = {}
         """What the last completion was computed without (`psi_kv` of its result); empty where nothing was."""
+        self._limit_bytes: int | None = None
         self._written: deque[tuple[float, int]] = deque()
         self._behind_s = 0.0
         self._caches: dict[int, str] = {}
@@ -122,8 +135,8 @@ class Governor:
         self._hand = ThreadPoolExecutor(max_workers=1, thread_name_prefix="psi-kv-hand")
         self._hand_ident: int | None = None
         self._applying = threading.Lock()
-        self._sensor = Sensor(source, self._bus)
-        self.work = OwnWork(self._sensor.neighbours)
+        self._sensor = Sensor(source, self._bus, neighbours)
+        self.work = OwnWork(self._sensor.neighbours, clock)
         self._socket = StatusSocket(self)
         open_governors.add(self)
 
@@ -134,7 +147,7 @@ class Governor:
         try:
             snapshot = self.engine.snapshot()
         except EngineError:
-            snapshot = Snapshot(time_s=time.monotonic())
+            snapshot = Snapshot(time_s=self._clock())
         description = self.engine.describe()
         return Status.of(
             snapshot,
@@ -144,7 +157,8 @@ class Governor:
             reason=self._reason,
             source=self._sensor.name,
             reading=self._reading,
-            limit=self._limit if self._limit is not None else _cache_limit,
+            limit=None if self._limit_bytes is not None else self._share(),
+            limit_bytes=self._limit_bytes,
         )
 
     def trim(self, fraction: float = 0.5) -> Result:
@@ -191,6 +205,10 @@ class Governor:
 
     def _for_each(self, verb: Verb, sequence: int | None) -> Result:
         snapshot = self.engine.snapshot()
+        there = {one.id for cache in snapshot.caches for one in cache.sequences}
+        if sequence is not None and sequence not in there:
+            known = ", ".join(map(str, sorted(there))) or "none"
+            return Result(problem=f"there is no sequence {sequence}: there are {known}")
         steps = [
             Step(verb=verb, cache=cache.id, sequence=one.id)
             for cache in snapshot.caches
@@ -204,11 +222,22 @@ class Governor:
             self._tell_trimmed(result, "by hand")
         return result
 
-    def limit(self, share: float | None) -> None:
-        """As `psi_set_cache_limit`, for this governor's caches alone. Raises BadInputError."""
+    def limit(self, share: float | None = None, *, n_bytes: int | None = None) -> None:
+        """As `psi_set_cache_limit`, for this governor's caches alone: a share, or so many bytes of all of
+        them together. None lifts the limit. Raises BadInputError."""
+        if share is not None and n_bytes is not None:
+            raise BadInputError("a cache limit is a share or a number of bytes: give one of them")
         if share is not None and not 0.0 <= share <= 1.0:
             raise BadInputError(f"a cache limit of {share} is not usable: give a share from 0 to 1, or None")
-        self._limit = share
+        if n_bytes is not None and n_bytes < 0:
+            raise BadInputError(f"a cache limit of {n_bytes} bytes is not usable: give 0 or more")
+        self._limit, self._limit_bytes = share, n_bytes
+
+    def _share(self, total_bytes: int = 0) -> float | None:
+        """The limit as the law takes it: a share of `total_bytes`, all that the caches hold."""
+        if self._limit_bytes is not None:
+            return min(1.0, self._limit_bytes / total_bytes) if total_bytes else None
+        return self._limit if self._limit is not None else _cache_limit
 
     def protect(self, start: int, stop: int, sequence: int | None = None) -> None:
         """Never mask the positions `start` to `stop` (exclusive) of `sequence` (default each), until
@@ -243,7 +272,7 @@ class Governor:
 
     def recomputed(self, cells: int, seconds: float) -> None:
         """The engine's owner decoded tokens again."""
-        self._bus.tell(Recomputed(time_s=time.monotonic(), cells=cells, seconds=seconds))
+        self._bus.tell(Recomputed(time_s=self._clock(), cells=cells, seconds=seconds))
 
     def _undisturbed(self, action: Callable[[], _T]) -> _T:
         if self._stop.is_set() or threading.get_ident() == self._hand_ident:
@@ -253,7 +282,11 @@ class Governor:
             self._hand_ident = threading.get_ident()
             return action()
 
-        return self._hand.submit(in_hand).result()
+        try:
+            done = self._hand.submit(in_hand)
+        except RuntimeError:  # closed just now
+            return action()
+        return done.result()
 
     # -- the loop ---------------------------------------------------------------------------------------
 
@@ -280,7 +313,12 @@ class Governor:
                 try:
                     self._act(reading)
                 except EngineError as error:
+                    self._tell_caches(Snapshot(time_s=self._clock()))
                     self._bus.degrade("engine", str(error))
+                except Exception as error:
+                    self._bus.degrade("governor", f"a turn failed ({type(error).__name__}: {error})")
+                    _log.debug("the turn that failed", exc_info=True)
+                    return _FAILED_S
         return pause_s(self.config, self._reading, self._state)
 
     def _nothing_new(self, reading: Reading) -> bool:
@@ -298,10 +336,12 @@ class Governor:
         snapshot = self.engine.snapshot()
         self._tell_caches(snapshot)
         cache = self._planner.holdings(snapshot)
-        limit = self._limit if self._limit is not None else _cache_limit
+        limit = self._share(cache.total_bytes)
         decision, self._state = decide(self.config, self._state, reading, cache, limit)
         self._reason = decision.reason
-        self._turns.tell(Turn(reading=reading, cache=cache, cache_limit=limit, decision=decision))
+        self._turns.tell(
+            Turn(reading=reading, cache=cache, cache_limit=limit, decision=decision, jitter=self._jitter)
+        )
         if decision.mode is not old:
             self._bus.tell(
                 ModeChanged(time_s=reading.time_s, old=old, new=decision.mode, reason=decision.reason)
@@ -324,10 +364,10 @@ class Governor:
         if (plan := self._planner.release(snapshot)) is not None:
             result = self._apply(plan)
             if result.bytes_returned:
-                self._bus.tell(Released(time_s=time.monotonic(), bytes_returned=result.bytes_returned))
+                self._bus.tell(Released(time_s=self._clock(), bytes_returned=result.bytes_returned))
         if (plan := self._planner.park_blobs(snapshot)) is not None and self._may_write():
             self._tell_trimmed(self._apply(plan), "saved states are parked as soon as they are whole")
-        now_s = time.monotonic()
+        now_s = self._clock()
         if decision.write_behind and now_s - self._behind_s >= _BEHIND_S and self._may_write():
             self._behind_s = now_s
             if (plan := self._planner.write_behind(snapshot)) is not None:
@@ -344,14 +384,14 @@ class Governor:
         with self._applying, self.work:
             result = self.engine.apply(plan)
         if result.written_bytes:
-            self._written.append((time.monotonic(), result.written_bytes))
+            self._written.append((self._clock(), result.written_bytes))
         if result.problem:
             self._bus.degrade("park", result.problem)
         return result
 
     def _may_write(self) -> bool:
         """Whether the disk may be written to today; what is urgent is not asked about."""
-        now_s = time.monotonic()
+        now_s = self._clock()
         while self._written and now_s - self._written[0][0] > _DAY_S:
             self._written.popleft()
         most = self.config.write_limit_bytes_per_day
@@ -367,7 +407,7 @@ class Governor:
             return
         self._bus.tell(
             Trimmed(
-                time_s=time.monotonic(),
+                time_s=self._clock(),
                 cells=result.cells,
                 masked=result.masked,
                 bytes_returned=result.bytes_returned,
@@ -380,7 +420,7 @@ class Governor:
     def _tell_restored(self, result: Result, masked_bytes: int = 0) -> None:
         self._bus.tell(
             Restored(
-                time_s=time.monotonic(),
+                time_s=self._clock(),
                 cells=result.cells,
                 bytes_back=result.bytes_back,
                 seconds=result.seconds,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 import msgspec
 
-from psi_kv_governor.pressure.neighbours import Neighbours
+from psi_kv_governor.pressure.neighbours import Neighbourhood
 from psi_kv_governor.pressure.reading import Reading
 
 
@@ -21,8 +22,11 @@ class OwnWork:
     `neighbours` do at the same time is their doing: each is told of the other's work.
     """
 
-    def __init__(self, neighbours: Neighbours | None = None) -> None:
+    def __init__(
+        self, neighbours: Neighbourhood | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._neighbours = neighbours
+        self._clock = clock
         self._lock = threading.Lock()
         self._running = 0
         self._begin_s = 0.0
@@ -31,7 +35,7 @@ class OwnWork:
     def __enter__(self) -> None:
         with self._lock:
             if self._running == 0:
-                self._begin_s = time.monotonic()
+                self._begin_s = self._clock()
                 self._say([*self._done, (self._begin_s, math.inf)])
             self._running += 1
 
@@ -41,7 +45,7 @@ class OwnWork:
         with self._lock:
             self._running -= 1
             if self._running == 0:
-                self._done.append((self._begin_s, time.monotonic()))
+                self._done.append((self._begin_s, self._clock()))
                 self._say(self._done)
 
     def _say(self, spans: list[tuple[float, float]]) -> None:

@@ -17,7 +17,7 @@ from psi_kv_governor.pressure import discover
 from psi_kv_governor.pressure.bell import Bell
 from psi_kv_governor.pressure.discovery import Discovery
 from psi_kv_governor.pressure.machine import MovedError
-from psi_kv_governor.pressure.neighbours import Neighbours
+from psi_kv_governor.pressure.neighbours import Neighbourhood, Neighbours
 from psi_kv_governor.pressure.processes import Processes, only_this
 from psi_kv_governor.pressure.reading import PressureSource, Reading
 from psi_kv_governor.pressure.waking import find_waker
@@ -39,13 +39,21 @@ class Sensor:
     One thread reads and waits; `interrupt` and `close` may come from any other.
     """
 
-    def __init__(self, source: PressureSource | None, bus: Bus, processes: Processes = only_this) -> None:
+    def __init__(
+        self,
+        source: PressureSource | None,
+        bus: Bus,
+        neighbours: Neighbourhood | None = None,
+        processes: Processes = only_this,
+    ) -> None:
         """`processes` gives the ids of those that hold the caches: this one, or governed programs."""
         self.source = source
         self.bell = Bell()
         """What `wait` sleeps on. A thread that holds it, and not the sensor, keeps nothing else alive."""
-        self.neighbours = None if source is not None else Neighbours(processes=processes)
-        """The other governors of this user; none beside a source that was given."""
+        if neighbours is None and source is None:
+            neighbours = Neighbours(processes=processes)
+        self.neighbours = neighbours
+        """The other governors of this user; beside a source that was given, those that were given."""
         self._bus = bus
         self._processes = processes
         self._box = _Box()

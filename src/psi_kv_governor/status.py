@@ -43,6 +43,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     place: str
     limit: float | None = None
     """Share of its cells that a cache may hold under pressure."""
+    limit_bytes: int | None = None
+    """Bytes that all caches together may hold under pressure; None where the limit is a share, or none."""
     caches: tuple[CacheState, ...] = ()
 
     @classmethod
@@ -57,6 +59,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         source: str,
         reading: Reading,
         limit: float | None,
+        limit_bytes: int | None,
     ) -> Status:
         """The status of an engine at this moment."""
         sequences = [(cache, sequence) for cache in snapshot.caches for sequence in cache.sequences]
@@ -82,5 +85,6 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
             backing=description.backing,
             place=description.place,
             limit=limit,
+            limit_bytes=limit_bytes,
             caches=snapshot.caches,
         )

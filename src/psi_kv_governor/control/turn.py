@@ -10,10 +10,12 @@ from psi_kv_governor.pressure.reading import Reading
 
 class Turn(msgspec.Struct, frozen=True, kw_only=True):
     """What `decide` was given, and its answer. The turns of a run from its first, played through the law
-    from `LawState()` on, give the same decisions again."""
+    from `LawState(jitter=jitter)` on, give the same decisions again."""
 
     reading: Reading
     cache: CacheSnapshot
     cache_limit: float | None
     """What `psi_set_cache_limit` had set, a share of the context."""
     decision: Decision
+    jitter: float = 0.0
+    """What the law's state began with."""

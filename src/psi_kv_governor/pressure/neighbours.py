@@ -18,7 +18,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -65,6 +65,32 @@ class _Heard(NamedTuple):
 
     descriptor: int
     notice: _Notice
+
+
+class Neighbourhood(Protocol):
+    """Where governors hear of each other."""
+
+    def say(
+        self,
+        levels: Sequence[Level],
+        *,
+        last_used_s: float,
+        trimmable_bytes: int,
+        masked_bytes: int,
+        restoring: bool,
+        claim_bytes: int,
+        resident_bytes: int,
+    ) -> None:
+        """How this governor stands."""
+
+    def say_work(self, spans: Sequence[tuple[float, float]]) -> None:
+        """When this governor was parking or restoring; a span that goes on ends at infinity."""
+
+    def read(self, levels: Sequence[Level]) -> tuple[Neighbour, ...]:
+        """The other governors, by what they said last."""
+
+    def close(self) -> None:
+        """Say no more. Safe to call twice."""
 
 
 class Neighbours:
