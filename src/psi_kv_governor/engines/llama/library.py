@@ -50,8 +50,11 @@ def agent_path() -> Path:
     if _SHIPPED.is_file():
         return _SHIPPED
     digest = hashlib.sha256("\0".join((*_FLAGS, platform.machine(), platform.libc_ver()[0])).encode())
-    for part in sorted(_SOURCE_DIR.glob("*.[ch]")):
-        digest.update(part.name.encode() + part.read_bytes())
+    try:
+        for part in sorted(_SOURCE_DIR.glob("*.[ch]")):
+            digest.update(part.name.encode() + part.read_bytes())
+    except OSError as error:
+        raise EngineError(f"the agent's source can't be read: {error}") from error
     name = f"agent-{digest.hexdigest()[:24]}.so"
     problems: list[str] = []
     for folder in _folders():
