@@ -20,7 +20,8 @@ from psi_kv_governor.control import (
     budget_of,
     decide,
 )
-from psi_kv_governor.control.state import FALL_WINDOW_S, FORGET_S, MOST_PATIENCE
+from psi_kv_governor.control.past import FALL_WINDOW_S
+from psi_kv_governor.control.state import FORGET_S, MOST_PATIENCE
 from psi_kv_governor.pressure.reading import MACHINE, Level, Reading, one_level
 
 LIMIT_BYTES = 1 << 30

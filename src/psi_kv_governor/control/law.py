@@ -11,6 +11,7 @@ from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.control.decision import Action, CacheSnapshot, Decision, Mode
 from psi_kv_governor.control.levels import limited
 from psi_kv_governor.control.order import Order, order_of
+from psi_kv_governor.control.past import seen_before
 from psi_kv_governor.control.restoring import slice_pause_s, when_quiet
 from psi_kv_governor.control.room import line_bytes, spare_bytes
 from psi_kv_governor.control.state import (
@@ -19,7 +20,6 @@ from psi_kv_governor.control.state import (
     LawState,
     futile_by_now,
     seen,
-    seen_before,
     thresholds_of,
     trimmed,
 )
@@ -57,7 +57,7 @@ def decide(
         doubt = msgspec.structs.replace(state, quiet_since_s=None, run_bytes=0)
         return nothing(state.mode, f"reading not used: {wrong}"), doubt
     reading = limited(reading)
-    now = view(config, reading, thresholds_of(config, state), seen_before(state, reading))
+    now = view(config, reading, thresholds_of(config, state), seen_before(state.looks, reading))
     state = seen(config, state, reading, now)
     order = order_of(reading, now, cache)
     if now.zone in {Zone.ACUTE, Zone.PRESSURE}:

@@ -8,18 +8,12 @@ import msgspec
 
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.control.decision import CacheSnapshot, Mode
-from psi_kv_governor.control.view import PRESSED, STALL_WINDOW_S, Seen, Thresholds, View, Zone
-from psi_kv_governor.pressure.reading import Level, Reading
+from psi_kv_governor.control.past import Look, passed_s, room_bytes, stalls_of
+from psi_kv_governor.control.view import PRESSED, STALL_WINDOW_S, Thresholds, View, Zone
+from psi_kv_governor.pressure.reading import Reading
 
 BUDGET_WINDOW_S = 60.0
 """Time over which `budget_per_min` counts what was given up."""
-
-FALL_WINDOW_S = 0.25
-"""How long back the fall of the headroom is looked at: long enough to tell a process that takes memory from
-the pages that one page-in brings, short enough that 250 MiB taken in 0.1 s are seen while they are taken."""
-
-_LEAST_FALL_S = 0.015
-"""Two looks closer together than this say nothing of a rate: the kernel charges in batches of pages."""
 
 _NOISE_UP_S, _NOISE_DOWN_S = 30.0, 300.0
 """Time constants with which the noise of the machine follows its stall upwards, and downwards."""
@@ -51,17 +45,6 @@ FIRST_REGROWTH = 0.25
 _JITTER = 0.5
 """So much longer the quiet time may be by chance: governors that know nothing of each other do not come back
 at the same moment."""
-
-
-class Look(msgspec.Struct, frozen=True, array_like=True):
-    """One reading as far as later ones are compared with it."""
-
-    time_s: float
-    covered_s: float
-    """Time that its stall is of."""
-    rooms: dict[str, int] = {}
-    """By level: what all but the governed processes leave of the limit, in bytes."""
-    stalls: dict[str, float] = {}
 
 
 class LawState(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,73 +113,6 @@ def quiet_time_s(config: GovernorConfig, state: LawState, turn_s: float | None =
     return wait_s + (_JITTER * state.jitter * wait_s if turn_s is None else turn_s)
 
 
-# -- what the readings before tell -------------------------------------------------------------------------
-
-
-def seen_before(state: LawState, reading: Reading) -> dict[str, Seen]:
-    """Of each level: how fast others take its headroom, and the time lost to stall in the last second."""
-    return {
-        level.name: Seen(_fall_bytes_per_s(state, reading, level), _lost_s(state, reading, level))
-        for level in reading.levels
-    }
-
-
-def _lost_s(state: LawState, reading: Reading, level: Level) -> float:
-    if not level.some:
-        return 0.0  # without stall now it does not matter how long it lasted
-    lost_s = _stalls(reading).get(level.name, 0.0) * _passed_s(state, reading)
-    for look in state.looks:
-        if reading.time_s - look.time_s < STALL_WINDOW_S:
-            lost_s += look.stalls.get(level.name, 0.0) * look.covered_s
-    return lost_s
-
-
-def _stalls(reading: Reading) -> dict[str, float]:
-    """By level, the share of the time lost that is not a governor's own doing."""
-    if reading.interval_s <= 0.0:
-        return {}
-    return {level.name: max(0.0, level.some - reading.own) for level in reading.levels if level.some}
-
-
-def _fall_bytes_per_s(state: LawState, reading: Reading, level: Level) -> float:
-    """The steepest over the last quarter of a second.
-
-    What the governed processes took or gave themselves (a context that fills, a restore, a trim) is no fall
-    and no rise; where that is not told, nothing is while a governor is at work. And it has to fall twice in
-    a row, by more than the count may be off: a burst of file pages moves it once, and back.
-    """
-    if level.headroom_bytes is None or (reading.own > 0.0 and reading.own_resident_bytes is None):
-        return 0.0
-    room = _room_bytes(reading, level)
-    if len(state.looks) < 2 or not room < _room_then(state.looks[-1], level) < _room_then(
-        state.looks[-2], level
-    ):
-        return 0.0
-    past = [
-        (look.time_s, look.rooms[level.name])
-        for look in state.looks
-        if reading.time_s - look.time_s <= FALL_WINDOW_S and level.name in look.rooms
-    ]
-    if len(past) < 2:
-        return 0.0
-    falls = (
-        (n_bytes - room) / (reading.time_s - time_s)
-        for time_s, n_bytes in past
-        if reading.time_s - time_s >= _LEAST_FALL_S and n_bytes - room > level.grain_bytes
-    )
-    return max(0.0, max(falls, default=0.0))
-
-
-def _room_then(look: Look, level: Level) -> int:
-    return look.rooms.get(level.name, 0)
-
-
-def _room_bytes(reading: Reading, level: Level) -> int:
-    """What all but the governed processes leave of the limit. File pages that somebody maps stay room."""
-    neighbours = sum(one.resident_bytes for one in reading.neighbours if level.name in one.levels)
-    return (level.headroom_bytes or 0) + level.mapped_bytes + (reading.own_resident_bytes or 0) + neighbours
-
-
 # -- how a reading changes it ------------------------------------------------------------------------------
 
 
@@ -215,7 +131,7 @@ def seen(config: GovernorConfig, state: LawState, reading: Reading, now: View) -
         nothing_left=False,
         looks=_looks(state, reading),
         noise=_noise(state, reading, now),
-        stall_since_s=state.stall_since_s + now.stall * _passed_s(state, reading),
+        stall_since_s=state.stall_since_s + now.stall * passed_s(state.looks, reading),
         futile=state.futile if pressed or now.time_s - state.pressed_s < SETTLE_S else 0,
         run_bytes=state.run_bytes if quiet else 0,
         patience=max(1.0, state.patience / 2) if forgets else state.patience,
@@ -226,7 +142,7 @@ def seen(config: GovernorConfig, state: LawState, reading: Reading, now: View) -
 def _pressed_since_s(state: LawState, reading: Reading, *, pressed: bool) -> float | None:
     if state.pressed_since_s is not None and reading.time_s - state.pressed_s < SETTLE_S:
         return state.pressed_since_s
-    return reading.time_s - _passed_s(state, reading) if pressed else None
+    return reading.time_s - passed_s(state.looks, reading) if pressed else None
 
 
 def _looks(state: LawState, reading: Reading) -> tuple[Look, ...]:
@@ -237,13 +153,13 @@ def _looks(state: LawState, reading: Reading) -> tuple[Look, ...]:
         kept = [msgspec.structs.replace(look, rooms={}) for look in kept]
     look = Look(
         reading.time_s,
-        _passed_s(state, reading),
+        passed_s(state.looks, reading),
         {
-            level.name: _room_bytes(reading, level)
+            level.name: room_bytes(reading, level)
             for level in reading.levels
             if level.headroom_bytes is not None
         },
-        _stalls(reading),
+        stalls_of(reading),
     )
     return (*kept, look)
 
@@ -252,14 +168,9 @@ def _noise(state: LawState, reading: Reading, now: View) -> float:
     """Learned only where memory is plenty: elsewhere stall is what the governor is there for."""
     if not now.plenty or reading.interval_s <= 0.0:
         return state.noise
-    passed_s = _passed_s(state, reading)
+    gone_s = passed_s(state.looks, reading)
     slow_s = _NOISE_UP_S if now.noise > state.noise else _NOISE_DOWN_S
-    return state.noise + (now.noise - state.noise) * -math.expm1(-passed_s / slow_s)
-
-
-def _passed_s(state: LawState, reading: Reading) -> float:
-    """Time since the reading before, as far as this one covers it."""
-    return min(reading.interval_s, max(0.0, reading.time_s - state.time_s))
+    return state.noise + (now.noise - state.noise) * -math.expm1(-gone_s / slow_s)
 
 
 def futile_by_now(state: LawState, now: View, cache: CacheSnapshot) -> int:

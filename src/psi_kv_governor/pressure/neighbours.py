@@ -15,7 +15,6 @@ import re
 import sys
 import time
 import weakref
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -23,6 +22,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from psi_kv_governor.forks import at_fork
+from psi_kv_governor.pressure.notice import Notice, packed, read_notice
 from psi_kv_governor.pressure.processes import Processes, ProcessSizes, only_this
 from psi_kv_governor.pressure.reading import MACHINE, Level, Neighbour
 from psi_kv_governor.socket_place import folders, private
@@ -33,7 +33,6 @@ if sys.platform != "win32":
 _NAME = re.compile(r"\d{1,10}-\d{1,6}\.room")
 _numbers = itertools.count(1)
 
-_MOST_BYTES = 4096
 _LOOK_EVERY_S = 1.0
 """How often the folder is read: 20 us, and a governor is not started more often than that."""
 
@@ -44,27 +43,11 @@ _SPANS = 8
 """Stall is looked at over a second at the most: so many parkings of 0.1 s are in it."""
 
 
-class _Notice(msgspec.Struct, frozen=True, array_like=True):
-    """The content of a file."""
-
-    pids: tuple[int, ...]
-    pid_space: str
-    levels: tuple[str, ...]
-    time_s: float
-    last_used_s: float
-    trimmable_bytes: int
-    masked_bytes: int
-    restoring: bool
-    claim_bytes: int
-    resident_bytes: int
-    work: tuple[tuple[float, float], ...]
-
-
 class _Heard(NamedTuple):
     """An open file of somebody else's."""
 
     descriptor: int
-    notice: _Notice
+    notice: Notice
 
 
 class Neighbourhood(Protocol):
@@ -114,7 +97,7 @@ class Neighbours:
         self._path: Path | None = None
         self._heard: dict[str, _Heard] = {}
         self._look_again_s = -math.inf
-        self._notice = _Notice((), _pid_space(), (), 0.0, 0.0, 0, 0, False, 0, 0, ())
+        self._notice = Notice((), _pid_space(), (), 0.0, 0.0, 0, 0, False, 0, 0, ())
         self._ids: dict[str, str] = {}
         try:
             self._folder = _folder() if folder is None else folder
@@ -159,14 +142,12 @@ class Neighbours:
         """When this governor was parking or restoring; a span that goes on ends at infinity."""
         self._write(msgspec.structs.replace(self._notice, work=tuple(spans[-_SPANS:])))
 
-    def _write(self, notice: _Notice) -> None:
+    def _write(self, notice: Notice) -> None:
         self._notice = msgspec.structs.replace(notice, time_s=self._clock())
         if self._descriptor < 0:
             return
-        body = msgspec.msgpack.encode(self._notice)
-        packed = zlib.crc32(body).to_bytes(4, "big") + len(body).to_bytes(4, "big") + body
         with contextlib.suppress(OSError):  # a full disk: the others go by what was said before
-            os.pwrite(self._descriptor, packed, 0)
+            os.pwrite(self._descriptor, packed(self._notice), 0)
 
     # -- listening --------------------------------------------------------------------------------------
 
@@ -182,12 +163,12 @@ class Neighbours:
         names = {self._id(level.name): level.name for level in levels}
         found = []
         for name, heard in list(self._heard.items()):
-            notice = _read(heard.descriptor) or heard.notice
+            notice = read_notice(heard.descriptor) or heard.notice
             self._heard[name] = _Heard(heard.descriptor, notice)
             found.append(self._neighbour(name, notice, names, now_s))
         return tuple(found)
 
-    def _neighbour(self, name: str, notice: _Notice, names: dict[str, str], now_s: float) -> Neighbour:
+    def _neighbour(self, name: str, notice: Notice, names: dict[str, str], now_s: float) -> Neighbour:
         active = notice.restoring and 0.0 <= now_s - notice.time_s < _STALE_S
         resident_bytes = notice.resident_bytes
         if notice.pid_space == self._notice.pid_space:  # else its numbers are others' here
@@ -216,7 +197,7 @@ class Neighbours:
             if name not in self._heard:
                 with contextlib.suppress(OSError):
                     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-                    if (notice := _read(descriptor)) is None:
+                    if (notice := read_notice(descriptor)) is None:
                         os.close(descriptor)
                     else:
                         self._heard[name] = _Heard(descriptor, notice)
@@ -291,18 +272,6 @@ def _folder() -> Path:
         if private(folder):
             return folder
     raise why
-
-
-def _read(descriptor: int) -> _Notice | None:
-    """What is said there; None where it is being written, or is not of this kind."""
-    try:
-        packed = os.pread(descriptor, _MOST_BYTES, 0)
-        body = packed[8 : 8 + int.from_bytes(packed[4:8], "big")]
-        if len(packed) < 8 or zlib.crc32(body) != int.from_bytes(packed[:4], "big"):
-            return None
-        return msgspec.msgpack.decode(body, type=_Notice)
-    except (OSError, msgspec.DecodeError):
-        return None
 
 
 def _abandoned(descriptor: int) -> bool:
