@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from psi_kv_governor.cache import SequenceState
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.engines.simulated import SimulatedEngine
 from psi_kv_governor.events import Event, Restored, Trimmed
@@ -54,11 +53,6 @@ class Clock:
         self.busy_s = self() + seconds
 
 
-def only_sequence(engine: SimulatedEngine) -> SequenceState:
-    """The one sequence of an engine with one cache."""
-    return engine.snapshot().caches[0].sequences[0]
-
-
 class Deeds:
     """A subscriber that takes down what a governor did to the one sequence of its engine."""
 
@@ -78,7 +72,7 @@ class Deeds:
         if last and action == "restore" == last.action and time_s - last.until_s <= _SAME_RESTORE_S:
             began_s, cells = last.time_s, cells + last.cells
             self.list.pop()
-        state = only_sequence(self._engine)
+        counts = self._engine.caches[1].sequence(0).counts
         self.list.append(
             Deed(
                 time_s=round(began_s, 6),
@@ -86,8 +80,8 @@ class Deeds:
                 action=action,
                 cells=cells,
                 bytes_returned=n_bytes,
-                live_cells=state.live_cells,
-                total_cells=state.live_cells + state.masked_cells + state.lost_cells,
+                live_cells=counts.live,
+                total_cells=counts.used,
                 reason=reason,
             )
         )
@@ -172,7 +166,7 @@ class Program:
         self._decoded += TOKENS_PER_S * step_s * (1.0 - self.machine.stall)
         new = int(self._decoded) - self.tokens
         self.tokens += new
-        fits = min(new, self._model.cells - self.engine.caches[1].sequence(0).used_cells)
+        fits = min(new, self._model.cells - self.engine.caches[1].sequence(0).counts.used)
         self.engine.decode(fits)
 
 

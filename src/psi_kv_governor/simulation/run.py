@@ -18,7 +18,7 @@ from psi_kv_governor.pressure.reading import Reading
 from psi_kv_governor.pressure.trace import TraceSource
 from psi_kv_governor.simulation.machine import Guest, Limit, Machine
 from psi_kv_governor.simulation.outcome import Outcome, summed_up
-from psi_kv_governor.simulation.process import Clock, Deeds, Model, Program, only_sequence
+from psi_kv_governor.simulation.process import Clock, Deeds, Model, Program
 from psi_kv_governor.simulation.scenario import Scenario
 
 STEP_S = 0.05
@@ -49,13 +49,13 @@ class Track:
 
     def add(self, time_s: float, stall: float, headroom: float | None, engine: SimulatedEngine) -> None:
         """Take down one step. A headroom that is not known is NaN, and so a gap in the plot."""
-        state = only_sequence(engine)
+        counts = engine.caches[1].sequence(0).counts
         self.time_s.append(time_s)
         self.stall.append(stall)
         self.headroom.append(math.nan if headroom is None else headroom)
-        self.live_cells.append(state.live_cells)
-        self.masked_cells.append(state.masked_cells)
-        self.lost_cells.append(state.lost_cells)
+        self.live_cells.append(counts.live)
+        self.masked_cells.append(counts.masked)
+        self.lost_cells.append(counts.lost)
 
 
 def check_seconds(seconds: float) -> None:
