@@ -73,6 +73,8 @@ class View(NamedTuple):
     """What has to come back for the headroom to be at its low line in twice `lead_s`, as it falls now."""
     plenty: bool
     """Headroom is known, and far from its low line, on all levels."""
+    near: bool
+    """On some level, headroom is within twice its low line."""
     lost_s: float
     """Time lost to stall in the last STALL_WINDOW_S."""
     noise: float
@@ -137,6 +139,7 @@ def view(
         spare_bytes=min((one.spare_bytes for one in known), default=None),
         missing_bytes=max((one.missing_bytes for one in known), default=0),
         plenty=bool(known) and all(one.plenty for one in known),
+        near=any(one.near for one in known),
         lost_s=before.get(worst.name, Seen()).lost_s,
         noise=max(one.some for one in judged),
         why=worst.why,

@@ -22,6 +22,9 @@ STEP_S = 0.02
 PERIOD_S = 100.0
 """A busy neighbour comes once in so long: slowly the first half of it, suddenly in the second."""
 
+FASTEST_BYTES_PER_S = 2.5e9
+"""What one process can take, as measured: the kernel clears each page first."""
+
 ZRAM_STALL_SCALE = 0.4
 """Overcommitment at which 63 % of the time is lost where pages go to zram: it takes a third of what it keeps,
 and reading back costs microseconds and no disk. A shape, not a measurement."""
@@ -31,7 +34,7 @@ _SMALL = Model(145 * _MIB, 4096, 23_040)  # SmolLM2-135M, 4k
 _MIDDLE = Model(2 * _GIB, 8192, 128 << 10)  # an 8B model at 2 bits, or a 3B one at 4; 8k: 1 GiB
 _LARGE = Model(5 * _GIB, 8192, 512 << 10)  # an 8B model at 4 bits, 32k in blocks of four tokens: 4 GiB
 _HUGE = Model(40 * _GIB, 8192, 2560 << 10)  # a 70B model at 4 bits, 64k in blocks of eight: 20 GiB
-_EACH = Model(700 * _MIB, 4096, 64 << 10)  # a 1B model, 4k in a wide format: 256 MiB
+_EACH = Model(400 * _MIB, 4096, 64 << 10)  # a 1B model, 4k in a wide format: 256 MiB
 
 
 class Row(NamedTuple):
@@ -83,8 +86,8 @@ _ALL = (
     ),
     Row("2 processes", "16 GB, no swap", (_machine(15.4),), (_MIDDLE,) * 2, 0.30, 0.68),
     Row("4 processes", "16 GB, no swap", (_machine(15.4),), (_MIDDLE,) * 4, 0.05, 0.29),
-    Row("8 processes", "8 GB, no swap", (_machine(7.6),), (_EACH,) * 8, 0.02, 0.16),
-    Row("8 strangers", "of other users, unheard", (_machine(7.6),), (_EACH,) * 8, 0.02, 0.16, strangers=True),
+    Row("8 processes", "8 GB, no swap", (_machine(7.6),), (_EACH,) * 8, 0.04, 0.36),
+    Row("8 strangers", "of other users, unheard", (_machine(7.6),), (_EACH,) * 8, 0.04, 0.36, strangers=True),
 )  # fmt: skip
 
 MATRIX: Sequence[Row] = _ALL
@@ -179,11 +182,12 @@ def _run(row: Row, config: GovernorConfig | None, *, busy: bool, seed: int, seco
 def _coming(row: Row, random: Random) -> Curve:
     """Grows for 20 s, stays 10 s and goes; later the same within a second or two."""
     low, high = row.calm_share, row.peak_share
-    sudden_s = random.uniform(0.5, 2.0)
+    amount_bytes = (high - low) * row.limits[row.within].limit_bytes
+    sudden_s = max(random.uniform(0.5, 2.0), amount_bytes / FASTEST_BYTES_PER_S)
     return Curve(
         [
             (10.0, low), (30.0, high), (40.0, high), (41.0, low),
-            (60.0, low), (60.0 + sudden_s, high), (70.0, high), (71.0, low),
+            (60.0, low), (60.0 + sudden_s, high), (85.0, high), (86.0, low),
         ],
         period_s=PERIOD_S,
     )  # fmt: skip
