@@ -23,9 +23,10 @@ class Zone(Enum):
     BETWEEN = "between"
     """Neither short nor quiet, or stalled for another reason than shortage."""
     QUIET = "quiet"
-    """Stall below `low` (with plenty of headroom: below `high`), headroom not below its low line."""
+    """Stall below `low` (with plenty of headroom: below `high`) or not told here, and headroom not below its
+    low line."""
     UNKNOWN = "unknown"
-    """No stall known yet, and no shortage by headroom."""
+    """No stall known yet, or neither stall nor headroom told."""
 
 
 _ORDER = (Zone.QUIET, Zone.UNKNOWN, Zone.BETWEEN, Zone.PRESSURE, Zone.ACUTE)
@@ -176,8 +177,10 @@ def _judged(
         zone = Zone.ACUTE
     elif (room is not None and room.short) or (stalled and not plenty):
         zone = Zone.PRESSURE
-    elif not known:
+    elif reading.interval_s <= 0.0:
         zone, why = Zone.UNKNOWN, f"{why}, first reading of its source"
+    elif not known:  # no PSI here: headroom alone has to tell, or nothing would ever come back
+        zone = Zone.UNKNOWN if room is None else Zone.QUIET
     elif stalled:
         zone, why = Zone.BETWEEN, f"{why}: stall without shortage, trimming would not help"
     else:
