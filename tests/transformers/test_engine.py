@@ -261,7 +261,7 @@ def test_the_cell_is_all_governed_layers_of_the_whole_batch(engine, place):
     engine.add(cache)
     state = engine.snapshot().caches[0]
     assert state.cell_bytes == 5 * 2 * 3 * 2 * 16 * 4
-    assert state.row_bytes == 3 * 2 * 16 * 4
+    assert state.row_bytes == 16 * 4
     assert state.capacity_cells == 4096
     assert state.sequences[0].next_position == 7
     assert math.isfinite(engine.snapshot().time_s)

@@ -286,7 +286,7 @@ class GovernedCache(Cache):  # type: ignore[misc]
             for aside, found in sources:
                 if len(found):
                     where = torch.from_numpy(into[np.searchsorted(positions, found)])
-                    rows.at(0, rows.capacity).index_copy_(0, where, aside.take(index, found))
+                    rows.at(0, rows.capacity).index_copy_(2, where, aside.take(index, found))
                     aside.forget(index)
         self._drop_what_was_cropped()
         return len(positions)
