@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from psi_kv_governor.kernel import memory
 from psi_kv_governor.kernel.memory import Mask
+from psi_kv_governor.residence.parked_file import ParkedFile
 from psi_kv_governor.residence.parts import Part, bytes_of
 
 
@@ -26,3 +27,12 @@ def went(address: int, parts: Sequence[Part], before: Sequence[Mask | None]) -> 
         now, how = in_memory(address, part)
         returned += part[1] - part[0] if was is None or now is None else bytes_of(was & ~now)
     return returned, how
+
+
+def dirty_bytes(address: int, part: Part, file: ParkedFile | None) -> int | None:
+    """Bytes of `part` that would have to be written before they can go: in the page cache of the `file` that
+    it shares, else the pages of its own. None where that can't be told."""
+    if file is not None:
+        return memory.dirty_file_bytes(file.descriptor, part[0], part[1] - part[0])
+    table = memory.page_table(address + part[0], part[1] - part[0])
+    return bytes_of(table[1]) if table else None

@@ -20,15 +20,14 @@ import numpy as np
 
 from psi_kv_governor.kernel import memory
 from psi_kv_governor.kernel.memory import PAGE_BYTES
-from psi_kv_governor.residence import forks
+from psi_kv_governor.residence import forks, paging
 from psi_kv_governor.residence.backing import Backing
-from psi_kv_governor.residence.counting import in_memory, went
+from psi_kv_governor.residence.counting import dirty_bytes, in_memory, went
 from psi_kv_governor.residence.parked_file import ParkedFile
 from psi_kv_governor.residence.parts import Done, Part, bytes_of, inward, runs_of, slices
 from psi_kv_governor.residence.place import Place
 
-SLICE_BYTES = 1 << 20
-"""Unit of work: between two of them time and bytes are looked at."""
+SLICE_BYTES = 1 << 20  # unit of work: between two of them time and bytes are looked at
 _SYNC_BYTES = 16 << 20  # unit of writing back: the disk gets enough at once to work at its full speed
 
 MOST_PIECES = 16_384
@@ -87,8 +86,7 @@ class Mapping:
 
     def resident_bytes(self, parts: Iterable[Part] | None = None) -> int:
         """Bytes in memory, of all or of `parts`, as the kernel counts them (0 where it doesn't let us)."""
-        with self._lock:
-            masks = [in_memory(self.address, run)[0] for run in inward(parts, self.n_bytes)]
+        masks = [in_memory(self.address, run)[0] for run in inward(parts, self.n_bytes)]
         return sum(bytes_of(mask) for mask in masks if mask is not None)
 
     def dirty_bytes(self, parts: Iterable[Part] | None = None) -> int | None:
@@ -100,14 +98,10 @@ class Mapping:
     @property
     def stored_bytes(self) -> int:
         """Space that it holds on the disk."""
-        with self._lock:
-            return sum(file.reserved_bytes for file in self._files)
+        return sum(file.reserved_bytes for file in list(self._files))
 
     def _dirty(self, start: int, stop: int) -> int | None:
-        if self._shared:
-            return memory.dirty_file_bytes(self._files[0].descriptor, start, stop - start)
-        table = memory.page_table(self.address + start, stop - start)
-        return bytes_of(table[1]) if table else None
+        return dirty_bytes(self.address, (start, stop), self._files[0] if self._shared else None)
 
     def park(self, parts: Iterable[Part], deadline_s: float = math.inf) -> Done:
         """Have the bytes of `parts` leave memory. They read as before, from the disk."""
@@ -136,6 +130,8 @@ class Mapping:
                         self._failed = "its disk failed, so that nothing is parked on it any more"
                     problem, finished = f"it can't be parked: {error.strerror}", False
                     break
+            if finished and not stay:
+                self._drop_stragglers(runs)
             self.pieces = 1 + int(np.count_nonzero(np.diff(self._of)))
             returned, how = went(self.address, runs, before)
         return Done(
@@ -150,15 +146,14 @@ class Mapping:
             and sum(it.pieces for it in forks.members() if isinstance(it, Mapping)) > MOST_PIECES
         ):
             return "what is parked lies in too many pieces already"
-        return self._failed or (NO_PLACE if self._place is None else "")
+        return self._failed or ("" if self._place else NO_PLACE)
 
     def _park_shared(self, start: int, stop: int, stay: bool) -> int:
         file = self._files[0]
         dirty = self._dirty(start, stop)
         memory.write_back(file.descriptor, start, stop - start, wait=not stay)
         if not stay:
-            memory.advise(self.address + start, stop - start, memory.DONTNEED)
-            file.drop(start, stop)
+            self._drop(start, stop)
         return stop - start if dirty is None else dirty
 
     def _park_private(self, start: int, stop: int, stay: bool) -> int:
@@ -173,13 +168,29 @@ class Mapping:
             if stay:
                 memory.write_back(file.descriptor, part[0], part[1] - part[0], wait=False)
         if not stay:
-            of = self._of[start // PAGE_BYTES : stop // PAGE_BYTES]
-            for index, file in enumerate(self._files, start=1):
-                for part in runs_of(of == index, start):
-                    memory.write_back(file.descriptor, part[0], part[1] - part[0])
-                    memory.advise(self.address + part[0], part[1] - part[0], memory.DONTNEED)
-                    file.drop(*part)
+            self._drop(start, stop)
         return bytes_of(own)
+
+    def _drop(self, start: int, stop: int) -> None:
+        """Have pages of files leave memory. Of those born in memory none may be its own any more."""
+        for part, file in self._of_files(start, stop):
+            paging.drop(self.address, file, part)
+
+    def _drop_stragglers(self, runs: Iterable[Part]) -> None:
+        """Pages that somebody's readahead was just bringing in could not be dropped yet."""
+        for _ in range(3):
+            left = [part for run in runs for part in paging.resident(self.address, run, self._of)]
+            if not left:
+                return
+            time.sleep(0.002)  # a read from the disk
+            for part in left:
+                self._drop(*part)
+
+    def _of_files(self, start: int, stop: int) -> list[tuple[Part, ParkedFile]]:
+        """The parts of this one that are mapped from files, each with its file."""
+        of = self._of[start // PAGE_BYTES : stop // PAGE_BYTES]
+        files = enumerate(self._files, start=1)
+        return [(part, file) for index, file in files for part in runs_of(of == index, start)]
 
     def _open_file(self) -> tuple[int, ParkedFile]:
         """The file that may be written to, with its number in `_of`."""
@@ -219,7 +230,8 @@ class Mapping:
                     return Done(bytes_back=back, finished=False, counted=how)
                 end = start + (int(allowed[-1]) + 1) * PAGE_BYTES
                 try:
-                    self._read_in(start, end)
+                    for part, file in self._of_files(start, end):
+                        paging.read_in(self.address, file, part, self.buffer)
                 except OSError as error:
                     return Done(
                         bytes_back=back, finished=False, problem=f"it can't be read: {error.strerror}"
@@ -228,22 +240,6 @@ class Mapping:
                 if end < stop:
                     return Done(bytes_back=back, finished=False, counted=how)
         return Done(bytes_back=back, counted=how)
-
-    def _read_in(self, start: int, stop: int) -> None:
-        """Read exactly these pages: readahead by fault brought 8 MiB where 1 was asked for."""
-        of, address = self._of[start // PAGE_BYTES : stop // PAGE_BYTES], self.address
-        for index, file in enumerate(self._files, start=1):
-            for part in runs_of(of == index, start):
-                file.read_in(*part)
-                memory.advise(address + part[0], part[1] - part[0], memory.RANDOM)
-                try:
-                    memory.advise(address + part[0], part[1] - part[0], memory.POPULATE_READ)
-                except OSError as error:
-                    if error.errno != errno.EINVAL:
-                        raise
-                    bytes(memoryview(self.buffer).cast("B")[part[0] : part[1] : PAGE_BYTES])  # before 5.14
-                finally:
-                    memory.advise(address + part[0], part[1] - part[0], memory.NORMAL)
 
     def release(self, parts: Iterable[Part]) -> Done:
         """The content of `parts` is no longer needed: it reads as zeros, or as before where that can't be."""
