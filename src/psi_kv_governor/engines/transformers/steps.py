@@ -79,10 +79,13 @@ def _unpark(cache: GovernedCache, step: Step, account: Account) -> None:
 def _each(cache: GovernedCache, account: Account, do: Callable[..., Done]) -> bool:
     """Do something to the rows of every tensor; false where it was cut short."""
     for rows in cache.tensors:
+        if account.up:
+            account.add(cut=1)
+            return False
         done = do(rows.mapping, rows.parts(), account.left_s)
         account.add(bytes_returned=done.bytes_returned, written_bytes=done.written_bytes)
         cache.written_bytes += done.written_bytes
-        if done.problem or not done.finished or account.up:
+        if done.problem or not done.finished:
             account.add(cut=1)
             account.problems.extend(filter(None, [done.problem]))
             return False
