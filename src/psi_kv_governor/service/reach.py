@@ -124,7 +124,7 @@ def _of_program(path: Path) -> Reach:
 
 def _of_library(library: Path) -> Reach:
     with library.open("rb") as file:
-        dynamic = ELFFile(file).get_section_by_name(".dynamic")
+        dynamic: Any = ELFFile(file).get_section_by_name(".dynamic")
         if dynamic is not None and any(_bound_to_itself(tag) for tag in dynamic.iter_tags()):
             return Reach(
                 level=Level.CHILDREN,
@@ -206,7 +206,7 @@ def _libraries(path: Path, loader: str) -> Iterator[Path]:
 def _exports(library: Path) -> bool:
     with contextlib.suppress(OSError, ELFError), library.open("rb") as file:
         elf = ELFFile(file)
-        table = elf.get_section_by_name(".gnu.hash") or elf.get_section_by_name(".hash")
+        table: Any = elf.get_section_by_name(".gnu.hash") or elf.get_section_by_name(".hash")
         return table is not None and table.get_symbol(_HOOKED) is not None
     return False
 
