@@ -18,7 +18,7 @@ TRANSFORMERS_READY := $(TRANSFORMERS)/.psi-kv-ready
 TORCH ?= torch==2.13.0
 KVPRESS := kvpress==0.5.5
 
-.PHONY: help setup demo test test-transformers lint format bench-quick model wheel clean
+.PHONY: help setup demo test test-transformers lint format bench-quick model wheel man deb clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -92,14 +92,14 @@ bench-quick: model ## Measure the governor on this machine, in minutes
 	@$(BIN)/psi-kv bench pressure --repeats 1
 
 wheel: $(READY) ## Build the wheels of Linux on x86-64 and aarch64 into dist/
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[package]'
-	for machine in x86_64 aarch64; do \
-	  PSIKV_PLATFORM=linux_$$machine CC="$(BIN)/python -m ziglang cc -target $$machine-linux-gnu.2.17" \
-	    $(BIN)/python -m build --wheel --outdir build/wheels . && \
-	  PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --plat auto \
-	    --wheel-dir dist build/wheels/*-linux_$$machine.whl || exit 1; \
-	done
-	@ls -l dist
+	PYTHON=$(BIN)/python scripts/build_wheels.sh
+
+man: $(READY) ## Write the man pages into build/man
+	@$(BIN)/python scripts/make_man.py
+
+deb: wheel ## Build Debian packages of the wheels into dist/
+	@command -v dpkg-deb >/dev/null || { echo "make: there is no dpkg-deb: apt install dpkg" >&2; exit 1; }
+	@for wheel in dist/*.whl; do $(BIN)/python scripts/build_deb.py "$$wheel"; done
 
 clean: ## Remove .venv and everything made by tools
 	rm -rf $(VENV) $(TRANSFORMERS) build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis

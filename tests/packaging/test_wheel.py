@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+MACHINES = ("aarch64", "x86_64")
 MOST_BYTES = 2 << 20
 """The package alone: 0.6 MB when this was written."""
 MOST_INSTALLED_BYTES = 200 << 20
@@ -96,6 +98,15 @@ def test_the_agent_needs_nothing_but_the_c_library(wheel):
     assert "manylinux_2_" in told
 
 
+def test_the_wheels_that_are_published_run_on_an_old_glibc_and_load(tmp_path):
+    run(ROOT / "scripts/build_wheels.sh", PYTHON=sys.executable, OUT=str(tmp_path))
+    names = sorted(path.name.split("-py3-none-")[1] for path in tmp_path.glob("*.whl"))
+    assert [name.rsplit(".", 2)[1] for name in names] == [f"manylinux_2_17_{one}" for one in MACHINES]
+    (own,) = tmp_path.glob(f"*{platform.machine()}.whl")
+    agent = zipfile.ZipFile(own).extract("psi_kv_governor/engines/llama/libpsikv_agent.so", tmp_path)
+    run(sys.executable, "-c", "import ctypes, os, sys; ctypes.CDLL(sys.argv[1], os.RTLD_NOW)", agent)
+
+
 def test_an_install_that_is_worked_on_compiles_on_first_use(tmp_path):
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
     pip = (sys.executable, "-m", "pip", "--python", tmp_path / "venv/bin/python")
@@ -126,3 +137,25 @@ def test_without_a_compiler_exec_governs_a_program_of_another_environment(instal
     assert str(psi_kv.parents[1]) in done.stdout
     assert "libpsikv_agent.so" in done.stdout
     assert "opened no llama.cpp cache" not in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="there is no dpkg-deb: apt install dpkg")
+def test_the_debian_package_has_the_command_the_agent_the_unit_and_the_pages(wheel, tmp_path):
+    run(sys.executable, ROOT / "scripts/build_deb.py", wheel, tmp_path)
+    (package,) = tmp_path.glob("*.deb")
+    fields = run("dpkg-deb", "--field", package).stdout
+    assert "python3-click (>= 8.1)" in fields
+    assert "Architecture: " + run("dpkg", "--print-architecture").stdout in fields
+    run("dpkg-deb", "--extract", package, tmp_path / "root")
+    root = tmp_path / "root/usr"
+    for path in (
+        "lib/python3/dist-packages/psi_kv_governor/engines/llama/libpsikv_agent.so",
+        "lib/systemd/system/psi-kv@.service",
+        "share/man/man1/psi-kv-exec.1.gz",
+        "share/man/man5/psi-kv.toml.5.gz",
+        "share/doc/psi-kv-governor/examples/ollama.service.d/psi-kv.conf",
+    ):
+        assert (root / path).is_file(), path
+    done = run(sys.executable, root / "bin/psi-kv", "exec", "--dry-run", "--", "true",
+               PYTHONPATH=str(root / "lib/python3/dist-packages"))  # fmt: skip
+    assert str(root / "lib/python3/dist-packages/psi_kv_governor") in done.stdout
