@@ -26,7 +26,7 @@ from psi_kv_governor.pressure.trace import VERSION, Header, decode_lines, read_l
 
 _log = logging.getLogger("psi_kv_governor")
 
-_PRIVATE_SETTINGS = frozenset({"store_dir"})
+_PRIVATE_SETTINGS = frozenset({"place"})
 """Settings that name a folder of the user. The law does not look at them."""
 
 _CGROUP_PATH = re.compile(r"/sys/fs/cgroup/\S*/")
