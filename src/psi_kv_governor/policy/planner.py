@@ -1,11 +1,11 @@
-"""From an amount of bytes to a plan: the ladder over all caches of an engine, and the policy on its last rung."""
+"""From bytes to a plan: the ladder over all caches of an engine, and the policy on its last rung."""
 
 from __future__ import annotations
 
 import math
 import mmap
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -259,6 +259,7 @@ class Planner:
         return scored.lowest(cells, cells)
 
     def _score(self, cache: CacheState, sequence: SequenceState) -> Scored:
+        evidence: Evidence | None = None
         try:
             evidence = self._engine.evidence(cache.id, sequence.id)
             policy = self.policy
@@ -273,13 +274,13 @@ class Planner:
             return self._scored_by(Window(), cache, sequence, evidence)
 
     def _scored_by(
-        self, policy: Policy, cache: CacheState, sequence: SequenceState, evidence: Evidence
+        self, policy: Policy, cache: CacheState, sequence: SequenceState, evidence: Evidence | None
     ) -> Scored:
         return score(
             policy,
             list(sequence.live),
             sequence.next_position,
-            evidence,
+            cast(Evidence, evidence),  # the window asks for none
             protection=self._protection(sequence),
             block_cells=block_size(policy, self._config.block_cells, cache.row_bytes, cache.capacity_cells),
         )
@@ -356,7 +357,7 @@ class Planner:
         return Plan(steps=tuple(steps), deadline_s=SLICE_S) if steps else None
 
     def park_blobs(self, snapshot: Snapshot) -> Plan | None:
-        """Saved states are parked as soon as they are whole: they are read again only when they are loaded."""
+        """Saved states are parked as soon as they are whole: they are read only when they are loaded."""
         if not self._engine.describe().capabilities.blobs.able:
             return None
         steps = tuple(

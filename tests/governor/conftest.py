@@ -1,0 +1,61 @@
+"""What the governor's tests share: a governor over a simulated cache and a machine set by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from fakes import FakeSource
+from psi_kv_governor import governor as governor_module
+from psi_kv_governor import psi_set_cache_limit
+from psi_kv_governor.config import GovernorConfig
+from psi_kv_governor.engines.simulated import SimulatedEngine
+from psi_kv_governor.governor import Governor
+
+CONFIG = GovernorConfig(cooldown_s=0.0, quiet_s=2.0)
+
+
+@pytest.fixture
+def source() -> FakeSource:
+    """A machine of which half a second passes with every reading."""
+    return FakeSource(tick_s=0.5)
+
+
+@pytest.fixture
+def engine() -> SimulatedEngine:
+    """3,000 tokens of a running sequence, in a cache of 4,096 cells."""
+    made = SimulatedEngine()
+    made.add_cache(4096).sequence(0).running = True
+    made.decode(3000)
+    return made
+
+
+@pytest.fixture
+def open_governor(engine, source) -> Iterator[Callable[..., Governor]]:
+    """Opens governors that act only when told to, and closes them afterwards."""
+    opened = []
+
+    def open_(**changes) -> Governor:
+        given = {"source": source, "config": CONFIG, "jitter": 0.0, **changes}
+        made = Governor(given.pop("engine", engine), **given)
+        opened.append(made)
+        return made
+
+    yield open_
+    for made in opened:
+        made.close()
+
+
+@pytest.fixture
+def limit() -> Iterator[Callable[[float | None], None]]:
+    """`psi_set_cache_limit`, lifted afterwards."""
+    yield psi_set_cache_limit
+    psi_set_cache_limit(None)
+    assert governor_module._cache_limit is None
+
+
+@pytest.fixture
+def events() -> list:
+    """What a governor told; subscribe `events.append`."""
+    return []

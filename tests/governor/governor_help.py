@@ -1,0 +1,40 @@
+"""Steps that the governor's tests repeat."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from psi_kv_governor.engines.simulated import SimulatedEngine
+from psi_kv_governor.engines.simulated.cache import Counts
+from psi_kv_governor.governor import Governor
+
+
+def of_kind(events: list, kind: type) -> list:
+    """The events of one kind, in the order in which they were told."""
+    return [event for event in events if isinstance(event, kind)]
+
+
+def steps(governor: Governor, n: int) -> None:
+    """So many turns of the loop."""
+    for _ in range(n):
+        governor.step()
+
+
+def counts(engine: SimulatedEngine, sequence: int = 0) -> Counts:
+    """Cells of a sequence of the first cache."""
+    return engine.caches[1].sequence(sequence).counts
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for another thread to bring it about."""
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def governors() -> int:
+    """Threads of governors in this process."""
+    return sum(thread.name == "psi-kv-governor" for thread in threading.enumerate())
