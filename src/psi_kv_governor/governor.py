@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import random
 import sys
@@ -113,7 +114,8 @@ class Governor:
             policy or get_policy(self.config.policy),
             engine,
             self.config,
-            complain=lambda why: self._bus.degrade("policy", why),
+            # Not by way of self: a governor that is only dropped has to go, and no cycle may keep it.
+            complain=functools.partial(self._bus.degrade, "policy"),
         )
         engine.collect(self._planner.policy.needs)
         self._reading = Reading(time_s=clock(), interval_s=0.0)

@@ -10,7 +10,7 @@ from fakes import FakeSource
 from psi_kv_governor import governor as governor_module
 from psi_kv_governor import psi_set_cache_limit
 from psi_kv_governor.config import GovernorConfig
-from psi_kv_governor.engine.simulated import SimulatedEngine, SimulatedStore
+from psi_kv_governor.engines.simulated import SimulatedEngine
 from psi_kv_governor.governor import Governor
 
 CONFIG = GovernorConfig(cooldown_s=0.0, quiet_s=2.0)
@@ -24,27 +24,21 @@ def source() -> FakeSource:
 
 @pytest.fixture
 def engine() -> SimulatedEngine:
-    """3,000 tokens in a cache of 4,096 cells."""
-    made = SimulatedEngine(4096)
-    made.grow(3000)
+    """3,000 tokens of a running sequence, in a cache of 4,096 cells."""
+    made = SimulatedEngine()
+    made.add_cache(4096).sequence(0).running = True
+    made.decode(3000)
     return made
 
 
 @pytest.fixture
-def store() -> SimulatedStore:
-    return SimulatedStore(1 << 30)
-
-
-@pytest.fixture
-def open_governor(engine, source, store) -> Iterator[Callable[..., Governor]]:
+def open_governor(engine, source) -> Iterator[Callable[..., Governor]]:
     """Opens governors that act only when told to, and closes them afterwards."""
     opened = []
 
     def open_(**changes) -> Governor:
-        made = Governor(
-            changes.pop("engine", engine),
-            **{"source": source, "store": store, "config": CONFIG, **changes},
-        )
+        given = {"source": source, "config": CONFIG, "jitter": 0.0, **changes}
+        made = Governor(given.pop("engine", engine), **given)
         opened.append(made)
         return made
 

@@ -6,6 +6,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from psi_kv_governor.engines.simulated import SimulatedEngine
+from psi_kv_governor.engines.simulated.cache import Counts
 from psi_kv_governor.governor import Governor
 
 
@@ -18,6 +20,11 @@ def steps(governor: Governor, n: int) -> None:
     """So many turns of the loop."""
     for _ in range(n):
         governor.step()
+
+
+def counts(engine: SimulatedEngine, sequence: int = 0) -> Counts:
+    """Cells of a sequence of the first cache."""
+    return engine.caches[1].sequence(sequence).counts
 
 
 def until(condition: Callable[[], bool]) -> None:
