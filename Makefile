@@ -18,7 +18,7 @@ TRANSFORMERS_READY := $(TRANSFORMERS)/.psi-kv-ready
 TORCH ?= torch==2.13.0
 KVPRESS := kvpress==0.5.5
 
-.PHONY: help setup demo test test-transformers lint format bench-quick model clean
+.PHONY: help setup demo test test-transformers lint format bench-quick model wheel man deb clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,7 +69,7 @@ test: lint model ## Lint, types and all tests; ends with what was skipped and wh
 
 test-transformers: $(TRANSFORMERS_READY) model ## Tests of the transformers engine, with its newest and oldest version
 	$(TRANSFORMERS)/bin/python -m pytest tests/transformers
-	$(TRANSFORMERS)/oldest/bin/python -m pytest tests/transformers
+	$(TRANSFORMERS)/oldest/bin/python -m pytest -m 'not slow' tests/transformers
 
 $(TRANSFORMERS_READY): pyproject.toml | $(BIN)/python
 	$(PYTHON) -m venv $(TRANSFORMERS)
@@ -90,6 +90,16 @@ format: $(READY) ## Format the code, and fix what the linter can fix
 bench-quick: model ## Measure the governor on this machine, in minutes
 	@for what in trim overhead opening; do $(BIN)/psi-kv bench $$what --quick; done
 	@$(BIN)/psi-kv bench pressure --repeats 1
+
+wheel: $(READY) ## Build the wheels of Linux on x86-64 and aarch64 into dist/
+	PYTHON=$(BIN)/python scripts/build_wheels.sh
+
+man: $(READY) ## Write the man pages into build/man
+	@$(BIN)/python scripts/make_man.py
+
+deb: wheel ## Build Debian packages of the wheels into dist/
+	@command -v dpkg-deb >/dev/null || { echo "make: there is no dpkg-deb: apt install dpkg" >&2; exit 1; }
+	@for wheel in dist/*.whl; do $(BIN)/python scripts/build_deb.py "$$wheel"; done
 
 clean: ## Remove .venv and everything made by tools
 	rm -rf $(VENV) $(TRANSFORMERS) build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis

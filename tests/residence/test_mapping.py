@@ -322,3 +322,18 @@ def test_a_filter_of_system_calls_is_tried_out_by_another_process(tmp_path):
     assert memory.call_allowed("mincore", status)
     status.write_text("Name:\tx\nSeccomp:\t0\n")
     assert memory.call_allowed("mincore", tmp_path / "status")
+
+
+def test_a_process_never_gets_more_mappings_than_the_kernel_bears(place, monkeypatch):
+    """Every second page: the worst case."""
+    from psi_kv_governor.residence import mapping as module
+
+    monkeypatch.setattr(module, "MOST_PIECES", 1000)
+    made = Mapping(16 * MIB, place=place)
+    before = filled(made)
+    scattered = [(page * PAGE, (page + 1) * PAGE) for page in range(0, 4096, 2)]
+    assert made.park(scattered[:600]).problem == ""
+    assert made.pieces > 1000
+    assert "too many pieces" in made.park(scattered[600:]).problem
+    np.testing.assert_array_equal(now(made), before)
+    made.close()

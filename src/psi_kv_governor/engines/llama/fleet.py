@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 
 import msgspec
@@ -33,6 +35,8 @@ _ID_BITS = 20
 """Bits of a cache's number within its process; the number of the process stands above them."""
 _ANSWER_S = 60.0
 """Longest that an agent may take to answer. A plan ends by its deadline, but a thrashing machine is slow."""
+
+_RETRY_S = 0.5
 
 
 class SocketTransport:
@@ -71,6 +75,18 @@ class SocketTransport:
             self._connection.close()
 
 
+def _why_not_spoken_with(client: Client) -> str:
+    """Why the agent can't be governed, and what to do; '' where it can."""
+    other = "its agent is of another version than this psi-kv: start the program again"
+    try:
+        told = client.ask(Op.HELLO)
+    except (EngineError, struct.error) as error:
+        return other if "version" in str(error) else f"its agent does not answer ({error})"
+    if len(told.payload) < 8 or struct.unpack_from("<2i", told.payload)[1] != VERSION:
+        return other
+    return ""
+
+
 class _Member:
     def __init__(self, number: int, pid: int, transport: SocketTransport, engine: LlamaEngine) -> None:
         self.number, self.pid, self.transport, self.engine = number, pid, transport, engine
@@ -79,7 +95,8 @@ class _Member:
 class Fleet:
     """An `Engine` over every agent that connects to the abstract socket `name`.
 
-    `opened` and `closed` are called with the process id of each that comes and goes, in a thread of its own.
+    `opened` and `closed` are called with the process id of each that comes and goes, in a thread of its own;
+    `refused` once with that of each that can't be governed, and why.
     """
 
     def __init__(
@@ -91,11 +108,13 @@ class Fleet:
         name: str = "",
         opened: Callable[[int], None] = lambda pid: None,
         closed: Callable[[int], None] = lambda pid: None,
+        refused: Callable[[int, str], None] = lambda pid, why: None,
     ) -> None:
         self.name = name or f"psi-kv-{os.getpid()}-{secrets.token_hex(8)}"
         """Without the NUL that makes it abstract. Nobody can guess it; each end looks who the other is."""
         self._place, self._backing, self._why_backing = place, backing, why_backing
-        self._opened, self._closed = opened, closed
+        self._opened, self._closed, self._refused = opened, closed, refused
+        self._strangers: set[int] = set()
         self._members: dict[int, _Member] = {}
         self._next = 1
         self._kinds: frozenset[Kind] = frozenset()
@@ -112,8 +131,11 @@ class Fleet:
         while True:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:
-                return  # closed
+            except OSError as error:
+                if error.errno not in {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}:
+                    return  # closed
+                time.sleep(_RETRY_S)  # whoever waits is served when a descriptor is free again
+                continue
             threading.Thread(target=self._enter, args=(connection,), name="psi-kv-agent", daemon=True).start()
 
     def _enter(self, connection: socket.socket) -> None:
@@ -124,13 +146,11 @@ class Fleet:
             transport.close()
             return
         client = Client(transport)
-        try:
-            told = client.ask(Op.HELLO)
-        except (EngineError, struct.error):
+        if why := _why_not_spoken_with(client):
             transport.close()
-            return
-        if len(told.payload) < 8 or struct.unpack_from("<2i", told.payload)[1] != VERSION:
-            transport.close()
+            if pid not in self._strangers:  # it comes again and again, in case that we change
+                self._strangers.add(pid)
+                self._refused(pid, why)
             return
         engine = LlamaEngine(
             client, pid=pid, place=self._place, backing=self._backing, why_backing=self._why_backing

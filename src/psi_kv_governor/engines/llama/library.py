@@ -20,17 +20,13 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
+from psi_kv_governor.engines.llama.compiling import FLAGS, SOURCE_DIR, compile_command
 from psi_kv_governor.engines.llama.elf import redirecting
 from psi_kv_governor.errors import EngineError
 
 INSTALL_HINT = "pip install 'psi-kv-governor[llama]'"
-_SOURCE_DIR = Path(__file__).with_name("agent")
 _SHIPPED = Path(__file__).with_name("libpsikv_agent.so")
 """In a wheel of a platform the agent comes compiled."""
-# Sums may be taken in any order, so that they are taken 8 or 16 at a time. Not -ffast-math: linked with it, a
-# library makes the whole process flush subnormals to zero, and llama.cpp's logits would change.
-_SUMS = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
-_FLAGS = ("-std=gnu11", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-fexceptions", *_SUMS)
 
 
 def compiler() -> str:
@@ -49,9 +45,12 @@ def agent_path() -> Path:
         raise EngineError(f"no memory can be returned on {sys.platform}: the agent needs Linux")
     if _SHIPPED.is_file():
         return _SHIPPED
-    digest = hashlib.sha256("\0".join((*_FLAGS, platform.machine(), platform.libc_ver()[0])).encode())
-    for part in sorted(_SOURCE_DIR.glob("*.[ch]")):
-        digest.update(part.name.encode() + part.read_bytes())
+    digest = hashlib.sha256("\0".join((*FLAGS, platform.machine(), platform.libc_ver()[0])).encode())
+    try:
+        for part in sorted(SOURCE_DIR.glob("*.[ch]")):
+            digest.update(part.name.encode() + part.read_bytes())
+    except OSError as error:
+        raise EngineError(f"the agent's source can't be read: {error}") from error
     name = f"agent-{digest.hexdigest()[:24]}.so"
     problems: list[str] = []
     for folder in _folders():
@@ -121,10 +120,9 @@ def _compile(target: Path) -> None:
     os.close(descriptor)
     built = Path(name)
     words = os.environ.get("CC", "").split()[1:]
-    sources = map(str, sorted(_SOURCE_DIR.glob("*.c")))
     try:
         done = subprocess.run(
-            [compiler(), *words, *_FLAGS, *sources, "-o", name, "-ldl", "-lm", "-lpthread"],
+            compile_command([compiler(), *words], name),
             capture_output=True,
             text=True,
             check=False,
