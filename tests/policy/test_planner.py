@@ -371,13 +371,13 @@ def test_what_was_thought_best_comes_back_first(policy):
     back = planner.restore(masked, 5 * 8 * 100).steps[0].ranges
     blocks = sorted(
         (Range(s, min(s // 8 * 8 + 8, run.stop)) for run in gone for s in range(run.start, run.stop, 8)),
-        key=lambda part: -planner._scores.worth(1, away, part),
+        key=lambda part: -planner._scores.last(1, away, part),
     )
     worst_back = min(
-        planner._scores.worth(1, away, part) for part in blocks if positions([part]) <= positions(back)
+        planner._scores.last(1, away, part) for part in blocks if positions([part]) <= positions(back)
     )
     best_left = max(
-        planner._scores.worth(1, away, part) for part in blocks if not positions([part]) & positions(back)
+        planner._scores.last(1, away, part) for part in blocks if not positions([part]) & positions(back)
     )
     assert worst_back >= best_left
     assert cells_in(back) == 40
@@ -388,9 +388,9 @@ def test_scores_of_what_is_gone_or_was_decoded_anew_are_forgotten():
     planner.trim(now, 1 << 30)
     shorter = sequence(0, 500)
     planner.holdings(snapshot(cache(shorter)))
-    assert planner._scores.worth(1, shorter, Range(400, 408)) > -np.inf
-    assert planner._scores.worth(1, shorter, Range(600, 608)) == -np.inf
-    assert planner._scores.worth(1, sequence(1), Range(400, 408)) == -np.inf
+    assert planner._scores.last(1, shorter, Range(400, 408)) > -np.inf
+    assert planner._scores.last(1, shorter, Range(600, 608)) == -np.inf
+    assert planner._scores.last(1, sequence(1), Range(400, 408)) == -np.inf
     assert len(planner._scores._known) == 1
 
 
