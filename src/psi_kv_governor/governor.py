@@ -45,6 +45,7 @@ from psi_kv_governor.own_work import OwnWork
 from psi_kv_governor.policy import Policy, get_policy
 from psi_kv_governor.policy.planner import Planner
 from psi_kv_governor.pressure.reading import PressureSource, Reading
+from psi_kv_governor.refusing import Refusing
 from psi_kv_governor.sensor import Sensor
 from psi_kv_governor.status import Status
 from psi_kv_governor.status_socket import StatusSocket
@@ -105,6 +106,7 @@ class Governor:
             complain=lambda why: self._bus.degrade("policy", why),
         )
         engine.collect(self._planner.policy.needs)
+        self._refusing = Refusing(engine)
         self._reading = Reading(time_s=time.monotonic(), interval_s=0.0)
         self._reason = ""
         self._state = LawState()
@@ -305,6 +307,8 @@ class Governor:
                 ModeChanged(time_s=reading.time_s, old=old, new=decision.mode, reason=decision.reason)
             )
         self._carry_out(decision, snapshot, cache)
+        pressed = decision.mode in {Mode.TRIMMING, Mode.HOLDING} and self._state.quiet_since_s is None
+        self._refusing.turn(snapshot, pressed=pressed)
         self._sensor.tell_neighbours(cache, self._state)
 
     def _carry_out(self, decision: Decision, snapshot: Snapshot, cache: CacheSnapshot) -> None:
