@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,14 +71,17 @@ class Reader:
         self.cache.crop(-ids.shape[1])
         return found
 
-    def drop(self, policy: Any, share: float) -> None:
-        """Mask so much of the context as `policy` says."""
+    def choose(self, policy: Any, share: float) -> Any:
+        """What of the context `policy` gives up: before anything that follows the context was read."""
         live: Any = self.cache.places.live  # the old and the new Range are the same to a policy
         evidence: Any = self.evidence
         cells = round(self.length * share)
-        chosen: Any = select(
+        return select(
             policy, live, self.length, evidence, cells=cells, protection=PROTECTION, block_cells=BLOCK
         )
+
+    def drop(self, chosen: Any) -> None:
+        """Mask these ranges of the context."""
         _, problem = self.cache.take_out(chosen, keep=True)
         if problem:
             raise SystemExit(problem)
@@ -125,23 +129,27 @@ def main() -> None:
     started = time.monotonic()
     for context, continuation, question, n_answer in contexts(tokenizer, options.tokens):
         reader = Reader(model, engine, context, place)
+        choices = {
+            (name, share): [reader.choose(policy, share) for policy in policies]
+            for share in options.drop
+            for name, policies in contenders()
+        }
         whole = reader.goes_on(continuation)
         known = fact_nats(reader.goes_on(question), question, n_answer)
-        for share in options.drop:
-            for name, policies in contenders():
-                found = []
-                for policy in policies:
-                    reader.drop(policy, share)
-                    moved = reader.goes_on(continuation)
-                    kl = (whole.exp() * (whole - moved)).sum(-1).mean().item()
-                    lost = fact_nats(reader.goes_on(question), question, n_answer) - known
-                    found.append((kl, lost))
-                    reader.cache.put_back(reader.cache.places.masked)
-                mean = tuple(sum(it) / len(found) for it in zip(*found, strict=True))
-                rows.setdefault((name, share), []).append(mean)
+        for contender, each in choices.items():
+            found = []
+            for chosen in each:
+                reader.drop(chosen)
+                moved = reader.goes_on(continuation)
+                kl = float((whole.exp() * (whole - moved)).sum(-1).mean())
+                found.append((kl, fact_nats(reader.goes_on(question), question, n_answer) - known))
+                reader.cache.put_back(reader.cache.places.masked)
+            mean = sum(kl for kl, _ in found) / len(found), sum(lost for _, lost in found) / len(found)
+            rows.setdefault(contender, []).append(mean)
         if not torch.equal(reader.goes_on(continuation), whole):
             raise SystemExit("the context is not what it was")
         reader.cache.close()
+        print(f"{len(rows[next(iter(rows))])} of {len(TEXTS)} contexts", file=sys.stderr)
     record = {
         "model": path.name,
         "transformers": transformers.__version__,

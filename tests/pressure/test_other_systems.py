@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import psi_kv_governor
-from psi_kv_governor.engine.llama import native
+from psi_kv_governor.engines.llama import library as native
 from psi_kv_governor.errors import EngineError
 
 RUNNER = Path(__file__).with_name("other_system.py")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -121,15 +122,27 @@ def run(
     try:
         governor = Governor(fleet, config=config, name=prepared.path.name)
         program = Program(command, prepared.path, environment(prepared, fleet, config, environ), held)
-        with governor:
+        with contextlib.ExitStack() as ending:
+            ending.callback(_harmless, fleet.close)
+            ending.callback(_harmless, governor.close)
+            _harmless(governor.start)
             notify("READY=1")
             status = program.wait()
             notify("STOPPING=1")
-    finally:
+    except BaseException:  # nothing was started
         fleet.close()
+        raise
     if not opened:
         _say(f"{command[0]} opened no llama.cpp cache that could be governed: psi-kv doctor -- {command[0]}")
     return status
+
+
+def _harmless(action: Callable[[], None]) -> None:
+    """Nothing of ours may end the program, or change the status that it ends with."""
+    try:
+        action()
+    except Exception as error:
+        _say(f"the governor failed, and the program runs on: {error}")
 
 
 def attach(pid: int, config: GovernorConfig, held: HeldSignals) -> None:

@@ -39,6 +39,13 @@ _ANSWER_S = 60.0
 _RETRY_S = 0.5
 
 
+class OtherVersionError(EngineError):
+    """The agent speaks another version of the protocol."""
+
+    def __init__(self) -> None:
+        super().__init__("its agent is of another version than this psi-kv")
+
+
 class SocketTransport:
     """Carries requests to an agent in another process. Raises EngineError when it is gone."""
 
@@ -53,7 +60,7 @@ class SocketTransport:
                 self._connection.sendall(_LENGTH.pack(len(request)) + request)
                 (n,) = _LENGTH.unpack(self._read(_LENGTH.size))
                 if n == 0:
-                    raise EngineError("the agent and this package are of different versions")
+                    raise OtherVersionError
                 return self._read(n)
             except OSError as error:
                 self.close()  # half a message may be under way
@@ -73,18 +80,6 @@ class SocketTransport:
         """End the connection. The agent takes its masks off."""
         with contextlib.suppress(OSError):
             self._connection.close()
-
-
-def _why_not_spoken_with(client: Client) -> str:
-    """Why the agent can't be governed, and what to do; '' where it can."""
-    other = "its agent is of another version than this psi-kv: start the program again"
-    try:
-        told = client.ask(Op.HELLO)
-    except (EngineError, struct.error) as error:
-        return other if "version" in str(error) else f"its agent does not answer ({error})"
-    if len(told.payload) < 8 or struct.unpack_from("<2i", told.payload)[1] != VERSION:
-        return other
-    return ""
 
 
 class _Member:
@@ -146,11 +141,15 @@ class Fleet:
             transport.close()
             return
         client = Client(transport)
-        if why := _why_not_spoken_with(client):
+        try:
+            told = client.ask(Op.HELLO)
+            if len(told.payload) < 8 or struct.unpack_from("<2i", told.payload)[1] != VERSION:
+                raise OtherVersionError
+        except (EngineError, struct.error) as error:
             transport.close()
-            if pid not in self._strangers:  # it comes again and again, in case that we change
-                self._strangers.add(pid)
-                self._refused(pid, why)
+            if isinstance(error, OtherVersionError) and pid not in self._strangers:
+                self._strangers.add(pid)  # it comes again and again, in case that we change
+                self._refused(pid, f"{error}: start the program again")
             return
         engine = LlamaEngine(
             client, pid=pid, place=self._place, backing=self._backing, why_backing=self._why_backing

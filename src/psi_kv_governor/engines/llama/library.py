@@ -88,7 +88,10 @@ def _folders() -> list[Path]:
     home: list[Path] = []
     with contextlib.suppress(RuntimeError, KeyError, OSError):  # no HOME and no passwd entry
         home = [user_cache_path("psi-kv") / "native"]
-    return [*named, *service, *home, Path(tempfile.gettempdir()) / f"psi-kv-native-{os.getuid()}"]
+    for_all: list[Path] = []
+    with contextlib.suppress(FileNotFoundError):  # no folder can be written to at all
+        for_all = [Path(tempfile.gettempdir()) / f"psi-kv-native-{os.getuid()}"]
+    return [*named, *service, *home, *for_all]
 
 
 def _own_folder(folder: Path) -> None:

@@ -31,7 +31,7 @@ _ids = itertools.count()
 
 
 class GovernedCache(Cache):  # type: ignore[misc]
-    """A cache for `model.generate(..., cache=GovernedCache(model))` (`past_key_values=` before 5.6).
+    """A cache for `model.generate(..., cache=GovernedCache(model))` (`past_key_values=` in older versions).
 
     Layers with full attention on the CPU are governed; sliding windows, recurrent states and layers on a
     device stay what they are in a DynamicCache. A batch is one sequence to the governor: its members keep or
@@ -87,7 +87,7 @@ class GovernedCache(Cache):  # type: ignore[misc]
 
     def check_update(self) -> None:
         """See Owner."""
-        if not self._running:
+        if threading.get_ident() != self._runner:
             raise BadInputError(
                 "this GovernedCache belongs to another model, or its model was entered by a side door: make "
                 "one for each model, and call the model itself"

@@ -20,7 +20,7 @@ class Rows:
     Attention reads a view of shape [batch, heads, rows, head_dim], as of any cache of transformers, and
     nothing is copied a step. Lanes, and not whole tokens, lie together: with 2 KiB from one row of a head
     to the next, attention in bf16 over 8 heads of 128 took 1.8 times as long as stock (one thread, 2,048 to
-    8,192 rows), with lanes 0.82 to 0.94. The price is a part of a page a lane. Nothing here is locked: the
+    8,192 rows), with lanes 0.82 to 0.97. The price is a part of a page a lane. Nothing here is locked: the
     cache sees to it.
     """
 
