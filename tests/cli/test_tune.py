@@ -128,11 +128,11 @@ def test_an_existing_file_is_refused_at_once(tmp_path, machine):
 
 def test_force_keeps_the_old_file_and_its_other_settings(tmp_path):
     file = tmp_path / "psi-kv.toml"
-    old = 'policy = "fifo"\nstore_dir = "/some/where \\"else\\""\nhigh = 0.5\nfloor_cells = 300\n'
+    old = 'policy = "fifo"\nplace = "/some/where \\"else\\""\nhigh = 0.5\nfloor_cells = 300\n'
     file.write_text(old)
     assert tune("--force").exit_code == 0
     config = load_config(file, {})
-    assert (config.policy, config.floor_cells, config.store_dir) == ("fifo", 300, '/some/where "else"')
+    assert (config.policy, config.floor_cells, config.place) == ("fifo", 300, '/some/where "else"')
     assert config.high != 0.5
     assert (tmp_path / "psi-kv.toml.bak").read_text() == old
     assert tune("--force").exit_code == 0

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from psi_kv_governor.policy.attention import Attention
 from psi_kv_governor.cache import Evidence, Kind, Range, Values
+from psi_kv_governor.policy.attention import Attention
 from psi_kv_governor.policy.base import Policy
 from psi_kv_governor.policy.keynorm import KeyNorm
 from psi_kv_governor.policy.pool import ranks, top_mean

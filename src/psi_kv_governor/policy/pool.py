@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from psi_kv_governor.errors import BadInputError
 from psi_kv_governor.cache import Range, Values
+from psi_kv_governor.errors import BadInputError
 
 
 def check_share(name: str, share: float) -> None:

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from psi_kv_governor.errors import BadInputError
 from psi_kv_governor.cache import Evidence, Range, Values
+from psi_kv_governor.errors import BadInputError
 from psi_kv_governor.policy.base import Policy
 
 
