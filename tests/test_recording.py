@@ -20,7 +20,14 @@ from psi_kv_governor.pressure.reading import Reading
 from psi_kv_governor.recording import Recorder, machine_facts, read_recording, unknown_key
 
 CONFIG = GovernorConfig(high=0.2, store_dir="/home/somebody/private")
-CACHE = CacheSnapshot(live_cells=4096, spilled_cells=0, lost_cells=0, trimmable_cells=3776, cell_bytes=23040)
+CACHE = CacheSnapshot(
+    live_bytes=94_371_840,
+    masked_bytes=0,
+    lost_bytes=0,
+    trimmable_bytes=86_999_040,
+    lossless_bytes=0,
+    step_bytes=1_474_560,
+)
 
 
 def turns(stalls=(0.0, 0.1, 0.7, 0.0), source="/proc/pressure/memory") -> list[Turn]:
@@ -193,8 +200,8 @@ def edited(path, **changes):
         ({"decision__mood": 1}, "'decision.mood'"),
         ({"decision__action": "dance"}, "line 2 .* broken.*dance"),
         ({"reading__some": 1.5}, "line 2 .* makes no sense: some = 1.5"),
-        ({"cache__live_cells": "many"}, "line 2 .* broken"),
-        ({"cache__live_cells": -1}, "line 2 .* makes no sense: live_cells is below 0"),
+        ({"cache__live_bytes": "many"}, "line 2 .* broken"),
+        ({"cache__live_bytes": -1}, "line 2 .* makes no sense: live_bytes is below 0"),
     ],
 )
 def test_a_line_that_is_no_turn_is_named(path, changes, message):
@@ -255,7 +262,8 @@ def test_the_machine_is_described_without_its_owner(tmp_path):
 def test_a_decision_of_every_kind_survives(path):
     made = [
         msgspec.structs.replace(
-            turns()[0], decision=Decision(action=action, cells=7, mode=turns()[0].decision.mode, reason="ü\n")
+            turns()[0],
+            decision=Decision(action=action, n_bytes=7, mode=turns()[0].decision.mode, reason="ü\n"),
         )
         for action in Action
     ]
