@@ -12,6 +12,7 @@ COMMANDS = {
     "chat": "Talk to a model under the governor.",
     "demo": "Watch the governor at work under real memory pressure.",
     "watch": "See a governed process live: stall, headroom, cells and events.",
+    "dashboard": "The same as a page in a browser.",
     "simulate": "Try the control law on a synthetic machine.",
     "record": "Record this machine's memory pressure, and what the law would do about it.",
     "replay": "Play a recording through the law again, also with other settings.",

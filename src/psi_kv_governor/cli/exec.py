@@ -12,6 +12,7 @@ import msgspec
 from psi_kv_governor.cli._group import example, settings_given
 from psi_kv_governor.config import load_config
 from psi_kv_governor.service import exec as service
+from psi_kv_governor.service.beside import asked_for
 
 
 @click.command(
@@ -37,16 +38,23 @@ from psi_kv_governor.service import exec as service
     "--set", "given", multiple=True, metavar="KEY=VALUE", help="Any other setting; may be repeated."
 )
 @click.option("--config", "file", type=click.Path(path_type=Path), metavar="FILE", help="A psi-kv.toml.")
+@click.option(
+    "--metrics", metavar="[HOST:]PORT", help="Serve figures for Prometheus [off; this machine alone]."
+)
+@click.option("--dashboard", metavar="[HOST:]PORT", help="Serve a page to look at and to act by [off].")
 @click.option("--dry-run", is_flag=True, help="Say what would be started and reached, and start nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: as JSON.")
 @click.argument("program", nargs=-1, type=click.UNPROCESSED, required=True)
 @click.pass_context
 def command(
     ctx: click.Context,
+    *,
     place: str | None,
     backing: str | None,
     given: tuple[str, ...],
     file: Path | None,
+    metrics: str | None,
+    dashboard: str | None,
     dry_run: bool,
     as_json: bool,
     program: tuple[str, ...],
@@ -62,7 +70,7 @@ def command(
     if dry_run:
         _show(service.prepare(program, config, os.environ), as_json)
         return
-    ctx.exit(service.run(program, config))
+    ctx.exit(service.run(program, config, beside=asked_for(metrics, dashboard)))
 
 
 def _show(prepared: service.Prepared, as_json: bool) -> None:

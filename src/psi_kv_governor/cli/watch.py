@@ -49,7 +49,7 @@ def command(ctx: click.Context, pid: int | None, once: bool, as_json: bool) -> N
         _list(found, as_json)
         click.echo("psi-kv watch: more than one governed process: say which, as `psi-kv watch PID`", err=True)
         ctx.exit(2)
-    with suppress(KeyboardInterrupt), closing(_connect(found[0])) as connection:
+    with suppress(KeyboardInterrupt), closing(connect(found[0])) as connection:
         lines = messages(connection)
         hello = next(lines)
         assert isinstance(hello, Hello)
@@ -81,7 +81,7 @@ def choose(found: list[Found], pid: int | None) -> list[Found]:
     return chosen[:1]
 
 
-def _connect(found: Found) -> socket.socket:
+def connect(found: Found) -> socket.socket:
     try:
         return socket_place.connect(found.path, _SILENCE_S)
     except OSError as error:

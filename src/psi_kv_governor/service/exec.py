@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 from psi_kv_governor.config import GovernorConfig
@@ -13,6 +14,7 @@ from psi_kv_governor.engines.llama.library import agent_path
 from psi_kv_governor.engines.llama.process import Chosen, choose
 from psi_kv_governor.errors import BadInputError, EngineError
 from psi_kv_governor.governor import Governor
+from psi_kv_governor.service.beside import Beside
 from psi_kv_governor.service.program import Found, Program, end_as, find_program
 from psi_kv_governor.service.systemd import notify
 
@@ -67,8 +69,14 @@ def environment(
     }
 
 
-def run(command: Sequence[str], config: GovernorConfig, *, environ: Mapping[str, str] | None = None) -> int:
-    """Run `command` to its end under a governor; gives the exit status to end with.
+def run(
+    command: Sequence[str],
+    config: GovernorConfig,
+    *,
+    environ: Mapping[str, str] | None = None,
+    beside: Sequence[Beside] = (),
+) -> int:
+    """Run `command` to its end under a governor, with `beside` it; gives the exit status to end with.
 
     Raises CannotStartError where it can't be started. Whatever else goes wrong is said in one line, and the
     program runs as it would without us.
@@ -88,7 +96,12 @@ def run(command: Sequence[str], config: GovernorConfig, *, environ: Mapping[str,
     )
     try:
         program = Program(command, prepared.found.path, environment(prepared, fleet, config, environ))
-        with Governor(fleet, config=config, name=prepared.found.path.name):
+        with Governor(fleet, config=config, name=prepared.found.path.name) as governor, ExitStack() as stack:
+            for one in beside:  # now that signals are the program's: no thread of theirs may take one
+                try:
+                    stack.callback(one.start(governor).close)
+                except OSError as error:
+                    _say(f"no {one.name} at {one.address}: {error.strerror or error}")
             notify("READY=1")
             status = program.wait()
             notify("STOPPING=1")
