@@ -11,7 +11,7 @@ let offset_ms = null; // of the governed program's monotonic time to this clock
 const CHARTS = [
   { key: "stall", title: "Stall", unit: (v) => percent(v), of: (v) => v.some, least: 0.1 },
   { key: "headroom", title: "Headroom", unit: (v) => bytes(v), of: (v) => v.headroom_bytes, least: 1 },
-  { key: "resident", title: "Cache in memory", unit: (v) => bytes(v), of: (v) => v.resident_bytes, least: 1 },
+  { key: "resident", title: "In memory", unit: (v) => bytes(v), of: (v) => v.resident_bytes, least: 1 },
 ];
 
 function percent(share) {
@@ -59,7 +59,7 @@ function draw() {
     chart.svg.replaceChildren(...lines, svg("path", { d: way.join("") }));
     const last = known.length ? chart.unit(chart.of(known[known.length - 1])) : "not known";
     const most = known.length ? chart.unit(Math.max(...known.map(chart.of))) : "not known";
-    chart.now.textContent = `${last}, at most ${most}`;
+    chart.now.textContent = `${last}, peak ${most}`;
     chart.svg.setAttribute("aria-label", `${chart.title} over two minutes: now ${last}, at most ${most}`);
   }
 }
@@ -67,6 +67,7 @@ function draw() {
 function said(blocks) {
   const sums = new Map();
   for (const [kind, cells] of blocks) sums.set(kind, (sums.get(kind) || 0) + cells);
+  if (sums.size > 1) sums.delete("free"); // the cache's, not the sequence's: other sequences use it too
   return [...sums].map(([kind, cells]) => `${cells.toLocaleString("en")} ${kind}`).join(", ");
 }
 
@@ -80,7 +81,10 @@ function strip(one, cache) {
   const label = `Sequence ${one.sequence}, ${one.running ? "running" : "idle"}: ${words} cells`;
   const row = element("div", { class: "row" });
   row.append(
-    element("span", {}, `Sequence ${one.sequence}, ${one.running ? "running" : "idle"}`),
+    element(
+      "span", { "aria-hidden": "true" }, `Sequence ${one.sequence}, ${one.running ? "running" : "idle"}`,
+      element("small", {}, words),
+    ),
     element("div", { class: "strip", role: "img", "aria-label": label }, ...blocks),
   );
   return row;
