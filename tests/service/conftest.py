@@ -11,7 +11,11 @@ from pathlib import Path
 
 import pytest
 from servers import PSI_KV, Unavailable, debian_server, python_with_servers
+from service_help import paper
 
+from fakes import FakeSource
+from psi_kv_governor.engines.simulated import SimulatedEngine
+from psi_kv_governor.governor import Governor
 from psi_kv_governor.residence import find_place
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -85,3 +89,25 @@ def server_command(request, demo_model) -> Callable[[int], list[str]]:
 @pytest.fixture
 def python() -> str:
     return sys.executable
+
+
+@pytest.fixture
+def machine() -> Iterator[tuple[Governor, SimulatedEngine, FakeSource]]:
+    made = paper()
+    yield made
+    made[0].close()
+
+
+@pytest.fixture
+def governor(machine) -> Governor:
+    return machine[0]
+
+
+@pytest.fixture
+def engine(machine) -> SimulatedEngine:
+    return machine[1]
+
+
+@pytest.fixture
+def source(machine) -> FakeSource:
+    return machine[2]
