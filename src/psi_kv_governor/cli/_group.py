@@ -17,7 +17,7 @@ from psi_kv_governor.errors import BadInputError, PsiKvError
 INTERRUPTED = 130
 """128 + SIGINT, as shells count."""
 
-_EXTRAS = {"llama_cpp": "llama", "matplotlib": "plot"}
+_EXTRAS = {"llama_cpp": "llama"}
 """Packages that only an extra brings, by the name they are imported under."""
 
 
