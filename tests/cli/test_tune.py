@@ -21,7 +21,7 @@ from psi_kv_governor.cli import tune as command
 from psi_kv_governor.config import GovernorConfig, load_config
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.pressure.discovery import Discovery
-from psi_kv_governor.pressure.reading import Reading
+from psi_kv_governor.pressure.reading import Reading, one_level
 from psi_kv_governor.pressure.trace import write_trace
 
 LIMIT_BYTES = 1 << 30
@@ -30,7 +30,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(psi_kv_governor.__file__).pa
 
 def readings(stalls: list[float], headrooms: list[float]) -> list[Reading]:
     return [
-        Reading(
+        one_level(
             time_s=i / 50,
             interval_s=0.1,
             some=some,
@@ -54,7 +54,7 @@ class Machine:
     def read(self) -> Reading:
         self.reads += 1
         stall = 0.15 if self.reads % 3 == 0 else 0.0
-        return Reading(
+        return one_level(
             time_s=time.monotonic(),
             interval_s=0.1,
             some=stall,
