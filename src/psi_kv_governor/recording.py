@@ -230,9 +230,10 @@ def unknown_key(raw: object, kind: type[msgspec.Struct]) -> str:
     for name, value in raw.items():
         if name not in fields:
             return str(name)
-        inner = next((part for part in (fields[name], *get_args(fields[name])) if _is_struct(part)), None)
-        if inner is not None and (found := unknown_key(value, inner)):
-            return f"{name}.{found}"
+        inner = next((one for one in (fields[name], *get_args(fields[name])) if _is_struct(one)), None)
+        for part in value if isinstance(value, list) else [value]:
+            if inner is not None and (found := unknown_key(part, inner)):
+                return f"{name}.{found}"
     return ""
 
 
