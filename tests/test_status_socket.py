@@ -109,9 +109,9 @@ def test_who_connects_is_told_who_speaks_and_then_how_things_stand(client, gover
 
 
 def test_a_new_client_is_told_the_last_events_once(opened, governor):
-    for stall in (0.6, 0.05) * 30:
-        governor._sensor.source.stall = stall
-        governor.step()
+    for _ in range(status_socket.KEPT_EVENTS):
+        governor.trim(0.1)
+        governor.restore()
     client = Lines(opened.path)
     client.next()
     first, second = client.next(), client.next()
@@ -332,8 +332,8 @@ def test_closing_it_removes_the_socket_and_sends_everybody_away(opened, client):
 
 
 def test_a_governor_that_is_only_dropped_goes_with_its_socket(runtime):
-    engine = SimulatedEngine(64)
-    made = Governor(engine, source=FakeSource(), store=SimulatedStore(1))
+    engine = SimulatedEngine()
+    made = Governor(engine, source=FakeSource())
     made.looked_at = StatusSocket(made)  # as the governor itself holds it
     made.looked_at.start()
     path, gone = made.looked_at.path, weakref.ref(made)
