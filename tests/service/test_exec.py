@@ -161,8 +161,12 @@ if os.fork() == 0:
 os.wait()
 deadline = time.monotonic() + 30
 while time.monotonic() < deadline:
-    stats = [open(f"/proc/{p}/stat").read() for p in os.listdir("/proc") if p.isdigit()]
-    states = [stat.rsplit(")", 1)[1].split()[0] for stat in stats]
+    states = []
+    for p in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            states.append(open(f"/proc/{p}/stat").read().rsplit(")", 1)[1].split()[0])
+        except OSError:
+            pass  # reaped meanwhile
     if "Z" not in states: break
     time.sleep(0.05)
 print(os.getppid(), "Z" in states)
