@@ -1,4 +1,4 @@
-"""Servers that somebody else wrote, governed as they are: memory, equality, and what happens to them when we go."""
+"""Servers that somebody else wrote, governed as they are: memory, equality, and what happens when we go."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_without_a_place_the_prompt_cache_is_refused_and_every_answer_is_given(
         ]
 
 
-# -- the sidecar is killed ----------------------------------------------------------------------------------------
+# -- the sidecar is killed ------------------------------------------------------------------------------
 
 MASKS = """
 import sys, time
@@ -209,9 +209,9 @@ def test_exec_with_a_pid_says_so_where_there_is_no_agent():
     assert len(done.stderr.splitlines()) == 1
 
 
-# -- programs that start programs, and Python ----------------------------------------------------------------------------
+# -- programs that start programs, and Python -----------------------------------------------------------
 
-# As Ollama does: one server a model, each with the parent's environment and a search path of its own in front.
+# As Ollama does: one server a model, each with the parent's environment and a search path of its own.
 PARENT = """
 import os, subprocess, sys, signal
 environ = {**os.environ, "LD_LIBRARY_PATH": "/usr/lib/ollama", "OLLAMA_LIBRARY_PATH": "/usr/lib/ollama"}
