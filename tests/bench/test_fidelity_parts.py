@@ -17,10 +17,10 @@ from psi_kv_governor.bench.fidelity.metrics import Compared
 from psi_kv_governor.bench.fidelity.plan import Options, plan
 from psi_kv_governor.bench.fidelity.results import Likelihood, Retrieval, Speed, Spike
 from psi_kv_governor.bench.fidelity.tasks import Counts
+from psi_kv_governor.store.base import BlobTag
 
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.errors import BadInputError, BlobCorruptError
-from psi_kv_governor.store.base import BlobTag
 
 CONFIG = GovernorConfig()
 MODEL = Path("model.gguf")

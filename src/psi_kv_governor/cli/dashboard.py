@@ -29,7 +29,7 @@ from psi_kv_governor.service.address import address
 def command(process: str | None, where: str) -> None:
     """Serve a page that shows stall, headroom, the cache as blocks, and events of a governed process.
 
-    Without PID or name, the one that there is. The address it prints has a token in it: who has that may look.
+    Without PID or name, the one that there is. The address it prints has a token in it: who has it may look.
     """
     from psi_kv_governor.service.dashboard import DashboardServer, Watched
 
