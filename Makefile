@@ -69,7 +69,7 @@ test: lint model ## Lint, types and all tests; ends with what was skipped and wh
 
 test-transformers: $(TRANSFORMERS_READY) model ## Tests of the transformers engine, with its newest and oldest version
 	$(TRANSFORMERS)/bin/python -m pytest tests/transformers
-	$(TRANSFORMERS)/oldest/bin/python -m pytest tests/transformers
+	$(TRANSFORMERS)/oldest/bin/python -m pytest -m 'not slow' tests/transformers
 
 $(TRANSFORMERS_READY): pyproject.toml | $(BIN)/python
 	$(PYTHON) -m venv $(TRANSFORMERS)

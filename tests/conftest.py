@@ -12,9 +12,9 @@ import pytest
 
 import uml
 from psi_kv_governor import model
-from psi_kv_governor.bench.pen import Pen
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.model_fetch import OfflineError
+from psi_kv_governor.sandbox.sandbox import Sandbox
 
 # A shell ignores Ctrl-C for what it starts in the background, and children inherit that: the programs that
 # the tests interrupt would not notice.
@@ -42,7 +42,7 @@ def _why_not(mark: str) -> str:
         return "" if found else "llama-cpp-python is not installed: pip install -e '.[llama]'"
     if mark == "uml":
         return uml.why_not()
-    able, why = Pen.available("zram" if mark == "swap" else "none")
+    able, why = Sandbox.available("zram" if mark == "swap" else "none")
     return "" if able else why
 
 

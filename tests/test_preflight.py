@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from psi_kv_governor import preflight
-from psi_kv_governor.bench.pen import Pen
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.engines.llama import library
 from psi_kv_governor.errors import EngineError
+from psi_kv_governor.sandbox.sandbox import Sandbox
 
 MEMINFO = "MemTotal:        8000000 kB\nMemAvailable:    4000000 kB\n"
 PSI = "some avg10=0.00 avg60=0.00 avg300=0.00 total=7\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=5\n"
@@ -143,7 +143,7 @@ def test_without_swap_it_warns(root, content):
     ("effective", "may"), [("000001ffffffffff", True), ("00000000a80425fb", False), ("0", False)]
 )
 def test_the_capability_for_short_triggers_is_told(root, monkeypatch, effective, may):
-    monkeypatch.setattr(Pen, "available", staticmethod(lambda swap="none": (True, "")))
+    monkeypatch.setattr(Sandbox, "available", staticmethod(lambda swap="none": (True, "")))
     (root / "proc/self/status").write_text(f"Name:\tpython\nCapEff:\t{effective}\nSeccomp:\t0\n")
     found = preflight.check_privileges(root)
     assert found.state == "ok"
@@ -151,7 +151,7 @@ def test_the_capability_for_short_triggers_is_told(root, monkeypatch, effective,
 
 
 def test_without_a_cgroup_of_its_own_it_says_why(root, monkeypatch):
-    monkeypatch.setattr(Pen, "available", staticmethod(lambda swap="none": (False, "run it as root")))
+    monkeypatch.setattr(Sandbox, "available", staticmethod(lambda swap="none": (False, "run it as root")))
     found = preflight.check_privileges(root)
     assert (found.state, found.remedy) == ("warn", "run it as root")
 

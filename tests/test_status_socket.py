@@ -14,11 +14,11 @@ import weakref
 from pathlib import Path
 
 import pytest
+from psi_kv_governor.engine.simulated import SimulatedEngine, SimulatedStore
 
 from fakes import FakeSource
 from psi_kv_governor import socket_place, status_socket
 from psi_kv_governor.config import GovernorConfig
-from psi_kv_governor.engine.simulated import SimulatedEngine, SimulatedStore
 from psi_kv_governor.governor import Governor
 from psi_kv_governor.status_socket import StatusSocket
 

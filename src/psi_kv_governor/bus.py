@@ -14,6 +14,11 @@ _log = logging.getLogger("psi_kv_governor")
 _T = TypeVar("_T")
 
 
+def words(error: Exception) -> str:
+    """An error of anybody's in one line."""
+    return f"{type(error).__name__}: {error}".replace("\n", " ")
+
+
 class Subscribers(Generic[_T]):
     """Functions that are told of everything of one kind, in the thread where it happens."""
 

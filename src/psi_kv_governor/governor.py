@@ -3,46 +3,25 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import sys
 import threading
 import time
 import weakref
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TypeVar
 
-import msgspec
-
-from psi_kv_governor.bus import Bus, Subscribers
-from psi_kv_governor.cache import Engine, Plan, Range, Result, Snapshot, Step, Verb
+from psi_kv_governor.acting import Acting
+from psi_kv_governor.bus import Bus, Subscribers, words
+from psi_kv_governor.cache import Description, Engine, OneAtATime, Range, Result, Snapshot
 from psi_kv_governor.config import GovernorConfig, load_config
-from psi_kv_governor.control import (
-    SLICE_BYTES,
-    Action,
-    CacheSnapshot,
-    Decision,
-    LawState,
-    Mode,
-    Turn,
-    decide,
-    pause_s,
-    spare_bytes,
-)
+from psi_kv_governor.control import Action, Decision, LawState, Mode, Turn, decide, pause_s, spare_bytes
 from psi_kv_governor.errors import BadInputError, EngineError
-from psi_kv_governor.events import (
-    CacheClosed,
-    CacheOpened,
-    Event,
-    ModeChanged,
-    Recomputed,
-    Released,
-    Restored,
-    Trimmed,
-)
-from psi_kv_governor.lifetime import open_governors, run
+from psi_kv_governor.events import Event, ModeChanged, Recomputed
+from psi_kv_governor.lifetime import Ended, open_governors, run
+from psi_kv_governor.limits import Limit, psi_set_cache_limit
 from psi_kv_governor.own_work import OwnWork
 from psi_kv_governor.policy import Policy, get_policy
 from psi_kv_governor.policy.planner import Planner
@@ -51,33 +30,19 @@ from psi_kv_governor.pressure.reading import PressureSource, Reading
 from psi_kv_governor.sensor import Sensor
 from psi_kv_governor.status import Status
 from psi_kv_governor.status_socket import StatusSocket
+from psi_kv_governor.worker import Worker
+
+__all__ = ["Governor", "psi_set_cache_limit"]
 
 _log = logging.getLogger("psi_kv_governor")
 _T = TypeVar("_T")
-_cache_limit: float | None = None
 
 _CALM_TURN_S = 1.0
 """Longest between two turns of the whole loop while nothing happens."""
-_BEHIND_S = 1.0
-"""Dirty pages are written so often while headroom is not plentiful: decoding makes a few MB of them in it."""
-_DAY_S = 86_400.0
 _FAILED_S = 1.0
 """Pause after a turn that failed: the next one fails most likely too."""
-
-
-def psi_set_cache_limit(share: float | None) -> None:
-    """From now on, while the machine is under pressure, every governed cache of this process holds at most
-    this `share` (0 to 1) of its cells. None lifts the limit. Raises BadInputError."""
-    if share is not None and not 0.0 <= share <= 1.0:
-        raise BadInputError(f"a cache limit of {share} is not usable: give a share from 0 to 1, or None")
-    global _cache_limit  # noqa: PLW0603  # the one-line form is process wide by definition
-    _cache_limit = share
-
-
-def _positions(start: int, stop: int) -> Range:
-    if not 0 <= start < stop:
-        raise BadInputError(f"positions {start} to {stop} are not usable: give 0 <= start < stop")
-    return Range(start, stop)
+_THREADS = 2
+"""Threads for what is asked by hand: a look at the status does not wait for a long restore."""
 
 
 class Governor:
@@ -85,7 +50,8 @@ class Governor:
 
     Acts by itself from `start` to `close`, in one thread; `step` is one turn of that loop. A failure in it
     never reaches the model: it is said once, as a Degraded event and in the log, and the loop goes on with
-    what still works. Raises BadInputError for a policy that can't be used.
+    what still works. It ends by itself when the engine is gone. Raises BadInputError for a policy that is
+    not known.
     """
 
     def __init__(
@@ -106,49 +72,44 @@ class Governor:
         self.config = config or load_config()
         self.engine = engine
         self.name = name
+        self.last_result: dict[str, int] = {}
+        """What the last completion was computed without (`psi_kv` of its result); empty where nothing was."""
+        policy = policy or get_policy(self.config.policy)
         self._clock = clock
-        self._bus = Bus(clock)
+        self._bus = bus = Bus(clock)
         self._turns: Subscribers[Turn] = Subscribers()
+        self._engine = OneAtATime(engine)
         self._planner = Planner(
-            policy or get_policy(self.config.policy),
-            engine,
-            self.config,
-            complain=lambda why: self._bus.degrade("policy", why),
+            policy, self._engine, self.config, complain=lambda why: bus.degrade("policy", why)
         )
-        engine.collect(self._planner.policy.needs)
+        self._acting = Acting(self._engine, self._planner, bus, self.config, clock)
         self._reading = Reading(time_s=clock(), interval_s=0.0)
         self._reason = ""
         self._jitter = random.random() if jitter is None else jitter
         self._state = LawState(jitter=self._jitter)
-        self._limit: float | None = None
-        self.last_result: dict[str, int] = {}
-        """What the last completion was computed without (`psi_kv` of its result); empty where nothing was."""
-        self._limit_bytes: int | None = None
-        self._written: deque[tuple[float, int]] = deque()
-        self._behind_s = 0.0
-        self._caches: dict[int, str] = {}
-        self._stop = threading.Event()
+        self._limit = Limit()
+        self._ended = Ended()
+        self._closing = threading.RLock()
         self._forked = False
         self._thread: threading.Thread | None = None
-        # Plans are carried out by the loop's thread and by this one, never by the caller's: no Ctrl-C can
-        # split them, nor leave the lock closed.
-        self._hand = ThreadPoolExecutor(max_workers=1, thread_name_prefix="psi-kv-hand")
-        self._hand_ident: int | None = None
-        self._applying = threading.Lock()
-        self._sensor = Sensor(source, self._bus, neighbours)
-        self.work = OwnWork(self._sensor.neighbours, clock)
+        self._sensor = Sensor(source, bus, neighbours, _processes(self._acting.caches))
+        self._acting.work = OwnWork(self._sensor.neighbours, clock)
         self._socket = StatusSocket(self)
+        # The engine is called by the loop's thread and by these, never by the caller's.
+        self._worker = Worker("psi-kv-by-hand", _THREADS)
         open_governors.add(self)
+        self._undisturbed(self._acting.collect)
+
+    @property
+    def work(self) -> OwnWork:
+        """When it was parking and restoring."""
+        return self._acting.work
 
     # -- by hand ----------------------------------------------------------------------------------------
 
     def status(self) -> Status:
         """How things stand now. Raises nothing: of an engine that is gone no caches are told."""
-        try:
-            snapshot = self.engine.snapshot()
-        except EngineError:
-            snapshot = Snapshot(time_s=self._clock())
-        description = self.engine.describe()
+        snapshot, description = self._undisturbed(self._look)
         return Status.of(
             snapshot,
             description,
@@ -157,87 +118,41 @@ class Governor:
             reason=self._reason,
             source=self._sensor.name,
             reading=self._reading,
-            limit=None if self._limit_bytes is not None else self._share(),
-            limit_bytes=self._limit_bytes,
+            limit=self._limit.share,
+            limit_bytes=self._limit.n_bytes,
         )
+
+    def _look(self) -> tuple[Snapshot, Description]:
+        description = self._engine.describe()
+        try:
+            return self._engine.snapshot(), description
+        except Exception as error:
+            _log.debug("no snapshot for the status: %s", words(error))
+            return Snapshot(time_s=self._clock()), description
 
     def trim(self, fraction: float = 0.5) -> Result:
         """Give up `fraction` (0 to 1) of what may go, now. Raises BadInputError, EngineError."""
         if not 0.0 <= fraction <= 1.0:
             raise BadInputError(f"a fraction of {fraction} is not usable: give a share from 0 to 1")
-        return self._undisturbed(lambda: self._trim_share(fraction))
-
-    def _trim_share(self, fraction: float) -> Result:
-        snapshot = self.engine.snapshot()
-        n_bytes = round(fraction * self._planner.holdings(snapshot).trimmable_bytes)
-        if n_bytes <= 0 and fraction > 0.0:
-            return Result(problem=self._planner.why_nothing(snapshot) or "nothing is left to give")
-        return self._trim(snapshot, n_bytes, "by hand")
+        return self._undisturbed(lambda: self._acting.trim_share(fraction))
 
     def restore(self, max_bytes: int | None = None) -> Result:
         """Bring back (up to `max_bytes` of) what is masked, slice by slice. Raises EngineError."""
-        return self._undisturbed(lambda: self._restore_all(max_bytes))
+        return self._undisturbed(lambda: self._acting.restore_all(max_bytes))
 
-    def _restore_all(self, max_bytes: int | None) -> Result:
-        total = Result()
-        left = sys.maxsize if max_bytes is None else max_bytes
-        while left > 0:
-            snapshot = self.engine.snapshot()
-            if self._planner.holdings(snapshot).masked_bytes <= 0:
-                break
-            result = self._apply(self._planner.restore(snapshot, min(left, SLICE_BYTES)))
-            total = _sum(total, result)
-            if not result.cells:
-                break
-            left -= max(1, result.bytes_back)
-        if total.cells:
-            self._tell_restored(total)
-        return total
+    def park(self, sequence: int | None = None, *, pid: int | None = None) -> Result:
+        """Park every sequence that is not being decoded, or this one; and the saved states. Of all processes
+        or of `pid` alone. No fidelity is lost: who decodes it reads it back. Raises EngineError."""
+        return self._undisturbed(lambda: self._acting.park(sequence, pid))
 
-    def park(self, sequence: int | None = None) -> Result:
-        """Park every sequence that is not being decoded, or this one; and the saved states. No fidelity is
-        lost: who decodes it reads it back. Raises EngineError."""
-        return self._undisturbed(lambda: self._for_each(Verb.PARK, sequence))
-
-    def unpark(self, sequence: int | None = None) -> Result:
+    def unpark(self, sequence: int | None = None, *, pid: int | None = None) -> Result:
         """Read back what is parked before somebody needs it. Raises EngineError."""
-        return self._undisturbed(lambda: self._for_each(Verb.UNPARK, sequence))
-
-    def _for_each(self, verb: Verb, sequence: int | None) -> Result:
-        snapshot = self.engine.snapshot()
-        there = {one.id for cache in snapshot.caches for one in cache.sequences}
-        if sequence is not None and sequence not in there:
-            known = ", ".join(map(str, sorted(there))) or "none"
-            return Result(problem=f"there is no sequence {sequence}: there are {known}")
-        steps = [
-            Step(verb=verb, cache=cache.id, sequence=one.id)
-            for cache in snapshot.caches
-            for one in cache.sequences
-            if sequence == one.id or (sequence is None and not (verb is Verb.PARK and one.running))
-        ]
-        plan = self._planner.park_blobs(snapshot) if verb is Verb.PARK and sequence is None else None
-        steps += plan.steps if plan is not None else ()
-        result = self._apply(Plan(steps=tuple(steps)))
-        if verb is Verb.PARK:
-            self._tell_trimmed(result, "by hand")
-        return result
+        return self._undisturbed(lambda: self._acting.unpark(sequence, pid))
 
     def limit(self, share: float | None = None, *, n_bytes: int | None = None) -> None:
         """As `psi_set_cache_limit`, for this governor's caches alone: a share, or so many bytes of all of
-        them together. None lifts the limit. Raises BadInputError."""
-        if share is not None and n_bytes is not None:
-            raise BadInputError("a cache limit is a share or a number of bytes: give one of them")
-        if share is not None and not 0.0 <= share <= 1.0:
-            raise BadInputError(f"a cache limit of {share} is not usable: give a share from 0 to 1, or None")
-        if n_bytes is not None and n_bytes < 0:
-            raise BadInputError(f"a cache limit of {n_bytes} bytes is not usable: give 0 or more")
-        self._limit, self._limit_bytes = share, n_bytes
-
-    def _share(self, total_bytes: int = 0) -> float | None:
-        """The limit as the law takes it: a share of `total_bytes`, all that the caches hold."""
-        if self._limit_bytes is not None:
-            return min(1.0, self._limit_bytes / total_bytes) if total_bytes else None
-        return self._limit if self._limit is not None else _cache_limit
+        them together. Neither lifts the limit. Raises BadInputError."""
+        self._limit.set(share, n_bytes)
 
     def protect(self, start: int, stop: int, sequence: int | None = None) -> None:
         """Never mask the positions `start` to `stop` (exclusive) of `sequence` (default each), until
@@ -246,11 +161,11 @@ class Governor:
         They are positions, not tokens: they can be marked before they are decoded, and stay marked whatever
         is decoded there. Raises BadInputError.
         """
-        self._planner.protect(_positions(start, stop), sequence)
+        self._planner.protect(Range(start, stop), sequence)
 
     def unprotect(self, start: int = 0, stop: int | None = None, sequence: int | None = None) -> None:
         """Take the protection off the positions `start` to `stop` (default all). Raises BadInputError."""
-        self._planner.unprotect(_positions(start, sys.maxsize if stop is None else stop), sequence)
+        self._planner.unprotect(Range(start, sys.maxsize if stop is None else stop), sequence)
 
     def subscribe(self, subscriber: Callable[[Event], None]) -> Callable[[], None]:
         """Call `subscriber` with every event, in the thread where it happens; gives a function to end it."""
@@ -262,7 +177,7 @@ class Governor:
 
     def has_room(self) -> bool:
         """Whether there is no pressure now, and headroom above the low line."""
-        if self._stop.is_set():
+        if self._ended:
             return True  # closed: what it saw last is no reason to hold anything back for ever
         mode, quiet = self._state.mode, self._state.quiet_since_s is not None
         if mode is Mode.TRIMMING or (mode is Mode.HOLDING and not quiet):
@@ -275,28 +190,20 @@ class Governor:
         self._bus.tell(Recomputed(time_s=self._clock(), cells=cells, seconds=seconds))
 
     def _undisturbed(self, action: Callable[[], _T]) -> _T:
-        if self._stop.is_set() or threading.get_ident() == self._hand_ident:
+        """Do it where no Ctrl-C can split it."""
+        if self._ended or self._worker.inside:
             return action()  # closed, or a subscriber that acts: it would wait for itself
-
-        def in_hand() -> _T:
-            self._hand_ident = threading.get_ident()
-            return action()
-
-        try:
-            done = self._hand.submit(in_hand)
-        except RuntimeError:  # closed just now
-            return action()
-        return done.result()
+        return self._worker.do(action)
 
     # -- the loop ---------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Act by itself from now on. Calling it again changes nothing."""
-        if self._thread is None and not self._stop.is_set():
+        if self._thread is None and not self._ended:
             # The thread knows the governor weakly: a model that is dropped without close() goes all the same.
             self._thread = threading.Thread(
                 target=run,
-                args=(weakref.ref(self), self._sensor.bell, self._stop),
+                args=(weakref.ref(self), self._sensor.bell, self._ended),
                 name="psi-kv-governor",
                 daemon=True,
             )
@@ -305,20 +212,22 @@ class Governor:
                 self._socket.start()
 
     def step(self) -> float:
-        """One turn: read, decide, act. Gives the seconds until the next."""
-        reading = self._sensor.read()
-        if reading is not None:
-            self._reading = reading = self.work.taken_off(reading)
-            if not self._nothing_new(reading):
-                try:
-                    self._act(reading)
-                except EngineError as error:
-                    self._tell_caches(Snapshot(time_s=self._clock()))
-                    self._bus.degrade("engine", str(error))
-                except Exception as error:
-                    self._bus.degrade("governor", f"a turn failed ({type(error).__name__}: {error})")
-                    _log.debug("the turn that failed", exc_info=True)
-                    return _FAILED_S
+        """One turn: read, decide, act. Gives the seconds until the next. Raises nothing."""
+        try:
+            reading = self._sensor.read()
+            if reading is not None:
+                self._reading = reading = self.work.taken_off(reading)
+                if not self._nothing_new(reading):
+                    self._turn(reading)
+        except EngineError as error:
+            _log.info("the engine is gone, and its governor ends: %s", error)
+            self._acting.tell_caches(Snapshot(time_s=self._clock()))
+            self._ended.set()
+            return _FAILED_S
+        except Exception as error:
+            self._bus.degrade("governor", f"a turn failed ({words(error)})")
+            _log.debug("the turn that failed", exc_info=True)
+            return _FAILED_S
         return pause_s(self.config, self._reading, self._state)
 
     def _nothing_new(self, reading: Reading) -> bool:
@@ -331,12 +240,12 @@ class Governor:
             and pause_s(self.config, reading) >= self.config.poll_s / 2
         )
 
-    def _act(self, reading: Reading) -> None:
+    def _turn(self, reading: Reading) -> None:
         old = self._state.mode
-        snapshot = self.engine.snapshot()
-        self._tell_caches(snapshot)
+        snapshot = self._engine.snapshot()
+        self._acting.tell_caches(snapshot)
         cache = self._planner.holdings(snapshot)
-        limit = self._share(cache.total_bytes)
+        limit = self._limit.share_of(cache.total_bytes)
         decision, self._state = decide(self.config, self._state, reading, cache, limit)
         self._reason = decision.reason
         self._turns.tell(
@@ -346,96 +255,16 @@ class Governor:
             self._bus.tell(
                 ModeChanged(time_s=reading.time_s, old=old, new=decision.mode, reason=decision.reason)
             )
-        self._carry_out(decision, snapshot, cache)
+        self._carry_out(decision, snapshot)
         self._sensor.tell_neighbours(cache, self._state)
 
-    def _carry_out(self, decision: Decision, snapshot: Snapshot, cache: CacheSnapshot) -> None:
+    def _carry_out(self, decision: Decision, snapshot: Snapshot) -> None:
         if decision.action is Action.TRIM:
-            self._trim(snapshot, decision.n_bytes, decision.reason, urgent=decision.urgent)
+            self._acting.trim(snapshot, decision.n_bytes, decision.reason, urgent=decision.urgent)
         elif decision.action is Action.RESTORE:
-            result = self._apply(self._planner.restore(snapshot, decision.n_bytes))
-            if result.cells:
-                self._tell_restored(result, cache.masked_bytes)
+            self._acting.restore(snapshot, decision.n_bytes)
         else:
-            self._housekeeping(decision, snapshot)
-
-    def _housekeeping(self, decision: Decision, snapshot: Snapshot) -> None:
-        """What is done while there is nothing to decide: pages of free cells, saved states, dirty pages."""
-        if (plan := self._planner.release(snapshot)) is not None:
-            result = self._apply(plan)
-            if result.bytes_returned:
-                self._bus.tell(Released(time_s=self._clock(), bytes_returned=result.bytes_returned))
-        if (plan := self._planner.park_blobs(snapshot)) is not None and self._may_write():
-            self._tell_trimmed(self._apply(plan), "saved states are parked as soon as they are whole")
-        now_s = self._clock()
-        if decision.write_behind and now_s - self._behind_s >= _BEHIND_S and self._may_write():
-            self._behind_s = now_s
-            if (plan := self._planner.write_behind(snapshot)) is not None:
-                self._apply(plan)
-
-    def _trim(self, snapshot: Snapshot, n_bytes: int, reason: str, *, urgent: bool = False) -> Result:
-        if not urgent and not self._may_write():
-            return Result(problem="as much was written today as write_limit_bytes_per_day allows")
-        result = self._apply(self._planner.trim(snapshot, n_bytes, urgent=urgent))
-        self._tell_trimmed(result, reason)
-        return result
-
-    def _apply(self, plan: Plan) -> Result:
-        with self._applying, self.work:
-            result = self.engine.apply(plan)
-        if result.written_bytes:
-            self._written.append((self._clock(), result.written_bytes))
-        if result.problem:
-            self._bus.degrade("park", result.problem)
-        return result
-
-    def _may_write(self) -> bool:
-        """Whether the disk may be written to today; what is urgent is not asked about."""
-        now_s = self._clock()
-        while self._written and now_s - self._written[0][0] > _DAY_S:
-            self._written.popleft()
-        most = self.config.write_limit_bytes_per_day
-        if not most or sum(n_bytes for _, n_bytes in self._written) < most:
-            return True
-        self._bus.degrade("park", f"{most / 1e9:.0f} GB were written in a day (write_limit_bytes_per_day)")
-        return False
-
-    # -- telling ----------------------------------------------------------------------------------------
-
-    def _tell_trimmed(self, result: Result, reason: str) -> None:
-        if not result.cells and not result.bytes_returned:
-            return
-        self._bus.tell(
-            Trimmed(
-                time_s=self._clock(),
-                cells=result.cells,
-                masked=result.masked,
-                bytes_returned=result.bytes_returned,
-                written_bytes=result.written_bytes,
-                seconds=result.seconds,
-                reason=reason,
-            )
-        )
-
-    def _tell_restored(self, result: Result, masked_bytes: int = 0) -> None:
-        self._bus.tell(
-            Restored(
-                time_s=self._clock(),
-                cells=result.cells,
-                bytes_back=result.bytes_back,
-                seconds=result.seconds,
-                masked_bytes=max(0, masked_bytes - result.bytes_back),
-            )
-        )
-
-    def _tell_caches(self, snapshot: Snapshot) -> None:
-        now = {cache.id: cache for cache in snapshot.caches}
-        for number in self._caches.keys() - now.keys():
-            self._bus.tell(CacheClosed(time_s=snapshot.time_s, cache=number, name=self._caches.pop(number)))
-        for number in now.keys() - self._caches.keys():
-            cache = now[number]
-            self._caches[number] = cache.name
-            self._bus.tell(CacheOpened(time_s=snapshot.time_s, cache=number, name=cache.name, pid=cache.pid))
+            self._acting.keep_house(decision, snapshot)
 
     # -- the end ----------------------------------------------------------------------------------------
 
@@ -443,22 +272,31 @@ class Governor:
         """Stop the loop. Safe to call twice. The engine is its owner's to close."""
         if self._forked:
             return
-        self._stop.set()
-        self._sensor.interrupt()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
-        self._socket.close()
-        self._hand.shutdown(wait=threading.get_ident() != self._hand_ident)
-        self._sensor.close()
+        self._ended.set()
+        caller = threading.current_thread()
+        if self._worker.inside:
+            self._close(caller)
+        else:
+            self._worker.do(lambda: self._close(caller))
+        self._worker.close()
+
+    def _close(self, caller: threading.Thread) -> None:
+        with self._closing:
+            self._sensor.interrupt()
+            if self._thread is not None and self._thread is not caller:
+                self._thread.join()
+            self._socket.close()
+            self._sensor.close()
 
     def after_fork(self) -> None:
         """In a forked child: threads did not come along, and locks may be held for ever by those that had
         them. The child's copy of the cache is its own, ungoverned."""
         self._forked = True
-        self._stop.set()
+        self._ended.set()
         self._thread = None
-        self._applying = threading.Lock()
-        self.work = OwnWork()
+        self._worker.abandon()
+        self._engine.after_fork()
+        self._acting.work = OwnWork()
 
     def __enter__(self) -> Governor:
         self.start()
@@ -470,11 +308,6 @@ class Governor:
         self.close()
 
 
-def _sum(one: Result, other: Result) -> Result:
-    return msgspec.structs.replace(
-        one,
-        bytes_back=one.bytes_back + other.bytes_back,
-        cells=one.cells + other.cells,
-        seconds=one.seconds + other.seconds,
-        problem=one.problem or other.problem,
-    )
+def _processes(caches: dict[int, tuple[str, int]]) -> Callable[[], Iterable[int]]:
+    """Those that hold the caches; this one while there are none. It keeps no governor alive."""
+    return lambda: {pid for _, pid in list(caches.values())} or {os.getpid()}

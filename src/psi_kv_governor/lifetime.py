@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import logging
-import threading
 import weakref
 from typing import TYPE_CHECKING
 
@@ -13,8 +11,6 @@ from psi_kv_governor.pressure.bell import Bell
 
 if TYPE_CHECKING:
     from psi_kv_governor.governor import Governor
-
-_log = logging.getLogger("psi_kv_governor")
 
 open_governors: weakref.WeakSet[Governor] = weakref.WeakSet()
 
@@ -34,16 +30,27 @@ def _close_all() -> None:
         governor.close()
 
 
-def run(governor: weakref.ref[Governor], bell: Bell, stop: threading.Event) -> None:
+class Ended:
+    """Set once, and for good. Not a threading.Event: its lock is written in Python, and a Ctrl-C in its
+    release would leave it closed."""
+
+    def __init__(self) -> None:
+        self._set = False
+
+    def set(self) -> None:
+        self._set = True
+
+    def __bool__(self) -> bool:
+        return self._set
+
+
+def run(governor: weakref.ref[Governor], bell: Bell, ended: Ended) -> None:
+    """The loop's thread, until it has `ended` or the governor was dropped."""
     pause_s = 0.0
-    while not stop.is_set():
+    while not ended:
         alive = governor()
         if alive is None:
             return
-        try:
-            pause_s = alive.step()
-        except Exception:
-            _log.exception("the governor failed in one turn and goes on")
-            pause_s = 1.0
+        pause_s = alive.step()
         del alive
         bell.wait(pause_s)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from psi_kv_governor.bench.pen import Pen
 from psi_kv_governor.cache import Capability, Plan, Range, Step, Verb
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.engines.llama import library
@@ -28,6 +27,7 @@ from psi_kv_governor.pressure.reading import MACHINE
 from psi_kv_governor.pressure.systemd import WATCH
 from psi_kv_governor.pressure.waking import find_waker
 from psi_kv_governor.residence import choose_backing, find_place, swap_state
+from psi_kv_governor.sandbox.sandbox import Sandbox
 
 State = Literal["ok", "warn", "fail"]
 
@@ -182,7 +182,7 @@ def check_privileges(root: Path = Path("/")) -> Check:
     user = os.geteuid() if hasattr(os, "geteuid") else None  # Windows has no such number
     who = "root" if user == 0 else "this user" if user is None else f"user {user}"
     triggers = "" if _may(_CAP_SYS_RESOURCE, root) else ", no CAP_SYS_RESOURCE (PSI windows are whole 2 s)"
-    able, why = Pen.available()
+    able, why = Sandbox.available()
     if able:
         return Check("privileges", "ok", f"{who}, may make memory cgroups{triggers}")
     return Check(

@@ -51,7 +51,8 @@ def folders() -> Iterator[Path]:
         if parent.is_absolute() and parent.is_dir():
             yield from _short(parent / "psi-kv")
     yield from _short(Path(platformdirs.user_cache_dir("psi-kv")) / "run")
-    yield from _short(Path(tempfile.gettempdir()) / f"psi-kv-{_own_id()}")
+    with contextlib.suppress(FileNotFoundError):  # no folder can be written to at all
+        yield from _short(Path(tempfile.gettempdir()) / f"psi-kv-{_own_id()}")
 
 
 def _short(folder: Path) -> Iterator[Path]:

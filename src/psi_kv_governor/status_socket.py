@@ -1,6 +1,7 @@
-"""How a governed process can be looked at from outside: a Unix socket that only its owner can open.
+"""How a governed process is looked at and led from outside: a Unix socket that only its owner can open.
 
-Whoever connects is sent JSON lines: one Hello, then an Update five times a second. Nothing can be sent back.
+Whoever connects is sent JSON lines: one Hello, then an Update five times a second. Who sends a command, a
+JSON line too (`psi_kv_governor.commands`), is sent an Answer among them.
 While nobody is connected the thread sleeps in `select`, and an event costs an append.
 """
 
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from psi_kv_governor import socket_place
+from psi_kv_governor.commands import Answer, answered
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.events import Event
 from psi_kv_governor.forks import at_fork
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("psi_kv_governor")
 
-VERSION = 1
+VERSION = 2
 
 UPDATE_S = 0.2
 """A person sees five changes a second; to make and send one takes 40 us."""
@@ -41,6 +43,9 @@ KEPT_EVENTS = 32
 """The last events; a new client is sent them as well."""
 
 MOST_CLIENTS = 8
+
+MOST_COMMAND_BYTES = 1 << 12
+"""Who sends a longer line, or more before it was answered, is let go."""
 
 STUCK_S = 10.0
 """A client that reads nothing for so long is let go. Until then it misses updates, and no events."""
@@ -52,10 +57,12 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     psi_kv_status: int
     """Version of the protocol."""
     pid: int
+    name: str = ""
+    """What is governed: the program's name, where one is known."""
     config: dict[str, Any]
 
 
-class Update(msgspec.Struct, frozen=True, kw_only=True):
+class Update(msgspec.Struct, frozen=True, kw_only=True, tag_field="says", tag="update"):
     """How things stand, and the events since the last update."""
 
     time_s: float
@@ -66,7 +73,7 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StatusSocket:
-    """Lets the owner's other processes look at `governor`, from `start` to `close`.
+    """Lets the owner's other processes look at `governor` and lead it, from `start` to `close`.
 
     It holds the governor weakly and goes with it. `start` never raises: where no socket can be had,
     `problem` says why, and the governor works without.
@@ -118,7 +125,12 @@ class _Client:
     def __init__(self, connection: socket.socket, now_s: float) -> None:
         self.connection = connection
         self.waiting = b""
-        """The rest of a line that the kernel's buffer had no room for; no other is sent before it."""
+        """The rest of a line that the kernel's buffer had no room for, and answers; no update is sent before
+        them."""
+        self.heard = b""
+        """What it sent and was not answered yet."""
+        self.asks = False
+        """A command of it is being carried out."""
         self.read_s = now_s
         """When it last took all there was."""
         self.events_seen = 0
@@ -137,6 +149,8 @@ class _Server:
         """Events so far."""
         self._lock = threading.Lock()  # for both
         self._clients: dict[socket.socket, _Client] = {}
+        self._answers: deque[tuple[_Client, Answer]] = deque()
+        """Of the threads that carry out commands."""
         self._selector = selectors.DefaultSelector()
         self._alarm, self._bell = socket.socketpair()
         self._bell.setblocking(False)
@@ -161,6 +175,9 @@ class _Server:
             return
         with contextlib.suppress(OSError):
             self.path.unlink()
+        self._ring()
+
+    def _ring(self) -> None:
         with contextlib.suppress(OSError):  # closed already, or rung often enough
             self._bell.send(b"\0")
 
@@ -201,6 +218,9 @@ class _Server:
             for key, mask in ready:
                 if key.fileobj is self._listener:
                     self._welcome()
+                elif key.fileobj is self._alarm:
+                    self._alarm.recv(64)
+                    self._answer()
                 elif (client := self._clients.get(key.fileobj)) is not None:  # type: ignore[call-overload]
                     self._hear(client) if mask & selectors.EVENT_READ else self._send(client)
             now_s = time.monotonic()
@@ -224,19 +244,56 @@ class _Server:
         self._selector.register(connection, selectors.EVENT_READ)
         with self._lock:
             client.events_seen = self._told - len(self._events)
-        hello = Hello(psi_kv_status=VERSION, pid=self._pid, config=msgspec.to_builtins(governor.config))
+        hello = Hello(
+            psi_kv_status=VERSION,
+            pid=self._pid,
+            name=governor.name,
+            config=msgspec.to_builtins(governor.config),
+        )
         client.waiting = self._encoder.encode(hello) + b"\n"
         self._send(client)
 
     def _hear(self, client: _Client) -> None:
-        """Nobody has anything to say here: it is the end of the connection, or a mistake."""
+        """A command, or the end of the connection."""
         try:
-            client.connection.recv(1)
+            data = client.connection.recv(MOST_COMMAND_BYTES)
         except BlockingIOError:
             return
         except OSError:
-            pass
-        self._dismiss(client)
+            data = b""
+        client.heard += data
+        if not data or len(client.heard) > MOST_COMMAND_BYTES:
+            self._dismiss(client)
+        else:
+            self._ask(client)
+
+    def _ask(self, client: _Client) -> None:
+        """Have the next command of this client carried out, in a thread of its own: to park takes a while,
+        and the others are to see it happen."""
+        line, end, rest = client.heard.partition(b"\n")
+        if client.asks or not end:
+            return
+        client.asks, client.heard = True, rest
+        work = threading.Thread(
+            target=self._carry_out, args=(client, line), name="psi-kv-command", daemon=True
+        )
+        work.start()
+
+    def _carry_out(self, client: _Client, line: bytes) -> None:
+        governor = self._governor()
+        gone = Answer(error="the model is being closed")
+        self._answers.append((client, gone if governor is None else answered(governor, line)))
+        self._ring()
+
+    def _answer(self) -> None:
+        while self._answers:
+            client, answer = self._answers.popleft()
+            if client.connection in self._clients:
+                client.asks = False
+                client.waiting += self._encoder.encode(answer) + b"\n"
+                self._send(client)
+            if client.connection in self._clients:
+                self._ask(client)
 
     def _update(self, now_s: float) -> bool:
         """Send everybody who keeps up how things stand. False when the governor is gone."""

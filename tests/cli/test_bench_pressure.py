@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from psi_kv_governor import cli, model
-from psi_kv_governor.bench.pen import Pen
+from psi_kv_governor.sandbox.sandbox import Sandbox
 from psi_kv_governor.bench.pressure import play, preflight, setting
 from psi_kv_governor.bench.pressure.sizing import Size
 from psi_kv_governor.bench.script import MIB
@@ -31,7 +31,7 @@ def machine(monkeypatch, tmp_path):
     file.write_bytes(b"GGUF")
     able = {"none": (True, ""), "zram": (True, ""), "host": (True, "")}
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Pen, "available", staticmethod(lambda swap="none": able[swap]))
+    monkeypatch.setattr(Sandbox, "available", staticmethod(lambda swap="none": able[swap]))
     monkeypatch.setattr(bench_pressure, "demo_model_path", lambda: file)
     monkeypatch.setattr(preflight, "check", lambda path: GgufFile(path, 98_000_000, 3, "llama", 1))
     size = Size(resident_bytes=64 * MIB, weights_bytes=50 * MIB, cell_bytes=100)

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from psi_kv_governor import cli, model
-from psi_kv_governor.bench.pen import Pen
+from psi_kv_governor.sandbox.sandbox import Sandbox
 from psi_kv_governor.bench.record import Asked, Options, Recorder, figure
 from psi_kv_governor.bench.script import MIB
 from psi_kv_governor.bench.trials import capacity_bench, latency_bench, oom_bench
@@ -139,7 +139,7 @@ def test_bad_input_ends_with_status_2_before_anything_is_measured(monkeypatch, t
     file.write_bytes(b"GGUF")
     monkeypatch.setattr(model, "check", lambda path: None)
     monkeypatch.setattr(model, "demo_model_path", lambda: file)
-    monkeypatch.setattr(Pen, "available", staticmethod(lambda swap="none": (True, "")))
+    monkeypatch.setattr(Sandbox, "available", staticmethod(lambda swap="none": (True, "")))
     done = run(*arguments)
     assert done.exit_code == 2
     assert words in done.stderr
@@ -152,7 +152,7 @@ def test_without_the_right_to_make_cgroups_one_line_says_so(monkeypatch, tmp_pat
     file.write_bytes(b"GGUF")
     monkeypatch.setattr(model, "check", lambda path: None)
     monkeypatch.setattr(model, "demo_model_path", lambda: file)
-    monkeypatch.setattr(Pen, "available", staticmethod(lambda swap="none": (False, "run it as root")))
+    monkeypatch.setattr(Sandbox, "available", staticmethod(lambda swap="none": (False, "run it as root")))
     done = run(name)
     assert done.exit_code == 1
     assert done.stderr.splitlines() == [

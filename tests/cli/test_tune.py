@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 import psi_kv_governor
 from psi_kv_governor.bench import tuning_scene
-from psi_kv_governor.bench.pen import Pen
+from psi_kv_governor.sandbox.sandbox import Sandbox
 from psi_kv_governor.cli import main
 from psi_kv_governor.cli import tune as command
 from psi_kv_governor.config import GovernorConfig, load_config
@@ -76,7 +76,7 @@ def machine(tmp_path, monkeypatch) -> Machine:
             monkeypatch.delenv(name)
     made = Machine()
     monkeypatch.setattr(command, "discover", lambda: Discovery(made, []))
-    monkeypatch.setattr(Pen, "available", lambda swap="none": (True, ""))
+    monkeypatch.setattr(Sandbox, "available", lambda swap="none": (True, ""))
     monkeypatch.setattr(tuning_scene, "play", lambda swap, told: [SCENE])
     return made
 
@@ -154,7 +154,7 @@ def test_a_recording_can_stand_for_the_calm_machine(tmp_path, machine):
 
 def test_without_a_pen_only_the_calm_part_is_done_and_it_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        Pen, "available", lambda swap="none": (False, "no cgroup can be made: run it as root")
+        Sandbox, "available", lambda swap="none": (False, "no cgroup can be made: run it as root")
     )
     result = tune()
     assert result.exit_code == 0
@@ -234,13 +234,13 @@ def test_without_swap_nobody_is_killed(monkeypatch):
     monkeypatch.setattr(tuning_scene, "PRESSED_S", 1.5)
     monkeypatch.setattr(tuning_scene, "STEPS", ((24, 0.0),))
     killed = []
-    close = Pen.close
+    close = Sandbox.close
 
-    def closing(pen: Pen) -> None:
+    def closing(pen: Sandbox) -> None:
         killed.append(pen.group.oom_kills())
         close(pen)
 
-    monkeypatch.setattr(Pen, "close", closing)
+    monkeypatch.setattr(Sandbox, "close", closing)
     (fast,) = tuning_scene.play("none", lambda words: None)
     assert killed == [0]
     assert min(reading.headroom_bytes for reading in fast) < 0.25 * tuning_scene.LIMIT_BYTES

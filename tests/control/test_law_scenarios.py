@@ -340,7 +340,22 @@ def test_there_a_turn_costs_less_than_two_thousandths_of_a_core():
     source.close()
 
 
-@pytest.mark.parametrize(("headroom", "behind"), [(0.5, False), (0.2, True), (0.03, True)])
+@pytest.mark.parametrize(("headroom", "behind"), [(0.5, False), (0.2, False), (0.07, True), (0.03, True)])
 def test_what_is_dirty_is_written_while_the_machine_is_merely_busy(headroom, behind):
     look = reading(1.0, machine(int(headroom * 8 * GIB), 8 * GIB, some=0.0, full=0.0))
     assert play([look], cache())[0].write_behind is behind
+
+
+def test_without_psi_what_was_given_comes_back_by_headroom_alone():
+    looks = [
+        reading(float(second), Level(name=MACHINE, headroom_bytes=6 * GIB, limit_bytes=8 * GIB))
+        for second in range(30)
+    ]
+    actions = [decision.action for decision in play(looks, cache(live_mib=100, masked_mib=100))]
+    assert Action.RESTORE in actions
+
+
+def test_where_neither_stall_nor_headroom_is_told_nothing_comes_back():
+    looks = [reading(float(second), Level(name=MACHINE)) for second in range(30)]
+    actions = [decision.action for decision in play(looks, cache(live_mib=100, masked_mib=100))]
+    assert set(actions) == {Action.NONE}

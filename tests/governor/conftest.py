@@ -1,4 +1,4 @@
-"""What the governor's tests share: a governor over a simulated cache and a machine set by hand."""
+"""What the governor's tests share: a governor over a cache on paper and a machine set by hand."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from fakes import FakeSource
-from psi_kv_governor import governor as governor_module
-from psi_kv_governor import psi_set_cache_limit
+from psi_kv_governor import limits, psi_set_cache_limit
 from psi_kv_governor.config import GovernorConfig
-from psi_kv_governor.engine.simulated import SimulatedEngine, SimulatedStore
+from psi_kv_governor.engines.simulated import PaperSequence, SimulatedEngine
 from psi_kv_governor.governor import Governor
 
 CONFIG = GovernorConfig(cooldown_s=0.0, quiet_s=2.0)
@@ -24,26 +23,28 @@ def source() -> FakeSource:
 
 @pytest.fixture
 def engine() -> SimulatedEngine:
-    """3,000 tokens in a cache of 4,096 cells."""
-    made = SimulatedEngine(4096)
-    made.grow(3000)
+    """A sequence of 3,000 tokens that is being decoded, in a cache of 4,096 cells."""
+    made = SimulatedEngine()
+    made.add_cache(4096)
+    made.decode(3000)
+    made.caches[1].sequence(0).running = True
     return made
 
 
 @pytest.fixture
-def store() -> SimulatedStore:
-    return SimulatedStore(1 << 30)
+def sequence(engine) -> PaperSequence:
+    return engine.caches[1].sequence(0)
 
 
 @pytest.fixture
-def open_governor(engine, source, store) -> Iterator[Callable[..., Governor]]:
+def open_governor(engine, source) -> Iterator[Callable[..., Governor]]:
     """Opens governors that act only when told to, and closes them afterwards."""
     opened = []
 
     def open_(**changes) -> Governor:
         made = Governor(
             changes.pop("engine", engine),
-            **{"source": source, "store": store, "config": CONFIG, **changes},
+            **{"source": source, "config": CONFIG, "jitter": 0.0, **changes},
         )
         opened.append(made)
         return made
@@ -58,7 +59,7 @@ def limit() -> Iterator[Callable[[float | None], None]]:
     """`psi_set_cache_limit`, lifted afterwards."""
     yield psi_set_cache_limit
     psi_set_cache_limit(None)
-    assert governor_module._cache_limit is None
+    assert limits._of_process is None
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from psi_kv_governor.cache import Plan, SequenceState
+from psi_kv_governor.engines.simulated import SimulatedEngine
 from psi_kv_governor.governor import Governor
 
 
@@ -31,3 +33,22 @@ def until(condition: Callable[[], bool]) -> None:
 def governors() -> int:
     """Threads of governors in this process."""
     return sum(thread.name == "psi-kv-governor" for thread in threading.enumerate())
+
+
+def state(engine: SimulatedEngine, sequence: int = 0, cache: int = 1) -> SequenceState:
+    """How a sequence stands."""
+    now = engine.snapshot()
+    held = next(one for one in now.caches if one.id == cache)
+    return next(one for one in held.sequences if one.id == sequence)
+
+
+def plans_of(engine: SimulatedEngine, monkeypatch) -> list[Plan]:
+    """The plans that an engine is given from now on."""
+    given, apply = [], engine.apply
+
+    def noted(plan: Plan):
+        given.append(plan)
+        return apply(plan)
+
+    monkeypatch.setattr(engine, "apply", noted)
+    return given

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
 
+import msgspec
 import pytest
+from governor_help import of_kind, plans_of, state
 
+from psi_kv_governor.cache import Capability, Range, Verb
 from psi_kv_governor.config import GovernorConfig
-from psi_kv_governor.control import Mode
-from psi_kv_governor.engine.base import Capability
-from psi_kv_governor.engine.idle import IdleEngine
-from psi_kv_governor.engine.llama.selftest import unable
-from psi_kv_governor.engine.simulated import SimulatedEngine
+from psi_kv_governor.control import SLICE_BYTES, Mode
+from psi_kv_governor.engines.simulated import CAPABLE, CELL_BYTES, SimulatedEngine
 from psi_kv_governor.errors import BadInputError, EngineError
 from psi_kv_governor.events import Degraded, Recomputed, Restored, Trimmed
 from psi_kv_governor.governor import Governor
-from psi_kv_governor.ledger import LIVE, SPILLED
-from psi_kv_governor.policy.base import Range
-from psi_kv_governor.store.disk import DiskStore
+
+FLOOR = 600  # a fifth of 3,000
 
 
 def refused(call, words: str) -> None:
@@ -30,15 +30,32 @@ def refused(call, words: str) -> None:
 def test_a_trim_gives_up_that_share_of_what_may_go(open_governor, engine, events):
     governor = open_governor()
     governor.subscribe(events.append)
-    may_go = 3000 - 64 - 256
+    may_go = 3000 - FLOOR
     result = governor.trim(fraction=0.5)
     assert may_go / 2 <= result.cells < may_go / 2 + 64
-    assert result.bytes_returned == result.cells * engine.cell_bytes
-    assert [type(event) for event in events] == [Trimmed]
-    assert events[0].reason == "by hand"
+    assert result.masked == result.cells
+    assert result.bytes_returned == result.cells * CELL_BYTES
+    assert [(event.cells, event.reason) for event in of_kind(events, Trimmed)] == [(result.cells, "by hand")]
     assert governor.trim(1.0).cells == may_go - result.cells
-    assert governor.trim(1.0).cells == 0
-    assert engine.ledger.count(LIVE) == 64 + 256
+    assert state(engine).live_cells == FLOOR
+
+
+def test_a_trim_that_gives_nothing_says_why(open_governor):
+    governor = open_governor()
+    governor.trim(1.0)
+    nothing = governor.trim(1.0)
+    assert (nothing.cells, nothing.problem) == (0, "the floor of 600 cells holds: 600 are live")
+
+
+def test_what_nobody_decodes_goes_whole_and_is_read_back_when_it_is_needed(open_governor, engine, sequence):
+    sequence.running = False
+    governor = open_governor()
+    result = governor.trim(1.0)
+    assert (result.cells, result.masked) == (3000, 0)
+    assert governor.trim(1.0).problem == "all that can be parked is parked already"
+    engine.decode(1)
+    assert state(engine).live_cells == 3001
+    assert state(engine).parked_bytes == 0
 
 
 def test_nothing_is_a_share_too(open_governor):
@@ -49,27 +66,87 @@ def test_nothing_is_a_share_too(open_governor):
 def test_a_share_out_of_its_range_is_refused(open_governor, engine, fraction):
     governor = open_governor()
     refused(lambda: governor.trim(fraction), "is not usable: give a share from 0 to 1")
-    assert engine.ledger.count(LIVE) == 3000
+    assert state(engine).live_cells == 3000
 
 
-def test_a_restore_brings_back_all_or_so_many(open_governor, engine, events):
+def test_a_restore_brings_back_all_or_so_many_bytes_in_slices(open_governor, engine, events, monkeypatch):
     governor = open_governor()
-    spilled = governor.trim(1.0).cells
+    gone = governor.trim(1.0).cells
     governor.subscribe(events.append)
-    first = governor.restore(max_cells=640)  # in whole blobs of 64
-    assert 640 - 64 < first.cells <= 640
-    assert first.missing == spilled - first.cells
+    plans = plans_of(engine, monkeypatch)
+    first = governor.restore(max_bytes=640 * CELL_BYTES)
+    assert first.cells == 640
     assert governor.restore(0).cells == 0
     assert governor.restore(-5).cells == 0
     rest = governor.restore()
-    assert (rest.cells, rest.missing) == (spilled - first.cells, 0)
-    assert [event.cells for event in events if isinstance(event, Restored)] == [first.cells, 0, 0, rest.cells]
+    assert rest.cells == gone - 640
+    assert state(engine).live_cells == 3000
+    assert all(plan.max_bytes is not None and 0 < plan.max_bytes <= SLICE_BYTES for plan in plans)
+    assert len(plans) >= gone * CELL_BYTES / SLICE_BYTES
+    assert [event.cells for event in of_kind(events, Restored)] == [640, rest.cells]
+    assert [event.masked_bytes for event in of_kind(events, Restored)] == [(gone - 640) * CELL_BYTES, 0]
+
+
+# -- parking -----------------------------------------------------------------------------------------------
+
+
+def test_idle_sequences_and_saved_states_are_parked_and_read_back_by_hand(open_governor, engine):
+    engine.decode(200, sequence=1)
+    engine.caches[1].sequence(1).running = False
+    blob = engine.save(5000)
+    governor = open_governor()
+    parked = governor.park()
+    assert parked.bytes_returned == 200 * CELL_BYTES + 5000
+    assert engine.caches[1].blobs[blob].parked
+    assert state(engine, 0).parked_bytes == 0  # it is being decoded
+    assert governor.park().problem == "all of it is parked already"
+    back = governor.unpark()
+    assert back.bytes_back == 200 * CELL_BYTES
+    assert state(engine, 1).parked_bytes == 0
+
+
+def test_one_sequence_is_parked_unless_it_is_being_decoded(open_governor, engine):
+    for number in (1, 2):
+        engine.decode(200, sequence=number)
+        engine.caches[1].sequence(number).running = False
+    governor = open_governor()
+    assert governor.park(2).cells == 200
+    assert state(engine, 1).parked_bytes == 0
+    assert governor.park(0).problem == "what is being decoded would be read back at once"
+    assert governor.park(7).problem == "there is no sequence 7: there are 0, 1, 2"
+    assert governor.unpark(7).problem == "there is no sequence 7: there are 0, 1, 2"
+    assert governor.unpark(2).cells == 200
+
+
+def test_one_process_is_parked_and_the_others_are_not(open_governor, engine):
+    other = engine.add_cache(512, pid=4711)
+    engine.decode(100, cache=other.id)
+    other.sequence(0).running = False
+    engine.caches[1].sequence(0).running = False
+    governor = open_governor()
+    assert governor.park(pid=4711).cells == 100
+    assert state(engine).parked_bytes == 0
+    assert governor.unpark(pid=os.getpid()).cells == 0
+    assert governor.unpark(pid=4711).cells == 100
+
+
+def test_a_long_unpark_is_cut_into_slices(open_governor, engine, sequence, monkeypatch):
+    sequence.running = False
+    governor = open_governor()
+    governor.park()
+    plans = plans_of(engine, monkeypatch)
+    assert governor.unpark().cells == 3000
+    assert len(plans) >= 3000 * CELL_BYTES / SLICE_BYTES
+
+
+# -- limits ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("share", [-0.01, 1.01, math.nan, math.inf])
-def test_a_limit_out_of_its_range_is_refused(limit, share):
+def test_a_limit_out_of_its_range_is_refused(limit, open_governor, share):
     limit(0.5)
     refused(lambda: limit(share), "is not usable: give a share from 0 to 1, or None")
+    refused(lambda: open_governor().limit(share), "is not usable: give a share from 0 to 1, or None")
 
 
 @pytest.mark.parametrize("share", [0, 0.0, 0.7, 1, None])
@@ -77,15 +154,27 @@ def test_a_limit_within_it_is_taken(limit, share):
     limit(share)
 
 
+def test_a_limit_is_a_share_or_bytes(open_governor):
+    governor = open_governor()
+    refused(lambda: governor.limit(0.5, n_bytes=5), "give one of them")
+    refused(lambda: governor.limit(n_bytes=-1), "a cache limit of -1 bytes is not usable: give 0 or more")
+    governor.limit(n_bytes=1 << 20)
+    assert (governor.status().limit, governor.status().limit_bytes) == (None, 1 << 20)
+    governor.limit(0.5)
+    assert (governor.status().limit, governor.status().limit_bytes) == (0.5, None)
+    governor.limit()
+    assert (governor.status().limit, governor.status().limit_bytes) == (None, None)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
         ({"low": 0.3, "high": 0.2}, "low = 0.3 is not usable: it must not be above high"),
-        ({"high": -0.1}, "high = -0.1 is not usable: give a share from 0 to 1"),
+        ({"high": -0.1}, "high = -0.1 is not usable"),
         ({"high": math.nan}, "high = nan is not usable"),
         ({"low": math.nan}, "low = nan is not usable"),
-        ({"quiet_s": -1.0}, "quiet_s = -1.0 is not usable: give 0 or more"),
-        ({"poll_s": 0.0}, "poll_s = 0.0 is not usable: give seconds above 0"),
+        ({"quiet_s": -1.0}, "quiet_s = -1.0 is not usable"),
+        ({"poll_s": 0.0}, "poll_s = 0.0 is not usable"),
         ({"floor_cells": -1}, "floor_cells = -1 is not usable"),
         ({"block_cells": 0}, "block_cells = 0 is not usable"),
     ],
@@ -98,81 +187,46 @@ def test_an_unknown_policy_is_refused(engine, source):
     refused(lambda: Governor(engine, source=source, config=GovernorConfig(policy="windov")), "windov.*window")
 
 
-def test_a_folder_that_was_named_and_cannot_be_used_is_refused(engine, source, tmp_path):
-    (tmp_path / "file").write_text("")
-    config = GovernorConfig(store_dir=str(tmp_path / "file"))
-    refused(lambda: Governor(engine, source=source, config=config), "cannot spill to .*/file")
+# -- telling -----------------------------------------------------------------------------------------------
 
 
-def test_a_default_folder_that_cannot_be_used_is_lived_with(open_governor, tmp_path, monkeypatch, caplog):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    governor = open_governor(store=None)
-    assert "what goes is evicted and recomputed later" in caplog.records[0].message
-    result = governor.trim(0.5)
-    assert result.cells > result.spilled == 0
-
-
-def test_the_configured_store_is_opened(open_governor, folder_on_disk):
-    governor = open_governor(store=None, config=GovernorConfig(store_dir=str(folder_on_disk)))
-    assert isinstance(governor._store, DiskStore)
-    assert governor.trim(0.2).spilled > 0
-    assert governor.status().store_bytes > 0
-    assert governor.restore().missing == 0
-
-
-@pytest.fixture
-def folder_on_disk(tmp_path):
-    from psi_kv_governor.store.mounts import memory_backed
-
-    if why := memory_backed(tmp_path):
-        pytest.skip(f"a store needs a disk: {why}")
-    return tmp_path
-
-
-def test_a_status_tells_how_things_stand(open_governor, source, engine, store):
-    governor = open_governor()
+def test_a_status_tells_how_things_stand(open_governor, source, engine):
+    engine.decode(100, sequence=1)
+    engine.caches[1].sequence(1).running = False
+    governor = open_governor(name="a model")
     source.stall, source.headroom_bytes, source.limit_bytes = 0.3, 10 << 20, 100 << 20
     governor.step()
     status = governor.status()
-    assert status.mode is Mode.TRIMMING
-    assert status.source == source.name
+    assert (status.mode, status.name, status.source) == (Mode.TRIMMING, "a model", source.name)
+    assert "stall 30%" in status.reason
     assert (status.some, status.full, status.headroom_bytes) == (0.3, 0.3, 10 << 20)
-    assert status.live_cells + status.spilled_cells == 3000
-    assert (status.lost_cells, status.holes) == (0, status.spilled_cells)
-    assert status.cell_bytes == engine.cell_bytes
-    assert status.live_bytes == status.live_cells * engine.cell_bytes
-    assert status.store_bytes == store.used_bytes > 0
+    assert [level.limit_bytes for level in status.levels] == [100 << 20]
+    assert status.live_cells + status.masked_cells == 3100
+    assert status.parked_bytes == 100 * CELL_BYTES + status.masked_cells * CELL_BYTES
+    assert status.resident_bytes == 3100 * CELL_BYTES - status.parked_bytes
+    assert status.dirty_bytes == status.resident_bytes  # nothing of it was ever written
+    assert status.written_bytes == status.parked_bytes
+    assert [(one.id, len(one.sequences)) for one in status.caches] == [(1, 2)]
+    assert msgspec.json.decode(msgspec.json.encode(status), type=type(status)) == status
 
 
 @pytest.mark.parametrize(
-    ("stall", "headroom_bytes", "cells_and_room"),
+    ("stall", "headroom_bytes", "has_room"),
     [
-        (0.0, None, {10**9: True}),  # nothing tells, and nothing stalls
-        (0.0, 1 << 30, {1000: True, 50_000: False}),
-        (0.05, 1 << 30, {1000: True}),  # between the thresholds is no pressure
-        (1.0, None, {1: False}),
-        (0.0, 1 << 20, {1: False}),
+        (0.0, None, True),  # nothing tells, and nothing stalls
+        (0.0, 1 << 30, True),
+        (0.05, 1 << 30, True),  # between the thresholds is no pressure
+        (1.0, None, False),
+        (0.0, 1 << 20, False),
     ],
 )
 def test_room_is_what_is_above_the_low_line_when_nothing_presses(
-    open_governor, source, stall, headroom_bytes, cells_and_room
+    open_governor, source, stall, headroom_bytes, has_room
 ):
     governor = open_governor()
     source.stall, source.headroom_bytes, source.limit_bytes = stall, headroom_bytes, 2 << 30
     governor.step()
-    assert {cells: governor.has_room_for(cells) for cells in cells_and_room} == cells_and_room
-
-
-def test_room_comes_back_with_the_first_quiet_reading(open_governor, source):
-    governor = open_governor()
-    source.stall = 1.0
-    governor.step()
-    assert not governor.has_room_for(1)
-    source.stall = 0.0
-    governor.step()
-    assert governor.has_room_for(1)  # a request may have its prefix; the rest waits until it stays quiet
-    assert governor.status().spilled_cells > 0
+    assert governor.has_room() is has_room
 
 
 def test_what_was_recomputed_is_told(open_governor, events):
@@ -183,12 +237,16 @@ def test_what_was_recomputed_is_told(open_governor, events):
 
 
 def test_a_cache_that_can_do_nothing_is_governed_in_vain_and_says_why(open_governor, source, events):
-    engine = IdleEngine(unable("the cache is on the moon"))
+    unable = Capability(able=False, why="the cache is on the moon")
+    engine = SimulatedEngine(
+        capabilities=msgspec.structs.replace(CAPABLE, release=unable, park=unable, mask=unable, blobs=unable)
+    )
+    engine.add_cache(4096)
+    engine.decode(3000)
     governor = open_governor(engine=engine)
     governor.subscribe(events.append)
-    assert governor.capabilities.spill == Capability(False, "the cache is on the moon")
-    with pytest.raises(EngineError, match="on the moon"):
-        governor.trim()
+    assert governor.trim().problem == "the cache is on the moon"
+    assert governor.park().problem == "the cache is on the moon"
     assert governor.restore().cells == 0
     source.stall = 1.0
     for _ in range(3):
@@ -197,17 +255,51 @@ def test_a_cache_that_can_do_nothing_is_governed_in_vain_and_says_why(open_gover
     assert not [event for event in events if isinstance(event, Degraded | Trimmed)]
 
 
-def test_protected_cells_are_never_given_up(open_governor, engine):
+def test_an_engine_that_is_gone_is_told_to_who_asks_and_the_status_stays(open_governor, engine):
     governor = open_governor()
+    engine.close()
+    for act in (governor.trim, governor.restore, governor.park, governor.unpark):
+        with pytest.raises(EngineError, match="closed"):
+            act()
+    assert governor.status().caches == ()
+
+
+# -- protection --------------------------------------------------------------------------------------------
+
+
+def test_protected_cells_are_never_given_up(open_governor, engine):
+    governor = open_governor(config=GovernorConfig(floor_share=0.0, floor_cells=0))
+    governor.protect(400, 500)
+    governor.protect(500, 600, sequence=0)
+    governor.protect(600, 700, sequence=1)
     governor.trim(1.0)
-    assert list(engine.ledger.ranges(SPILLED)) == [Range(64, 3000 - 256)]
+    assert state(engine).live == (Range(0, 64), Range(400, 600), Range(2744, 3000))
+    governor.unprotect(450)
+    governor.trim(1.0)
+    assert state(engine).live == (Range(0, 64), Range(400, 450), Range(2744, 3000))
+
+
+def test_a_running_sequence_is_masked_and_an_idle_one_parked(open_governor, engine, monkeypatch):
+    engine.decode(100, sequence=1)
+    engine.caches[1].sequence(1).running = False
+    plans = plans_of(engine, monkeypatch)
+    open_governor().trim(0.5)
+    assert [(step.verb, step.sequence) for step in plans[0].steps] == [(Verb.PARK, 1), (Verb.MASK, 0)]
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 5), (5, 5), (9, 3)])
+def test_positions_that_make_no_sense_are_refused(open_governor, start, stop):
+    governor = open_governor()
+    for mark in (governor.protect, governor.unprotect):
+        refused(lambda mark=mark: mark(start, stop), f"positions {start} to {stop} are not usable")
 
 
 def test_a_short_context_has_nothing_to_give(open_governor, source):
-    small = SimulatedEngine(512)
-    small.grow(300)
+    small = SimulatedEngine()
+    small.add_cache(512).sequence(0).running = True
+    small.decode(300)
     governor = open_governor(engine=small)
-    assert governor.trim(1.0).cells == 0
+    assert "all 300 live cells are protected" in governor.trim(1.0).problem
     source.stall = 1.0
     governor.step()
-    assert small.ledger.count(LIVE) == 300
+    assert state(small).live_cells == 300

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import math
+import sys
+import threading
+
 import pytest
-from governor_help import of_kind, steps, until
+from governor_help import governors, of_kind, plans_of, state, steps, until
 
 from fakes import FakeSource
 from psi_kv_governor import sensor as sensor_module
+from psi_kv_governor.cache import Result
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.control import Mode
-from psi_kv_governor.engine.simulated import SimulatedStore
-from psi_kv_governor.errors import EngineError, StoreError, StoreFullError
-from psi_kv_governor.events import Degraded, SourceChanged, Trimmed
-from psi_kv_governor.ledger import LIVE, LOST, SPILLED
+from psi_kv_governor.engines.simulated import CELL_BYTES, SimulatedEngine
+from psi_kv_governor.errors import EngineError
+from psi_kv_governor.events import CacheClosed, Degraded, SourceChanged, Trimmed
+from psi_kv_governor.policy import Policy
+from psi_kv_governor.policy.planner import TRIM_S
 from psi_kv_governor.pressure.discovery import Discovery
+from psi_kv_governor.worker import Worker
 
 pytestmark = pytest.mark.timeout(60)
+
+# -- subscribers -------------------------------------------------------------------------------------------
 
 
 def test_a_subscriber_that_raises_is_dropped_and_the_rest_goes_on(open_governor, source, events, caplog):
@@ -68,10 +77,10 @@ def test_a_subscriber_may_act(open_governor, source, engine):
 
     governor.subscribe(undo)
     assert governor.trim(0.5).cells > 0
-    assert engine.ledger.count(LIVE) == 3000
+    assert state(engine).live_cells == 3000
     source.stall = 1.0
     governor.step()
-    assert engine.ledger.count(LIVE) == 3000
+    assert state(engine).live_cells == 3000
 
 
 @pytest.mark.parametrize("by_hand", [True, False])
@@ -86,6 +95,9 @@ def test_a_subscriber_may_close_the_governor(open_governor, source, by_hand):
         governor._thread.join(10)
         assert not governor._thread.is_alive()
     governor.close()
+
+
+# -- sources -----------------------------------------------------------------------------------------------
 
 
 def test_a_source_that_is_lost_is_replaced(open_governor, source, events, monkeypatch):
@@ -133,79 +145,245 @@ def test_the_lack_of_a_source_is_in_the_log(open_governor, monkeypatch, caplog):
     ]
 
 
-class BadStore(SimulatedStore):
-    def put(self, tag, n_bytes, chunks) -> int:
-        raise StoreError("the disk is on fire")
-
-
-def test_a_store_that_fails_is_said_once_and_cells_are_evicted(open_governor, source, engine, events):
-    governor = open_governor(store=BadStore(0))
-    governor.subscribe(events.append)
-    source.stall = 1.0
-    steps(governor, 5)
-    assert [event.why for event in of_kind(events, Degraded)] == ["the disk is on fire"]
-    assert all(event.cells > 0 and event.spilled == 0 for event in of_kind(events, Trimmed))
-    assert engine.ledger.count(LOST) > 0
-
-
-class FullStore(SimulatedStore):
-    """Takes nothing, and has other figures every time, as a store has."""
-
-    def put(self, tag, n_bytes, chunks) -> int:
-        self._used_bytes += 1
-        raise StoreFullError(f"{n_bytes} bytes more would pass the limit: {self._used_bytes} are used")
-
-
-def test_a_full_store_is_one_cause_whatever_the_figures(open_governor, source, engine, events):
-    governor = open_governor(store=FullStore(0))
-    governor.subscribe(events.append)
-    source.stall = 1.0
-    steps(governor, 5)
-    assert engine.ledger.count(LOST) > 0
-    assert len(of_kind(events, Trimmed)) > 1
-    assert len(of_kind(events, Degraded)) == 1
-
-
-def test_a_store_that_is_too_slow_is_not_waited_for(open_governor, source, engine, events):
-    class Slow(SimulatedStore):
-        write_bytes_per_s = 1e6
-
-    governor = open_governor(store=Slow(1 << 30))
-    governor.subscribe(events.append)
-    source.stall = 1.0
-    steps(governor, 3)
-    assert engine.ledger.count(SPILLED) == 0
-    assert [event.what for event in of_kind(events, Degraded)] == ["spill"]
-    assert "1 MB/s" in of_kind(events, Degraded)[0].why
-
-
-def test_an_engine_that_refuses_is_said_once(open_governor, source, engine, events, monkeypatch):
-    def refuse(*_) -> None:
-        raise EngineError("this cache can't give up a range")
-
+def test_a_source_that_raises_what_nobody_thought_of_is_said_once(open_governor, source, events, monkeypatch):
     governor = open_governor()
     governor.subscribe(events.append)
-    monkeypatch.setattr(engine, "trim", refuse)
+    monkeypatch.setattr(source, "read", lambda: 1 // 0)
+    steps(governor, 3)
+    assert [event.what for event in of_kind(events, Degraded)] == ["governor"]
+
+
+# -- engines -----------------------------------------------------------------------------------------------
+
+
+def test_what_an_engine_could_not_do_is_said_once_whatever_the_figures(
+    open_governor, source, engine, events, monkeypatch
+):
+    figures = iter(range(100))
+    monkeypatch.setattr(
+        engine, "apply", lambda _: Result(problem=f"no space left on the disk, {next(figures)} bytes free")
+    )
+    governor = open_governor()
+    governor.subscribe(events.append)
+    source.stall = 1.0
+    steps(governor, 5)
+    assert [event.why for event in of_kind(events, Degraded)] == ["no space left on the disk, 0 bytes free"]
+    assert of_kind(events, Trimmed) == []
+
+
+@pytest.mark.parametrize("call", ["snapshot", "apply", "describe"])
+def test_an_engine_that_raises_anything_is_said_once_and_the_loop_goes_on(
+    open_governor, source, engine, monkeypatch, call
+):
+    governor, events = open_governor(), []
+    governor.subscribe(events.append)
+
+    def broken(*_):
+        raise RuntimeError("what nobody\nthought of")
+
+    monkeypatch.setattr(engine, call, broken)
     source.stall = 1.0
     steps(governor, 4)
     assert [(event.what, event.why) for event in of_kind(events, Degraded)] == [
-        ("trim", "this cache can't give up a range")
+        ("governor", "a turn failed (RuntimeError: what nobody thought of)")
     ]
     monkeypatch.undo()
     governor.step()
-    assert engine.ledger.count(SPILLED) > 0
+    assert state(engine).masked_cells > 0
 
 
-def test_a_turn_that_fails_does_not_end_the_thread(open_governor, source, engine, monkeypatch, caplog):
+@pytest.mark.parametrize("call", ["snapshot", "apply", "describe", "collect"])
+def test_the_thread_survives_an_engine_that_raises(open_governor, source, engine, monkeypatch, call):
+    working = getattr(engine, call)
+    calls = []
+
+    def broken(*arguments):
+        calls.append(arguments)
+        if len(calls) < 3:
+            raise RuntimeError("what nobody thought of")
+        return working(*arguments)
+
+    monkeypatch.setattr("psi_kv_governor.governor._FAILED_S", 0.01)
+    monkeypatch.setattr(engine, call, broken)
     governor = open_governor(config=GovernorConfig(poll_s=0.01, poll_busy_s=0.01))
-    release = engine.release
-
-    def broken() -> int:
-        monkeypatch.setattr(engine, "release", release)
-        raise RuntimeError("what nobody thought of")
-
-    monkeypatch.setattr(engine, "release", broken)
-    governor.start()
-    until(lambda: any("goes on" in record.message for record in caplog.records))
     source.stall = 1.0
-    until(lambda: engine.ledger.count(SPILLED) > 0)
+    governor.start()
+    until(lambda: state(engine).masked_cells > 0 if call != "snapshot" else len(calls) > 3)
+
+
+def test_an_engine_that_is_gone_ends_the_governor_quietly(open_governor, source, engine, events, caplog):
+    before = governors()
+    governor = open_governor(config=GovernorConfig(poll_s=0.01, poll_busy_s=0.01))
+    governor.subscribe(events.append)
+    source.stall = 1.0
+    governor.start()
+    until(lambda: of_kind(events, Trimmed) != [])
+    engine.close()
+    until(lambda: governors() == before)
+    assert [event.cache for event in of_kind(events, CacheClosed)] == [1]
+    assert of_kind(events, Degraded) == []
+    assert caplog.records == []
+    assert governor.has_room()
+    with pytest.raises(EngineError):
+        governor.trim()
+
+
+def test_a_status_of_a_broken_engine_has_no_caches_and_raises_nothing(open_governor, engine, monkeypatch):
+    governor = open_governor()
+    monkeypatch.setattr(engine, "snapshot", lambda: 1 // 0)
+    assert governor.status().caches == ()
+
+
+def test_calls_of_an_engine_come_one_at_a_time(open_governor, source, engine, monkeypatch):
+    inside, most = [], []
+
+    def watched(call):
+        def one(*arguments):
+            inside.append(1)
+            most.append(len(inside))
+            try:
+                return call(*arguments)
+            finally:
+                inside.pop()
+
+        return one
+
+    for name in ("snapshot", "apply", "describe", "evidence"):
+        monkeypatch.setattr(engine, name, watched(getattr(engine, name)))
+    governor = open_governor(config=GovernorConfig(poll_s=0.001, poll_busy_s=0.001, cooldown_s=0.0))
+    source.stall = 1.0
+    governor.start()
+    threads = [
+        threading.Thread(target=lambda act=act: [act() for _ in range(30)])
+        for act in (governor.status, governor.trim, governor.restore, governor.status)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) > 100
+    assert max(most) == 1
+
+
+# -- policies ----------------------------------------------------------------------------------------------
+
+
+class Broken(Policy):
+    """Divides by zero."""
+
+    name = "broken"
+    source = "a test"
+
+    def score(self, blocks, next_position, evidence):
+        raise ZeroDivisionError("not today")
+
+
+def test_a_policy_that_fails_is_said_once_and_memory_goes_all_the_same(open_governor, source, engine, events):
+    governor = open_governor(policy=Broken())
+    governor.subscribe(events.append)
+    source.stall = 1.0
+    steps(governor, 4)
+    assert [event.what for event in of_kind(events, Degraded)] == ["policy"]
+    assert state(engine).masked_cells > 0
+
+
+# -- how long, and how much --------------------------------------------------------------------------------
+
+
+def test_a_trim_ends_after_half_a_second_and_one_by_hand_takes_its_time(
+    open_governor, source, engine, monkeypatch
+):
+    plans = plans_of(engine, monkeypatch)
+    governor = open_governor()
+    governor.trim(0.1)
+    source.stall = 1.0
+    governor.step()
+    assert [plan.deadline_s for plan in plans] == [math.inf, TRIM_S]
+    assert [plan.urgent for plan in plans] == [False, True]
+
+
+def test_what_may_be_written_in_a_day_holds_back_all_but_what_is_urgent(
+    open_governor, source, engine, events
+):
+    governor = open_governor(
+        config=GovernorConfig(cooldown_s=0.0, write_limit_bytes_per_day=64 * CELL_BYTES, acute_full=1.0)
+    )
+    governor.subscribe(events.append)
+    source.stall = 0.5
+    steps(governor, 6)
+    assert len(of_kind(events, Trimmed)) == 1
+    assert ["write_limit_bytes_per_day" in event.why for event in of_kind(events, Degraded)] == [True]
+    source.stall = 1.0
+    steps(governor, 2)
+    assert len(of_kind(events, Trimmed)) > 1
+
+
+# -- Ctrl-C ------------------------------------------------------------------------------------------------
+
+
+def interrupted_at(line: int, action) -> bool:
+    """Run `action` with a KeyboardInterrupt raised at that line of Python that this thread comes to. False
+    where it was over before."""
+    count = 0
+
+    def local(frame, event, argument):
+        nonlocal count
+        if event == "line":
+            count += 1
+            if count == line:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return local
+
+    sys.settrace(local)
+    try:
+        action()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+@pytest.mark.parametrize("action", ["trim", "restore", "park", "unpark", "status"])
+def test_ctrl_c_at_any_line_leaves_no_lock_closed(engine, source, action):
+    governor = open_governor_on(engine, source)
+    line = 1
+    while interrupted_at(line, getattr(governor, action)):
+        line += 1
+        now = governor.status()
+        assert now.live_cells + now.masked_cells == 3000
+    assert line > 3
+    assert governor.trim(1.0).cells + state(engine).masked_cells > 0
+    assert governor.restore().problem == ""
+    governor.step()
+    governor.close()
+    assert state(engine).live_cells == 3000
+
+
+def open_governor_on(engine: SimulatedEngine, source: FakeSource):
+    from psi_kv_governor.governor import Governor
+
+    return Governor(engine, source=source, config=GovernorConfig())
+
+
+def test_ctrl_c_at_any_line_of_a_close_lets_it_be_closed_again(engine, source):
+    line = 1
+    while True:
+        governor = open_governor_on(engine, source)
+        governor.start()
+        was_interrupted = interrupted_at(line, governor.close)
+        governor.close()
+        assert governors() == 0
+        if not was_interrupted:
+            break
+        line += 1
+    assert line > 5
+
+
+def test_what_comes_while_a_worker_ends_is_done_all_the_same():
+    worker = Worker("a test", 2)
+    worker.close()
+    assert worker.do(lambda: 7) == 7
+    with pytest.raises(ZeroDivisionError):
+        worker.do(lambda: 1 // 0)

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from psi_kv_governor.cache import Range
 from psi_kv_governor.cli import main
-from psi_kv_governor.engine.paper import PaperEvidence
+from psi_kv_governor.engines.simulated import PaperSequence
+from psi_kv_governor.engines.simulated.evidence import PaperEvidence
 from psi_kv_governor.errors import BadInputError
-from psi_kv_governor.ledger import LIVE, Ledger
-from psi_kv_governor.policy import POLICIES, Range, get_policy
+from psi_kv_governor.policy import POLICIES, get_policy
 
 DOCS = (Path(__file__).parents[2] / "docs" / "policies.md").read_text(encoding="utf-8")
 
@@ -43,9 +44,9 @@ def test_the_example_can_be_chosen_by_name():
 
 @pytest.mark.usefixtures("installed")
 def test_the_example_lets_old_attention_fade():
-    ledger = Ledger(8192)
-    ledger.mark(Range(0, 8192), LIVE)
-    evidence = PaperEvidence(ledger)
+    sequence = PaperSequence(0, 8192)
+    sequence.decode(8192, 0.0)
+    evidence = PaperEvidence(sequence, 8192)
     fading, attention = get_policy("fading"), get_policy("attention")
     blocks = [Range(start, start + 64) for start in (0, 6144)]
     plain, faded = (policy.score(blocks, 8192, evidence) for policy in (attention, fading))

@@ -7,10 +7,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from psi_kv_governor.engine.paper import PaperEvidence
+from psi_kv_governor.cache import Range
+from psi_kv_governor.engines.simulated import PaperSequence
+from psi_kv_governor.engines.simulated.evidence import PaperEvidence
 from psi_kv_governor.errors import BadInputError
-from psi_kv_governor.ledger import LIVE, SPILLED, Ledger
-from psi_kv_governor.policy import POLICIES, Range, get_policy, select
+from psi_kv_governor.policy import POLICIES, get_policy, select
 from psi_kv_governor.policy.random import Random
 from psi_kv_governor.policy.registry import about
 from psi_kv_governor.policy.select import Protection
@@ -19,18 +20,18 @@ LENGTH = 1000
 BLOCKS = [Range(start, start + 50) for start in range(100, 700, 50)]
 
 
-def ledger_of(length: int = LENGTH) -> Ledger:
-    ledger = Ledger(2 * LENGTH)
-    for start in range(0, length, 100):  # a prompt's batches: each arrives at once
-        ledger.mark(Range(start, start + 100), LIVE)
-    return ledger
+def evidence_of(length: int = LENGTH) -> PaperEvidence:
+    sequence = PaperSequence(0, 2 * LENGTH)
+    for _ in range(0, length, 100):  # a prompt's batches: each arrives at once
+        sequence.decode(100, 0.0)
+    return PaperEvidence(sequence, 2 * LENGTH)
 
 
 class Told(PaperEvidence):
     """Evidence with one value a position set by hand; NaN everywhere else."""
 
     def __init__(self, kind: str, values: dict[int, float]) -> None:
-        super().__init__(ledger_of())
+        super().__init__(PaperSequence(0, LENGTH), LENGTH)
         told = np.full(LENGTH, np.nan)
         for position, value in values.items():
             told[position] = value
@@ -61,7 +62,7 @@ class TestEvery:
 
     @pytest.mark.parametrize("blocks", [BLOCKS, BLOCKS[::-1], BLOCKS[:1], [Range(64, 128), Range(640, 641)]])
     def test_its_scores_are_finite_one_a_block_and_the_same_again(self, name, blocks):
-        evidence = PaperEvidence(ledger_of())
+        evidence = evidence_of()
         scores = get_policy(name).score(blocks, LENGTH, evidence)
         assert scores.shape == (len(blocks),)
         assert scores.dtype == np.float64
@@ -69,13 +70,13 @@ class TestEvery:
         assert np.array_equal(scores, get_policy(name).score(blocks, LENGTH, evidence))
 
     def test_its_scores_do_not_depend_on_the_order_in_which_blocks_are_asked(self, name):
-        evidence = PaperEvidence(ledger_of())
+        evidence = evidence_of()
         forth = get_policy(name).score(BLOCKS, LENGTH, evidence)
         back = get_policy(name).score(BLOCKS[::-1], LENGTH, evidence)
         assert np.array_equal(forth, back[::-1])
 
     def test_it_scores_also_where_nothing_is_known(self, name):
-        nothing = PaperEvidence(Ledger(LENGTH))
+        nothing = PaperEvidence(PaperSequence(0, LENGTH), LENGTH)
         assert np.isfinite(get_policy(name).score(BLOCKS, LENGTH, nothing)).all()
         if name != "random":
             assert order(name, nothing) == [block.start for block in BLOCKS]
@@ -84,7 +85,7 @@ class TestEvery:
     def test_no_protection_is_ever_broken(self, name, cells):
         protection = Protection(sink_cells=70, window_cells=130, marked=(Range(200, 333), Range(400, 401)))
         gone = select(
-            get_policy(name), [Range(0, 350), Range(390, LENGTH)], LENGTH, PaperEvidence(ledger_of()),
+            get_policy(name), [Range(0, 350), Range(390, LENGTH)], LENGTH, evidence_of(),
             cells=cells, protection=protection, block_cells=64,
         )  # fmt: skip
         here = {position for part in gone for position in range(*part)}
@@ -92,31 +93,28 @@ class TestEvery:
         assert len(here) >= min(cells, LENGTH - 70 - 130 - 133 - 1 - 40)
 
     def test_a_block_keeps_its_score_when_the_context_grows(self, name):
-        ledger = ledger_of()
-        evidence = PaperEvidence(ledger)
+        sequence = PaperSequence(0, 2 * LENGTH)
+        sequence.decode(LENGTH, 0.0)
+        evidence = PaperEvidence(sequence, 2 * LENGTH)
         before = get_policy(name).score(BLOCKS, LENGTH, evidence)
-        ledger.mark(Range(LENGTH, LENGTH + 100), LIVE)
+        sequence.decode(100, 1.0)
         assert np.array_equal(before, get_policy(name).score(BLOCKS, LENGTH + 100, evidence))
 
 
 def test_the_window_goes_oldest_first_whatever_is_known():
-    assert order("window", PaperEvidence(ledger_of())) == [block.start for block in BLOCKS]
+    assert order("window", evidence_of()) == [block.start for block in BLOCKS]
 
 
-def test_fifo_is_the_window_until_something_comes_back():
-    ledger = ledger_of()
-    evidence = PaperEvidence(ledger)
-    assert order("fifo", evidence) == order("window", evidence)
-    ledger.mark(Range(100, 200), SPILLED)
-    ledger.mark(Range(100, 200), LIVE)
-    assert order("fifo", evidence) == [*range(200, 700, 50), 100, 150]
+def test_fifo_is_the_window_until_something_comes_in_anew():
+    assert order("fifo", evidence_of()) == order("window", evidence_of())
+    came = {position: float(position) for position in range(LENGTH)}
+    told = Told("arrivals", {**came, **dict.fromkeys(range(100, 200), 5000.0)})
+    assert order("fifo", told) == [*range(200, 700, 50), 100, 150]
 
 
 def test_fifo_counts_a_block_with_its_newest_cell():
-    ledger = ledger_of()
-    ledger.mark(Range(149, 150), SPILLED)
-    ledger.mark(Range(149, 150), LIVE)
-    assert order("fifo", PaperEvidence(ledger))[-1] == 100
+    came = {position: float(position) for position in range(LENGTH)}
+    assert order("fifo", Told("arrivals", {**came, 149: 5000.0}))[-1] == 100
 
 
 def test_lru_lets_the_longest_unused_go():
@@ -126,7 +124,7 @@ def test_lru_lets_the_longest_unused_go():
 
 
 def test_random_follows_its_seed_and_nothing_else():
-    evidence = PaperEvidence(ledger_of())
+    evidence = evidence_of()
     one, same, other = (Random(seed).score(BLOCKS, LENGTH, evidence) for seed in (1, 1, 2))
     assert np.array_equal(one, same)
     assert not np.array_equal(one, other)

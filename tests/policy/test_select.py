@@ -10,14 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psi_kv_governor.engine.paper import PaperEvidence
-from psi_kv_governor.ledger import Ledger
-from psi_kv_governor.policy import Policy, Range, get_policy
+from psi_kv_governor.cache import Range, without
+from psi_kv_governor.engines.simulated import PaperSequence
+from psi_kv_governor.engines.simulated.evidence import PaperEvidence
+from psi_kv_governor.policy import Policy, get_policy
 from psi_kv_governor.policy import select as select_with_evidence
-from psi_kv_governor.policy.select import Protection, head_of, trimmable, why_nothing, without
+from psi_kv_governor.policy.select import Protection, head_of, trimmable, why_nothing
 
 WINDOW = get_policy("window")
-NOTHING_KNOWN = PaperEvidence(Ledger(0))
+NOTHING_KNOWN = PaperEvidence(PaperSequence(0, 1), 1)
 
 
 def select(policy, live, next_position, cells, *, block_cells, **protection):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from psi_kv_governor.bench.pen import Pen
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.control import Action, CacheSnapshot, LawState, decide
 from psi_kv_governor.pressure.cgroup import OwnCgroups
@@ -17,7 +16,8 @@ from psi_kv_governor.pressure.headroom import HeadroomReader
 from psi_kv_governor.pressure.machine import MachineSource
 from psi_kv_governor.pressure.psi import PsiFile
 from psi_kv_governor.pressure.reading import MACHINE
-from psi_kv_governor.store.mounts import memory_backed
+from psi_kv_governor.residence.storage import memory_backed
+from psi_kv_governor.sandbox.sandbox import Sandbox
 
 MIB = 1 << 20
 WHOLE = Path("/proc/pressure/memory")
@@ -53,7 +53,7 @@ def test_another_container_that_thrashes_is_no_shortage_of_the_machine(tmp_path)
     )
     # As if the machine were tight, so that its stall would count: plenty is more than there is.
     config = GovernorConfig(headroom_plenty=1.0, headroom_plenty_bytes=1 << 50, high=0.01, low=0.005)
-    with Pen(40 * MIB) as pen:
+    with Sandbox(40 * MIB) as pen:
         child = pen.popen([sys.executable, "-c", THRASHES, str(tmp_path / "data")], stdout=subprocess.PIPE)
         assert child.stdout.readline() == b"ready\n"
         state, readings, actions = LawState(), [], set()

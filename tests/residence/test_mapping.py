@@ -1,7 +1,6 @@
 """Memory that is parked is not in memory, and reads as before; what fails changes nothing."""
 
 import ctypes
-import re
 import threading
 from pathlib import Path
 
@@ -36,15 +35,11 @@ def now(mapping: Mapping) -> np.ndarray:
 
 
 def rss_bytes(mapping: Mapping) -> int:
-    """Resident bytes at the mapping's addresses, by smaps."""
-    total, inside = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            start, stop = int(match[1], 16), int(match[2], 16)
-            inside = mapping.address <= start and stop <= mapping.address + mapping.n_bytes
-        elif inside and line.startswith("Rss:"):
-            total += int(line.split()[1]) * 1024
-    return total
+    """Bytes that this process has mapped of it, read from the page table without the code under test."""
+    with open("/proc/self/pagemap", "rb", buffering=0) as file:
+        file.seek(mapping.address // PAGE * 8)
+        entries = np.frombuffer(file.read(mapping.n_bytes // PAGE * 8), dtype=np.uint64)
+    return int((entries >> np.uint64(63)).sum()) * PAGE
 
 
 def open_files() -> int:
@@ -322,3 +317,38 @@ def test_a_filter_of_system_calls_is_tried_out_by_another_process(tmp_path):
     assert memory.call_allowed("mincore", status)
     status.write_text("Name:\tx\nSeccomp:\t0\n")
     assert memory.call_allowed("mincore", tmp_path / "status")
+
+
+def test_a_process_never_gets_more_mappings_than_the_kernel_bears(place, monkeypatch):
+    """Every second page: the worst case."""
+    from psi_kv_governor.residence import mapping as module
+
+    monkeypatch.setattr(module, "MOST_PIECES", 1000)
+    made = Mapping(16 * MIB, place=place)
+    before = filled(made)
+    scattered = [(page * PAGE, (page + 1) * PAGE) for page in range(0, 4096, 2)]
+    assert made.park(scattered[:600]).problem == ""
+    assert made.pieces > 1000
+    assert "too many pieces" in made.park(scattered[600:]).problem
+    np.testing.assert_array_equal(now(made), before)
+    made.close()
+
+
+def test_where_writing_past_the_cache_is_refused_it_goes_through_it(place, monkeypatch):
+    import fcntl
+    import os
+
+    real = os.pwrite
+
+    def refuses(descriptor, data, offset):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(22, "Invalid argument")
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", refuses)
+    made = Mapping(4 * MIB, place=place)
+    before = filled(made)
+    done = made.park([(0, 4 * MIB)])
+    assert (done.problem, done.bytes_returned) == ("", 4 * MIB)
+    np.testing.assert_array_equal(now(made), before)
+    made.close()

@@ -1,19 +1,99 @@
-"""What the tests of the services share."""
+"""What the tests of the service share: programs under `psi-kv exec`, and real servers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+from servers import PSI_KV, Unavailable, debian_server, python_with_servers
 from service_help import paper
 
 from fakes import FakeSource
 from psi_kv_governor.engines.simulated import SimulatedEngine
 from psi_kv_governor.governor import Governor
+from psi_kv_governor.residence import find_place
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def folder(tmp_path, request) -> Iterator[Path]:
+    """A folder on a disk: /tmp may be memory, and there nothing is parked."""
+    if find_place(str(tmp_path)).place is not None:
+        yield tmp_path
+        return
+    path = Path(__file__).parents[2] / "out" / f"service-{os.getpid()}-{abs(hash(request.node.nodeid))}"
+    path.mkdir(parents=True)
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def run() -> Run:
+    """Runs a program under `psi-kv exec` to its end."""
+
+    def run_(
+        *program: str, options: tuple[str, ...] = (), before: tuple[str, ...] = (), **more
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*before, *PSI_KV, "exec", *options, "--", *program],
+            capture_output=True, text=True, timeout=120, check=False, **more,
+        )  # fmt: skip
+
+    return run_
+
+
+@pytest.fixture
+def compiled(tmp_path) -> Callable[..., Path]:
+    """Compiles a piece of C."""
+
+    def compile_(name: str, source: str, *flags: str) -> Path:
+        if shutil.which("cc") is None:
+            pytest.skip("there is no C compiler")
+        target = tmp_path / name
+        subprocess.run(["cc", "-x", "c", "-", "-o", str(target), *flags], input=source, text=True, check=True)
+        return target
+
+    return compile_
+
+
+@pytest.fixture(scope="session")
+def python_of_servers() -> Path:
+    """A Python with the servers of `xllamacpp` and `llama_cpp`."""
+    try:
+        return python_with_servers()
+    except Unavailable as error:
+        pytest.skip(f"the servers of xllamacpp and llama_cpp can't be had here: {error}")
+
+
+@pytest.fixture(scope="session", params=["xllamacpp", "debian"])
+def server_command(request, demo_model) -> Callable[[int], list[str]]:
+    """The command of a real llama-server at a port: default flags, 32,768 cells and 4 slots, one thread
+    (two on a busy machine wait for each other)."""
+    if request.param == "xllamacpp":
+        python = str(request.getfixturevalue("python_of_servers"))
+        script = str(Path(__file__).with_name("xllamacpp_server.py"))
+        return lambda port: [python, script, str(demo_model), str(port), "32768"]
+    try:
+        program = debian_server()
+    except Unavailable as error:
+        pytest.skip(f"Debian's llama-server can't be had here: {error}")
+    return lambda port: [*program, "-m", str(demo_model), "-c", "32768", "-t", "1", "--port", str(port)]
+
+
+@pytest.fixture
+def python() -> str:
+    return sys.executable
 
 
 @pytest.fixture
 def machine() -> Iterator[tuple[Governor, SimulatedEngine, FakeSource]]:
+    """A governor over an engine on paper, and a machine set by hand."""
     made = paper()
     yield made
     made[0].close()

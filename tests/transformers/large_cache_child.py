@@ -16,6 +16,7 @@ from psi_kv_governor.residence import find_place
 from transformers import DynamicCache
 
 CHUNK = 256
+WARM = 256
 
 
 def anonymous_and_cached_bytes() -> int:
@@ -37,7 +38,7 @@ def main(kind: str, layers: int, tokens: int, steps: int) -> None:
     config = tiny_config(num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=8, head_dim=128)
     model = tiny_model(dtype=torch.bfloat16, config=config)
     ids = prompt(tokens)
-    model(prompt(CHUNK), **with_cache(make("stock", model)))  # what libraries take for themselves
+    model(prompt(WARM), **with_cache(make("stock", model)))  # what libraries take for themselves
     gc.collect()
     before = anonymous_and_cached_bytes()
     cache = make(kind, model)

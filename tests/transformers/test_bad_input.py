@@ -8,7 +8,7 @@ from tiny import VOCABULARY, filled, next_logits, prompt, tiny_config, tiny_mode
 
 from psi_kv_governor.engines.transformers import versions
 from psi_kv_governor.engines.transformers.cache import GovernedCache
-from psi_kv_governor.engines.transformers.governed import governed
+from psi_kv_governor.engines.transformers.front import governed
 from psi_kv_governor.errors import BadInputError
 
 

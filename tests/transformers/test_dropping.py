@@ -33,6 +33,7 @@ def kind(request):
     return request.param
 
 
+@pytest.mark.slow
 def test_most_of_a_context_is_given_back_and_returns_bit_for_bit(demo, place, kind):
     """The promise: 1,208 of 1,500 tokens, at least 98 % of their bytes by smaps, 16 logits bit-identical."""
     model = demo(*kind)

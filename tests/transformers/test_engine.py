@@ -261,7 +261,52 @@ def test_the_cell_is_all_governed_layers_of_the_whole_batch(engine, place):
     engine.add(cache)
     state = engine.snapshot().caches[0]
     assert state.cell_bytes == 5 * 2 * 3 * 2 * 16 * 4
-    assert state.row_bytes == 3 * 2 * 16 * 4
+    assert state.row_bytes == 16 * 4
     assert state.capacity_cells == 4096
     assert state.sequences[0].next_position == 7
     assert math.isfinite(engine.snapshot().time_s)
+
+
+def test_what_it_can_do_is_told_with_the_reason(place):
+    able = TransformersEngine(place).describe()
+    assert (able.engine, able.place) == ("transformers", place.folder)
+    assert able.capabilities.park.able
+    assert able.capabilities.mask.able
+    assert "nothing is thrown away" in able.capabilities.evict.why
+    unable = TransformersEngine(None, "a tmpfs everywhere").describe()
+    assert unable.capabilities.park.why == "a tmpfs everywhere"
+    assert unable.capabilities.evict.able
+    assert unable.capabilities.release.able
+
+
+def test_parking_stops_when_the_bytes_are_up(engine, model, place):
+    cache = filled(model, place, prompt(500))
+    engine.add(cache)
+    result = do(engine, Verb.PARK, cache, max_bytes=100_000)
+    assert not result.done
+    assert 100_000 <= result.bytes_returned < 500 * cache.cell_bytes
+    assert result.cells == 0  # no sequence is parked whole yet
+    assert do(engine, Verb.PARK, cache).cells == 500
+
+
+def test_attention_is_of_what_still_stands_when_tokens_were_cropped(engine, place):
+    """As look-up decoding does at every step: queries of tokens that are gone say nothing."""
+    model = tiny_model("eager")
+    caches = [filled(model, place, prompt(60)) for _ in range(2)]
+    for cache in caches:
+        engine.add(cache)
+    engine.collect(frozenset({"attention"}))
+    late = prompt(40, seed=5)
+    for cache in caches:
+        model(late, **with_cache(cache))
+    model(prompt(7, seed=6), **with_cache(caches[1]))
+    caches[1].crop(-7)
+    found = [engine.evidence(cache.id, 0).attention(Range(0, 100)) for cache in caches]
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+    caches[1].take_out([Range(70, 80)], keep=True)  # queries before a hole saw what is no longer there
+    known = engine.evidence(caches[1].id, 0)
+    assert known.why_not("attention") == ""
+    assert np.isnan(known.attention(Range(70, 80))).all()
+    assert np.isfinite(known.attention(Range(80, 100))).all()
+    caches[1].crop(-20)
+    assert np.isnan(engine.evidence(caches[1].id, 0).attention(Range(0, 70))).all()

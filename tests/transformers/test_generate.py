@@ -25,6 +25,7 @@ def meddled(cache: GovernedCache, place) -> Iterator[list[str]]:
     def meddle() -> None:
         verbs = [Verb.PARK, Verb.WRITE_BEHIND, Verb.UNPARK, Verb.RELEASE]
         while not over.is_set():
+            rounds[0] += 1
             verb = verbs[rounds[0] % len(verbs)]
             result = engine.apply(Plan(steps=(Step(verb=verb, cache=cache.id),), deadline_s=5.0))
             problems.extend(filter(None, [result.problem]))
@@ -32,9 +33,14 @@ def meddled(cache: GovernedCache, place) -> Iterator[list[str]]:
                 if still and cache.places.next_position > 20:
                     cache.take_out([Range(3, 9), Range(12, cache.places.next_position - 2)], keep=True)
                     cache.put_back(cache.places.masked)
-            rounds[0] += 1
 
-    thread = threading.Thread(target=meddle)
+    def watched() -> None:
+        try:
+            meddle()
+        except Exception as error:
+            problems.append(repr(error))
+
+    thread = threading.Thread(target=watched)
     thread.start()
     try:
         yield problems

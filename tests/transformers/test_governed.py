@@ -7,7 +7,7 @@ from tiny import COUNT, prompt, tiny_model, with_cache
 
 from psi_kv_governor.cache import Plan, Step, Verb
 from psi_kv_governor.engines.transformers.cache import GovernedCache
-from psi_kv_governor.engines.transformers.governed import governed
+from psi_kv_governor.engines.transformers.front import governed
 from psi_kv_governor.engines.transformers.versions import cache_argument
 from transformers import DynamicCache, GenerationConfig
 

@@ -79,8 +79,10 @@ def test_a_press_as_a_policy_chooses_what_to_drop(watched, name):
 
 def test_the_ranks_of_a_press_are_those_of_its_own_scores(watched):
     _, cache, evidence = watched
-    norms = -torch.stack([layer.keys.norm(dim=-1)[0] for layer in cache.layers])  # as KnormPress has it
-    ranks = norms.argsort(-1, stable=True).argsort(-1).double().mean((0, 1)) / 239
+    norms = -torch.stack(
+        [torch.linalg.vector_norm(layer.keys, dim=-1)[0] for layer in cache.layers]
+    )  # as KnormPress has it
+    ranks = norms.argsort(dim=-1, stable=True).argsort(dim=-1).double().mean((0, 1)) / 239
     np.testing.assert_allclose(press_scores(load_press("KnormPress"), evidence), ranks.numpy())
 
 

@@ -8,7 +8,7 @@ from psi_kv_governor.residence import Place
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 VOCABULARY = 211
-COUNT = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": 0, "min_new_tokens": 24}
+COUNT = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": VOCABULARY - 1}
 
 
 def tiny_config(**changes) -> PretrainedConfig:

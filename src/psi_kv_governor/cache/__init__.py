@@ -4,6 +4,7 @@ from psi_kv_governor.cache.engine import Engine
 from psi_kv_governor.cache.evidence import Evidence, Kind, Values
 from psi_kv_governor.cache.plan import Plan, Result, Step, Verb
 from psi_kv_governor.cache.ranges import Range, cells_in, merged, without
+from psi_kv_governor.cache.serial import OneAtATime
 from psi_kv_governor.cache.snapshot import (
     BlobState,
     CacheState,
@@ -25,6 +26,7 @@ __all__ = [
     "Engine",
     "Evidence",
     "Kind",
+    "OneAtATime",
     "Plan",
     "Range",
     "Result",

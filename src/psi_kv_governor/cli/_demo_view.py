@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from psi_kv_governor.bench.messages import Variant
-from psi_kv_governor.bench.script import MIB, SceneOptions, SceneResult
+from psi_kv_governor.sandbox.host import MIB
+from psi_kv_governor.sandbox.messages import Variant
+from psi_kv_governor.sandbox.result import SceneResult
+from psi_kv_governor.sandbox.scene_options import SceneOptions
 
 TITLES: dict[Variant, str] = {"fixed": "ungoverned", "psi": "governed"}
 _PLAIN_WIDTH = 100
@@ -18,7 +20,7 @@ _PLAIN_WIDTH = 100
 def introduction(options: SceneOptions) -> str:
     """What is about to happen, in a line."""
     if options.gentle:
-        return f"{options.context_tokens:,} tokens of context; half of what may go is trimmed by hand"
+        return f"{options.context_tokens:,} tokens of context; half of what may go is trimmed on order"
     swap = "zram swap" if options.swap == "zram" else "no swap"
     return (
         f"{options.context_tokens:,} tokens of context in {options.limit_bytes // MIB} MiB with {swap}; "
@@ -69,7 +71,7 @@ def _restored(result: SceneResult) -> str:
         return "nothing was given up"
     if result.killed:
         return "no: killed"
-    how = " (asked to)" if result.restored_by_hand else ""
+    how = " (asked to)" if result.restored_on_request else ""
     return f"yes, every cell{how}" if result.restored else f"no: {result.missing_cells} cells are missing"
 
 

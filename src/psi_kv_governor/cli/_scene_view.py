@@ -13,8 +13,6 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from psi_kv_governor.bench.messages import Variant
-from psi_kv_governor.bench.script import MIB, Happened, SceneEvent, StageChanged, Tick
 from psi_kv_governor.events import (
     Degraded,
     Event,
@@ -25,6 +23,9 @@ from psi_kv_governor.events import (
     SourceChanged,
     Trimmed,
 )
+from psi_kv_governor.sandbox.host import MIB
+from psi_kv_governor.sandbox.messages import Variant
+from psi_kv_governor.sandbox.scene_options import Happened, SceneEvent, StageChanged, Tick
 
 _STAGES = {
     "load": "loading the model",
@@ -85,13 +86,13 @@ class SceneView:
             new = row.stage is None or row.stage.stage != event.stage
             row.stage = event
             if new:
-                self._tell(event.variant, _STAGES[event.stage])
+                self._show(event.variant, _STAGES[event.stage])
         elif isinstance(event, Tick):
             row.tick = event
             if self._live is None and time.monotonic() - self._said_s >= _PLAIN_TICK_S:
-                self._tell(event.variant, ", ".join(_words_of_tick(event)))
+                self._show(event.variant, ", ".join(_words_of_tick(event)))
         elif isinstance(event, Happened):
-            self._tell(event.variant, words_of(event.event))
+            self._show(event.variant, words_of(event.event))
 
     def __enter__(self) -> SceneView:
         self.say(self._introduction)
@@ -117,7 +118,7 @@ class SceneView:
         """It begins anew."""
         self._rows[variant] = _Row()
 
-    def _tell(self, variant: Variant, words: str) -> None:
+    def _show(self, variant: Variant, words: str) -> None:
         self.say(f"{self._titles[variant]}: {words}")
 
     def _render(self) -> Group:

@@ -7,13 +7,23 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import msgspec
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from psi_kv_governor.cli._scene_view import words_of
-from psi_kv_governor.events import Event
+from psi_kv_governor.cache import CacheState, SequenceState
+from psi_kv_governor.events import (
+    CacheClosed,
+    CacheOpened,
+    Degraded,
+    Event,
+    ModeChanged,
+    Recomputed,
+    Released,
+    Restored,
+    SourceChanged,
+    Trimmed,
+)
 from psi_kv_governor.status import Status
 from psi_kv_governor.status_socket import Update
 
@@ -21,7 +31,9 @@ MIB = 1 << 20
 HISTORY = 60
 """Columns of a curve: a minute, a column a second."""
 EVENT_LINES = 12
-BAR_COLUMNS = 40
+BAR_COLUMNS = 24
+MOST_SEQUENCES = 16
+"""Of one cache; how many more there are is said."""
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _MODE_STYLES = {
     "calm": "green",
@@ -30,8 +42,6 @@ _MODE_STYLES = {
     "holding": "magenta",
     "restoring": "cyan",
 }
-_SHOWN = {"mode", "source", "some", "full", "headroom_bytes", "live_cells", "spilled_cells", "lost_cells",
-          "cell_bytes", "store_bytes"}  # fmt: skip
 
 
 class WatchView:
@@ -65,10 +75,10 @@ class WatchView:
         table.add_column(no_wrap=True)
         for name, value in self._rows(status):
             table.add_row(name, value)
-        title = Text.assemble(
-            (self._name, "bold"), "  ", (status.mode.value, _MODE_STYLES.get(status.mode.value, ""))
-        )
-        return Group(title, table, Text(), *self._events(self._update.time_s))
+        mode = status.mode.value
+        title = Text.assemble((self._name, "bold"), "  ", (mode, _MODE_STYLES.get(mode, "")))
+        caches = cache_lines(status, self._update.time_s)
+        return Group(title, table, Text(), *caches, Text(), *self._events(self._update.time_s))
 
     def _rows(self, status: Status) -> Iterator[tuple[str, Text]]:
         high = self._config.get("high", 1.0)
@@ -77,18 +87,21 @@ class WatchView:
         yield "", Text(sparkline(self._stall), style="red")
         if status.headroom_bytes is not None:
             yield "headroom", Text(f"{status.headroom_bytes / MIB:,.0f} MiB")
-        yield "cells", cells_bar(status)
-        megabytes = status.live_bytes / MIB
+        yield "cells", Text(_cells(status.live_cells, status.masked_cells, status.lost_cells))
         yield (
-            "",
+            "memory",
             Text(
-                f"{status.live_cells:,} live ({megabytes:,.1f} MiB), {status.spilled_cells:,} spilled, "
-                f"{status.lost_cells:,} lost; store {status.store_bytes / MIB:,.1f} MiB"
+                f"{_mib(status.resident_bytes)} resident, {_mib(status.parked_bytes)} parked, "
+                f"{_mib(status.dirty_bytes)} dirty; {_mib(status.written_bytes)} written so far"
             ),
         )
+        if status.affected_tokens:
+            yield "affected", Text(f"{status.affected_tokens:,} tokens were decoded while others were away")
+        if status.limit is not None or status.limit_bytes is not None:
+            yield "limit", Text(limit_words(status))
+        yield "lives in", Text(f"{status.backing} {status.place}".strip())
         yield "source", Text(status.source)
-        for name, value in more(status).items():
-            yield name.replace("_", " "), Text(str(value))
+        yield "why", Text(status.reason)
 
     def _events(self, now_s: float) -> Iterator[Text]:
         for time_s, words in self._lines:
@@ -96,10 +109,48 @@ class WatchView:
             yield Text(ago + words, no_wrap=True, overflow="ellipsis", style="dim")
 
 
-def more(status: Status) -> dict[str, Any]:
-    """What a Status says beyond the fields that have a place of their own."""
-    values: dict[str, Any] = msgspec.to_builtins(status)
-    return {name: value for name, value in values.items() if name not in _SHOWN}
+def limit_words(status: Status) -> str:
+    """What may be held under pressure."""
+    if status.limit_bytes is not None:
+        return f"{_mib(status.limit_bytes)} under pressure"
+    return "none" if status.limit is None else f"{status.limit:.0%} of the cells under pressure"
+
+
+def cache_lines(status: Status, now_s: float) -> Iterator[Text]:
+    """Every cache, and below it its sequences and saved states."""
+    for cache in status.caches:
+        yield Text.assemble(
+            (f"{cache.name} ", "bold"),
+            f"cache {cache.id} of process {cache.pid}: {cache.capacity_cells:,} cells, "
+            f"{_mib(cache.resident_bytes)} resident",
+            "" if cache.maskable else f"; can't be masked: {cache.why_not_maskable}",
+        )
+        for sequence in cache.sequences[:MOST_SEQUENCES]:
+            yield _sequence_line(cache, sequence, now_s)
+        if (more := len(cache.sequences) - MOST_SEQUENCES) > 0:
+            yield Text(f"  and {more} more sequences", style="dim")
+        if cache.blobs:
+            parked = [blob.n_bytes for blob in cache.blobs if blob.parked]
+            total = sum(blob.n_bytes for blob in cache.blobs)
+            yield Text(f"  {len(cache.blobs)} saved states, {_mib(total)}; {_mib(sum(parked))} of it parked")
+
+
+def _sequence_line(cache: CacheState, sequence: SequenceState, now_s: float) -> Text:
+    parked = sequence.parked_bytes // cache.cell_bytes if cache.cell_bytes else 0
+    state = "running" if sequence.running else f"idle {max(0.0, now_s - sequence.last_used_s):.0f} s"
+    words = _cells(sequence.live_cells, sequence.masked_cells, sequence.lost_cells)
+    line = Text(f"  {sequence.id:>4} {state:<10} ", no_wrap=True, overflow="ellipsis")
+    line.append(cells_bar(sequence, parked))
+    line.append(f" {words}" + (f", {parked:,} of the live ones parked" if parked else ""))
+    return line
+
+
+def _cells(live: int, masked: int, lost: int) -> str:
+    return f"{live:,} live, {masked:,} masked, {lost:,} lost"
+
+
+def _mib(n_bytes: int) -> str:
+    return f"{n_bytes / MIB:,.1f} MiB"
 
 
 def sparkline(shares: deque[float]) -> str:
@@ -108,14 +159,15 @@ def sparkline(shares: deque[float]) -> str:
     return "".join(_BLOCKS[min(top, max(int(share > 0.0), round(share * top)))] for share in shares)
 
 
-def cells_bar(status: Status) -> Text:
-    """Live, spilled and lost cells as parts of one bar."""
-    total = max(1, status.live_cells + status.holes)
+def cells_bar(sequence: SequenceState, parked_cells: int) -> Text:
+    """Live, parked, masked and lost cells as parts of one bar."""
+    total = max(1, sequence.live_cells + sequence.masked_cells + sequence.lost_cells)
     bar = Text()
     for cells, sign, style in (
-        (status.live_cells, "█", "cyan"),
-        (status.spilled_cells, "▒", "yellow"),
-        (status.lost_cells, "·", "red"),
+        (sequence.live_cells - parked_cells, "█", "cyan"),
+        (parked_cells, "▓", "blue"),
+        (sequence.masked_cells, "▒", "yellow"),
+        (sequence.lost_cells, "·", "red"),
     ):
         columns = max(int(cells > 0), round(BAR_COLUMNS * cells / total))
         bar.append(sign * columns, style)
@@ -125,11 +177,39 @@ def cells_bar(status: Status) -> Text:
 def plain_line(update: Update) -> str:
     """An update in a line, for an output that is no terminal."""
     status = update.status
-    room = "" if status.headroom_bytes is None else f", headroom {status.headroom_bytes / MIB:,.0f} MiB"
-    return (
-        f"{status.mode.value}: stall {status.some:.1%}{room}, {status.live_cells:,} cells live, "
-        f"{status.spilled_cells:,} spilled, {status.lost_cells:,} lost"
-    )
+    headroom = "" if status.headroom_bytes is None else f", headroom {status.headroom_bytes / MIB:,.0f} MiB"
+    cells = _cells(status.live_cells, status.masked_cells, status.lost_cells)
+    return f"{status.mode.value}: stall {status.some:.1%}{headroom}, {cells}"
+
+
+def words_of(event: Event) -> str:
+    """An event of the governor in a line."""
+    match event:
+        case CacheOpened():
+            words = f"governs cache {event.cache} ({event.name}) of process {event.pid}"
+        case CacheClosed():
+            words = f"cache {event.cache} ({event.name}) is closed"
+        case Trimmed():
+            kind = (
+                f"{event.cells:,} cells, {event.masked:,} of them masked" if event.cells else "saved states"
+            )
+            words = f"gave up {kind}: {_mib(event.bytes_returned)} returned"
+        case Restored():
+            words = (
+                f"brought {event.cells:,} cells back in {event.seconds * 1e3:.0f} ms, "
+                f"{_mib(event.masked_bytes)} still masked"
+            )
+        case Recomputed():
+            words = f"decoded {event.cells:,} tokens again in {event.seconds:.1f} s"
+        case Released():
+            words = f"released {_mib(event.bytes_returned)} of free cells"
+        case Degraded():
+            words = f"does without {event.what}: {event.why}"
+        case ModeChanged():
+            words = f"{event.new.value}: {event.reason}"
+        case SourceChanged():
+            words = f"reads {event.source} ({event.why})"
+    return words
 
 
 def event_line(event: Event, now_s: float) -> str:

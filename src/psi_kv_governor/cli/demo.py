@@ -8,14 +8,16 @@ from typing import Any
 import click
 import msgspec
 
-from psi_kv_governor.bench.pen import LEAST_BYTES, Pen
-from psi_kv_governor.bench.scene import run_scene
-from psi_kv_governor.bench.script import MIB, SceneOptions, SceneResult
 from psi_kv_governor.cli._demo_view import TITLES, introduction, print_results
 from psi_kv_governor.cli._group import example
 from psi_kv_governor.cli._scene_view import SceneView
 from psi_kv_governor.cli.session import ended_by_sigterm
 from psi_kv_governor.model import demo_model_path
+from psi_kv_governor.sandbox.host import MIB
+from psi_kv_governor.sandbox.result import SceneResult
+from psi_kv_governor.sandbox.sandbox import LEAST_BYTES, Sandbox
+from psi_kv_governor.sandbox.scene import run_scene
+from psi_kv_governor.sandbox.scene_options import SceneOptions
 
 _POSITIVE = click.IntRange(min=1)
 
@@ -38,14 +40,14 @@ _POSITIVE = click.IntRange(min=1)
     type=click.IntRange(min=LEAST_BYTES // MIB),
     default=450,
     show_default=True,
-    help="Limit of the pen.",
+    help="Limit of the cgroup.",
 )
 @click.option(
     "--pressure-mib", type=_POSITIVE, help="What the neighbour takes [default: 250; 220 without zram]."
 )
 @click.option("-t", "--threads", type=_POSITIVE, default=1, show_default=True, help="Threads that decode.")
 @click.option("-m", "--model", type=click.Path(path_type=Path), help="GGUF file [default: the demo model].")
-@click.option("--gentle", is_flag=True, help="Press nothing: trim and restore by hand.")
+@click.option("--gentle", is_flag=True, help="Press nothing: trim and restore on order.")
 @click.option("--json", "as_json", is_flag=True, help="The figures of both runs as JSON.")
 def command(  # noqa: PLR0917  (one parameter an option)
     tokens: int,
@@ -86,10 +88,10 @@ def choose_scene(figures: dict[str, Any], gentle: bool) -> tuple[SceneOptions, s
     """The strongest scene that this machine can play, and in one line why it is not a stronger one."""
     if gentle:
         return SceneOptions(gentle=True, **figures), ""
-    with_swap, why_no_swap = Pen.available("zram")
+    with_swap, why_no_swap = Sandbox.available("zram")
     if with_swap:
         return SceneOptions(**figures), ""
-    able, why = Pen.available()
+    able, why = Sandbox.available()
     if able:
         return SceneOptions.without_swap(**figures), f"a scene without swap, since {why_no_swap}"
     return SceneOptions(gentle=True, **figures), f"a gentle scene, in which nothing is pressed, since {why}"

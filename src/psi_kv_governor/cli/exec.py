@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
 from psi_kv_governor.cli._group import example, settings_given
 from psi_kv_governor.config import load_config
-from psi_kv_governor.service import exec as service
-from psi_kv_governor.service.beside import asked_for
+from psi_kv_governor.errors import BadInputError
+from psi_kv_governor.service.program import HeldSignals, end_as
+
+if TYPE_CHECKING:
+    from psi_kv_governor.service.exec import Prepared
 
 
 @click.command(
@@ -24,6 +27,7 @@ from psi_kv_governor.service.beside import asked_for
         "psi-kv exec -- ollama serve",
         "psi-kv exec --place /var/lib/psi-kv -- python app.py",
         "psi-kv exec --dry-run -- llama-server -m model.gguf",
+        "psi-kv exec --pid 4711",
     ),
 )
 @click.option(
@@ -39,20 +43,25 @@ from psi_kv_governor.service.beside import asked_for
 )
 @click.option("--config", "file", type=click.Path(path_type=Path), metavar="FILE", help="A psi-kv.toml.")
 @click.option(
+    "--pid",
+    type=click.IntRange(min=1),
+    help="Govern again a program of psi-kv exec, whose governor was killed.",
+)
+@click.option(
     "--metrics", metavar="[HOST:]PORT", help="Serve figures for Prometheus [off; this machine alone]."
 )
 @click.option("--dashboard", metavar="[HOST:]PORT", help="Serve a page to look at and to act by [off].")
 @click.option("--dry-run", is_flag=True, help="Say what would be started and reached, and start nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: as JSON.")
-@click.argument("program", nargs=-1, type=click.UNPROCESSED, required=True)
+@click.argument("program", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
-def command(
+def command(  # noqa: PLR0917
     ctx: click.Context,
-    *,
     place: str | None,
     backing: str | None,
     given: tuple[str, ...],
     file: Path | None,
+    pid: int | None,
     metrics: str | None,
     dashboard: str | None,
     dry_run: bool,
@@ -65,20 +74,33 @@ def command(
     Its terminal, its signals and its exit status are its own. Where something is missing it runs as it would
     without us, and one line says why.
     """
+    if (pid is None) == (not program):
+        raise BadInputError("say which program to run (psi-kv exec -- PROGRAM [ARGS]), or --pid alone")
     overrides: dict[str, Any] = {**settings_given("--set", given)}
-    config = load_config(file, default_file=True, place=place, backing=backing, **overrides)
-    if dry_run:
-        _show(service.prepare(program, config, os.environ), as_json)
-        return
-    ctx.exit(service.run(program, config, beside=asked_for(metrics, dashboard)))
+    with HeldSignals() as held:  # before numpy is imported, which starts threads
+        from psi_kv_governor.service import exec as service
+        from psi_kv_governor.service.beside import asked_for
+
+        config = load_config(file, default_file=True, place=place, backing=backing, **overrides)
+        if pid is not None:
+            service.attach(pid, config, held, beside=asked_for(metrics, dashboard))
+            return
+        if dry_run:
+            _show(service.prepare(program, config, os.environ), as_json)
+            return
+        status = service.run(program, config, held, beside=asked_for(metrics, dashboard))
+        held.forget()
+    ctx.exit(end_as(status))
 
 
-def _show(prepared: service.Prepared, as_json: bool) -> None:
+def _show(prepared: Prepared, as_json: bool) -> None:
     why = "another psi-kv exec governs it already" if prepared.inside else prepared.why_not
     told = {
-        "program": str(prepared.found.path),
+        "program": str(prepared.path),
         "governed": not why,
         "why_not": why,
+        "reached": prepared.reach.level.value,
+        "how": prepared.reach.how,
         "agent": prepared.agent,
         "place": prepared.chosen.folder,
         "backing": prepared.chosen.backing,

@@ -15,7 +15,7 @@ from psi_kv_governor.cli._group import example
 from psi_kv_governor.cli.session import ended_by_sigterm
 from psi_kv_governor.config import load_config
 from psi_kv_governor.control import Action, Turn
-from psi_kv_governor.engine.simulated import CELL_BYTES, SimulatedEngine, SimulatedStore
+from psi_kv_governor.engines.simulated import CELL_BYTES, SimulatedEngine
 from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.governor import Governor
 from psi_kv_governor.recording import Recorder
@@ -67,12 +67,13 @@ def command(  # noqa: PLR0917  (one parameter an option)
     if seconds is not None and math.isnan(seconds):
         raise BadInputError("--seconds nan is no length of time: give seconds")
     config = load_config(config_file, default_file=True)
-    engine = SimulatedEngine(cells, cell_bytes, blob_cells=config.block_cells)
-    engine.grow(cells)
+    engine = SimulatedEngine()
+    engine.add_cache(cells, cell_bytes=cell_bytes).sequence(0).running = True  # as while it answers
+    engine.decode(cells)
     recorder = Recorder(file, config)
     count = Count()
     with ended_by_sigterm(), closing(recorder):
-        governor = Governor(engine, config=config, store=SimulatedStore(config.store_limit_bytes))
+        governor = Governor(engine, config=config, name="psi-kv record")
         with closing(governor):
             governor.observe(recorder)  # before its first turn: a replay begins where the law began
             governor.observe(count)

@@ -81,7 +81,7 @@ def _imagined(
     """The run played on a simulated cache: as it was set, and as it might have been."""
     what_if = _changed(recording.config, changes, config_file)
     for name, config in (("played again", recording.config), ("what if", what_if)):
-        yield name, account(play(config, recording.turns), recording.config)
+        yield name, account(play(config, recording.turns, recording.config), recording.config)
 
 
 def _changed(config: GovernorConfig, changes: Sequence[str], config_file: Path | None) -> GovernorConfig:
@@ -155,11 +155,11 @@ def _rows(one: Account, modes: Sequence[str]) -> Iterator[tuple[str, str]]:
     for mode in modes:
         yield mode, f"{one.mode_s.get(mode, 0.0):,.1f} s"
     yield "trims", f"{one.trims}"
-    yield "cells given up", f"{one.cells_given_up:,}"
-    yield "restores", f"{one.restores} ({one.cells_restored:,} cells)"
+    yield "given up", _mib(one.bytes_given_up)
+    yield "restores", f"{one.restores} ({_mib(one.bytes_restored)})"
     yield "direction changes", f"{one.direction_changes}"
     yield "minimum live share", f"{one.min_live_share:.1%}"
-    yield "missing at the end", f"{one.missing_cells:,} cells"
+    yield "missing at the end", _mib(one.missing_bytes)
     yield "memory first short", "never" if one.onset_s is None else f"at {one.onset_s:.2f} s"
     yield (
         "from there to a trim",
@@ -170,3 +170,7 @@ def _rows(one: Account, modes: Sequence[str]) -> Iterator[tuple[str, str]]:
         else f"{one.onset_to_trim_s:.2f} s",
     )
     yield "trims before that", f"{one.trims_before_onset}"
+
+
+def _mib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:,.1f} MiB"

@@ -1,4 +1,4 @@
-"""`psi-kv simulate`: the control and policy code on a synthetic machine, or along a recorded trace."""
+"""`psi-kv simulate`: the governor itself on a synthetic machine, or along a recorded trace."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from psi_kv_governor.cli._group import example, settings_given
 from psi_kv_governor.config import GovernorConfig, load_config
 from psi_kv_governor.errors import BadInputError
 from psi_kv_governor.simulation import SCENARIOS, Outcome, Track, get_scenario, replay, simulate
+from psi_kv_governor.simulation.matrix import Comparison, Figures, run_matrix
 from psi_kv_governor.simulation.plot import check_plotting, save_plot
 
 PLAIN_WIDTH = 100
@@ -28,7 +29,9 @@ Run = tuple[Outcome, Track]
     "simulate",
     short_help="Try the control law on a synthetic machine.",
     epilog=example(
-        "psi-kv simulate", "psi-kv simulate --scenario spike --set high=0.2 --plot spike.png --seed 1"
+        "psi-kv simulate",
+        "psi-kv simulate --scenario spike --set high=0.2 --plot spike.png --seed 1",
+        "psi-kv simulate --matrix --seconds 600",
     ),
 )
 @click.option(
@@ -53,6 +56,7 @@ Run = tuple[Outcome, Track]
 @click.option(
     "--trace", type=click.Path(path_type=Path), metavar="FILE", help="Replay a recorded trace instead."
 )
+@click.option("--matrix", is_flag=True, help="Many kinds of machine, each calm and busy, in one table.")
 def command(  # noqa: PLR0917  (one parameter an option)
     names: tuple[str, ...],
     seed: int,
@@ -64,18 +68,22 @@ def command(  # noqa: PLR0917  (one parameter an option)
     plot: Path | None,
     as_json: bool,
     trace: Path | None,
+    matrix: bool,
 ) -> None:
-    """Run the governor's control law and policy against a synthetic machine.
+    """Run the governor itself against a synthetic machine, on a clock that is only counted.
 
     Each scenario is a neighbour that wants memory, against a limit that the cache is under as well; what
     the cache gives back, the machine has. The same seed gives the same output, byte for byte.
     """
-    config = load_config(
-        file,
-        None,
-        default_file=True,
-        **{**settings_given("--set", settings), **({"policy": policy} if policy else {})},
-    )
+    given: dict[str, object] = {**settings_given("--set", settings)}
+    if policy:
+        given["policy"] = policy
+    config = load_config(file, default_file=True, **given)  # type: ignore[arg-type]  # any name is a setting
+    if matrix:
+        if names or trace is not None or plot is not None:
+            raise BadInputError("--matrix has its own machines: leave --scenario, --trace and --plot out")
+        _matrix(config, seed=seed, seconds=seconds, as_json=as_json)
+        return
     if plot is not None:
         check_plotting()
     if trace is not None:
@@ -98,6 +106,30 @@ def _replayed(trace: Path, config: GovernorConfig, ctx: int) -> Run:
     from psi_kv_governor.pressure.trace import read_trace
 
     return replay(trace.name, read_trace(trace), config, ctx=ctx)
+
+
+def _matrix(config: GovernorConfig, *, seed: int, seconds: float, as_json: bool) -> None:
+    with Console(stderr=True).status("") as status:
+        rows = run_matrix(config, seed=seed, seconds=seconds, tell=status.update)
+    if as_json:
+        report = {"seed": seed, "seconds": seconds, "config": config, "machines": rows}
+        click.echo(msgspec.json.format(msgspec.json.encode(report), indent=2).decode())
+    else:
+        click.echo("\n".join(matrix_lines(rows)))
+
+
+def matrix_lines(rows: Sequence[Comparison]) -> Iterator[str]:
+    """The table in Markdown, as it stands in the documentation."""
+    yield "| machine | | trims | restores | written, GB/h | lost, s: without → with | killed |"
+    yield "| --- | --- | --: | --: | --: | --: | --: |"
+    for row in rows:
+        one: Figures = row.governed
+        about = f" ({row.about})" if row.about and row.state == "calm" else ""
+        yield (
+            f"| {row.machine}{about} | {row.state} | {one.trims} | {one.restores} "
+            f"| {one.written_bytes_per_h / 1e9:.1f} | {row.ungoverned.lost_s:.1f} → {one.lost_s:.1f} "
+            f"| {row.ungoverned.kills} → {one.kills} |"
+        )
 
 
 def _json(outcomes: Sequence[Outcome], config: GovernorConfig, *, seed: int | None, ctx: int) -> str:
@@ -140,6 +172,7 @@ def _rows(outcome: Outcome, config: GovernorConfig) -> Iterator[tuple[str, ...]]
     yield "trims", f"{outcome.trims}"
     yield "cells given up", f"{outcome.cells_given_up:,}"
     yield "most in 60 s", f"{outcome.most_given_up_per_min:.2f} of {config.budget_per_min:g} contexts"
+    yield "bytes written", f"{outcome.written_bytes / 2**20:,.1f} MiB"
     yield "bytes returned", f"{outcome.bytes_returned / 2**20:,.1f} MiB"
     yield "restores", f"{outcome.restores} ({outcome.cells_restored:,} cells)"
     yield "missing at the end", f"{outcome.missing_cells:,} cells"

@@ -24,7 +24,7 @@ from psi_kv_governor.config import DEFAULT_FILE, GovernorConfig, load_config
 from psi_kv_governor.control import CacheSnapshot, pause_s
 from psi_kv_governor.control.trials import Trial
 from psi_kv_governor.control.tuning import Tuning, tune
-from psi_kv_governor.engine.simulated import CELL_BYTES
+from psi_kv_governor.engines.simulated import CELL_BYTES
 from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.pressure import discover
 from psi_kv_governor.pressure.reading import Reading
@@ -117,14 +117,12 @@ def command(  # noqa: PLR0917  (one parameter an option)
 
 
 def _full_cache(config: GovernorConfig, cells: int, cell_bytes: int) -> CacheSnapshot:
-    """A context of which everything may go that is not protected, down to the floor."""
-    floor = max(config.floor_cells, math.ceil(config.floor_share * cells))
-    kept = max(floor, config.sink_cells + config.window_cells)
+    """A context of which everything may go that is not protected."""
     return CacheSnapshot(
         live_bytes=cells * cell_bytes,
         masked_bytes=0,
         lost_bytes=0,
-        trimmable_bytes=max(0, cells - kept) * cell_bytes,
+        trimmable_bytes=max(0, cells - config.sink_cells - config.window_cells) * cell_bytes,
         lossless_bytes=0,
         step_bytes=config.block_cells * cell_bytes,
     )

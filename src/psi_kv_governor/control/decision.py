@@ -68,4 +68,4 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     urgent: bool = False
     """Memory is about to be gone: the cheapest bytes first, and nothing that can wait is waited for."""
     write_behind: bool = False
-    """Headroom is not plentiful: what is dirty should be written now, so that later steps copy nothing."""
+    """Memory is nearly short: what is dirty should be written now, so that later steps copy nothing."""

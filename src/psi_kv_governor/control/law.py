@@ -69,7 +69,9 @@ def decide(
     else:
         decision, state = when_quiet(config, state, now, cache, order)
     mode = _settled(state, decision.mode)
-    behind = not now.plenty and (now.spare_bytes is not None or now.zone is not Zone.QUIET)
+    # Not on a calm machine with less than plenty: every token that is decoded would be written, 18 GB an hour
+    # of an 8B model's, for a neighbour that may never come.
+    behind = now.near or (not now.plenty and now.zone is not Zone.QUIET)
     decision = msgspec.structs.replace(
         decision, mode=mode, write_behind=behind and now.zone is not Zone.UNKNOWN
     )

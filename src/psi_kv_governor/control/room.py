@@ -61,6 +61,11 @@ class Room(NamedTuple):
         )
 
     @property
+    def near(self) -> bool:
+        """Within twice the line: what has to be written before it can go is written now."""
+        return self.told and self.headroom_bytes - self.fall_bytes < 2 * self.line_bytes
+
+    @property
     def plenty(self) -> bool:
         return self.headroom_bytes > self.plenty_bytes
 

@@ -18,6 +18,7 @@ from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.control.decision import CacheSnapshot
 from psi_kv_governor.control.trials import Trial, due, late, try_out
 from psi_kv_governor.pressure.reading import Reading
+from psi_kv_governor.quantile import quantile
 
 NOISE_QUANTILE = 0.999
 """Stall that a calm machine passes once in a thousand looks (100 s at ten a second) is still its noise."""
@@ -98,9 +99,9 @@ def tune(
     return msgspec.structs.replace(found, remarks=tuple(remarks))
 
 
-def quantile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least `share` (0 to 1) of `values` do not pass; 0 without values."""
-    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)] if values else 0.0
+def _quantile(values: Sequence[float], share: float) -> float:
+    """As `quantile`; 0 without values, since a machine that said nothing showed no stall."""
+    return quantile(values, share) if values else 0.0
 
 
 # -- stall -------------------------------------------------------------------------------------------------
@@ -111,10 +112,10 @@ class _Stall:
 
     def __init__(self, calm: Sequence[Reading]) -> None:
         some = [reading.some for reading in calm]
-        self.median = quantile(some, 0.5)
-        self.usual = quantile(some, QUIET_QUANTILE)
-        self.noise = quantile(some, NOISE_QUANTILE)
-        self.noise_full = quantile([reading.full for reading in calm], NOISE_QUANTILE)
+        self.median = _quantile(some, 0.5)
+        self.usual = _quantile(some, QUIET_QUANTILE)
+        self.noise = _quantile(some, NOISE_QUANTILE)
+        self.noise_full = _quantile([reading.full for reading in calm], NOISE_QUANTILE)
 
 
 def _thresholds(stall: _Stall, base: GovernorConfig) -> dict[str, tuple[float, str]]:
@@ -136,7 +137,7 @@ def _quiet(calm: Sequence[Reading], low: float, base: GovernorConfig) -> dict[st
     pauses_s = [b - a for a, b in pairwise(bursts_s) if b - a > 2 * base.poll_s]
     if not pauses_s:
         return {}
-    pause_s = quantile(pauses_s, 0.9)
+    pause_s = _quantile(pauses_s, 0.9)
     quiet_s = min(max(base.quiet_s, _up(1.2 * pause_s, 1)), max(MOST_QUIET_S, base.quiet_s))
     return {"quiet_s": (quiet_s, f"9 of 10 pauses between two bursts of stall took {pause_s:.1f} s or less")}
 
@@ -158,7 +159,7 @@ def _pace(
     took = f"the neighbour of the scene took {rate / 1e6:,.0f} MB/s at its fastest"
     rooms = [reading.headroom_bytes for reading in calm if reading.headroom_bytes is not None]
     if rooms:
-        left_s = quantile(rooms, 0.5) / rate
+        left_s = _quantile(rooms, 0.5) / rate
         poll_s = min(base.poll_s, max(base.poll_busy_s, _down(left_s / 4)))
         values["poll_s"] = (poll_s, f"{took}: this machine's headroom would last {left_s:.2f} s")
     if cache.trimmable_bytes:

@@ -23,9 +23,10 @@ class Zone(Enum):
     BETWEEN = "between"
     """Neither short nor quiet, or stalled for another reason than shortage."""
     QUIET = "quiet"
-    """Stall below `low` (with plenty of headroom: below `high`), headroom not below its low line."""
+    """Stall below `low` (with plenty of headroom: below `high`) or not told here, and headroom not below its
+    low line."""
     UNKNOWN = "unknown"
-    """No stall known yet, and no shortage by headroom."""
+    """No stall known yet, or neither stall nor headroom told."""
 
 
 _ORDER = (Zone.QUIET, Zone.UNKNOWN, Zone.BETWEEN, Zone.PRESSURE, Zone.ACUTE)
@@ -73,6 +74,8 @@ class View(NamedTuple):
     """What has to come back for the headroom to be at its low line in twice `lead_s`, as it falls now."""
     plenty: bool
     """Headroom is known, and far from its low line, on all levels."""
+    near: bool
+    """On some level, headroom is within twice its low line."""
     noise: float
     """The most stall of any level."""
     why: str
@@ -135,6 +138,7 @@ def view(
         spare_bytes=min((one.spare_bytes for one in known), default=None),
         missing_bytes=max((one.missing_bytes for one in known), default=0),
         plenty=bool(known) and all(one.plenty for one in known),
+        near=any(one.near for one in known),
         noise=max(one.some for one in judged),
         why=worst.why,
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from psi_kv_governor.cache import Engine, Plan, Range, Snapshot, Step, Verb, merged, without
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.control import SLICE_BYTES, CacheSnapshot
+from psi_kv_governor.errors import BadInputError
 from psi_kv_governor.policy.base import Policy
 from psi_kv_governor.policy.ladder import LEAST_RELEASE_BYTES, Ladder, Rung
 from psi_kv_governor.policy.scoring import Scores
@@ -51,11 +52,14 @@ class Planner:
         return self.ladder(snapshot).why_nothing()
 
     def protect(self, positions: Range, sequence: int | None) -> None:
-        """Never give up `positions` of `sequence` (None: of each) until `unprotect`."""
+        """Never give up `positions` of `sequence` (None: of each) until `unprotect`. Raises BadInputError."""
+        _check(positions)
         self.marks[sequence] = (*self.marks.get(sequence, ()), positions)
 
     def unprotect(self, positions: Range, sequence: int | None) -> None:
-        """Take the caller's protection off `positions`; without a sequence off those of each."""
+        """Take the caller's protection off `positions`; without a sequence off those of each. Raises
+        BadInputError."""
+        _check(positions)
         for one in [sequence] if sequence is not None else list(self.marks):
             left = tuple(rest for mark in self.marks.get(one, ()) for rest in without(mark, positions))
             self.marks[one] = left
@@ -125,7 +129,7 @@ class Planner:
     def restore(self, snapshot: Snapshot, n_bytes: int) -> Plan:
         """A slice of what is masked, what scored highest first."""
         wanted = [
-            (self._scores.worth(cache.id, one, part), cache, one.id, part)
+            (self._scores.last(cache.id, one, part), cache, one.id, part)
             for cache in snapshot.caches
             for one in cache.sequences
             for part in _blocks(one.masked, self._config.block_cells)
@@ -170,6 +174,13 @@ class Planner:
             if (ranges := tuple(ladder.protection(one).free(one.live, one.next_position)))
         ]
         return Plan(steps=tuple(steps), deadline_s=SLICE_S) if steps else None
+
+
+def _check(positions: Range) -> None:
+    if not 0 <= positions.start < positions.stop:
+        raise BadInputError(
+            f"positions {positions.start} to {positions.stop} are not usable: give 0 <= start < stop"
+        )
 
 
 def _all(rungs: Iterator[Rung]) -> Plan | None:

@@ -75,15 +75,16 @@ class Scores:
         """The ranges of `sequence` that go for `cells` cells, and no more than those. Empty for a sequence
         that is gone meanwhile."""
         try:
-            scored = self._score(cache, sequence, protection)
+            evidence = self._evidence(cache.id, sequence.id)
         except EngineError:  # of this sequence: an engine that is gone says so when the plan is applied
             return []
+        scored = self._score(cache, sequence, protection, evidence)
         known = self._of(cache.id, sequence)
-        for block, worth in zip(scored.blocks, scored.scores, strict=True):
-            known[block.start : block.stop] = worth
+        for block, thought in zip(scored.blocks, scored.scores, strict=True):
+            known[block.start : block.stop] = thought
         return scored.lowest(cells, cells)
 
-    def worth(self, cache: int, sequence: SequenceState, part: Range) -> float:
+    def last(self, cache: int, sequence: SequenceState, part: Range) -> float:
         """Mean of the last known scores of `part`; -inf where a position was never scored."""
         known = self._known.get((cache, sequence.id))
         if known is None or part.stop > len(known) or part.cells <= 0:
@@ -111,14 +112,13 @@ class Scores:
             self._known[key] = known = longer
         return known
 
-    def _score(self, cache: CacheState, sequence: SequenceState, protection: Protection) -> Scored:
-        evidence = self._evidence(cache.id, sequence.id)
+    def _score(
+        self, cache: CacheState, sequence: SequenceState, protection: Protection, evidence: Evidence
+    ) -> Scored:
         try:
             if not (why := why_not_served(self.policy, evidence)):
                 return self._scored_by(self.policy, cache, sequence, protection, evidence)
             self._complain(f"the policy {self.policy.name} can't be used with this cache ({why})")
-        except EngineError:
-            raise
         except Exception as error:
             self._complain(f"the policy {self.policy.name} failed ({error}): the oldest blocks go instead")
         return self._scored_by(Window(), cache, sequence, protection, evidence)

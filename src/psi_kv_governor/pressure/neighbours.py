@@ -107,6 +107,7 @@ class Neighbours:
             self.problem = f"other governors can't be told of this one: {why}"
         _open_ones.add(self)
         self._end = weakref.finalize(self, _drop, self._descriptor, self._path)
+        weakref.finalize(self, _leave, self._heard)  # also when it is only dropped
 
     # -- saying -----------------------------------------------------------------------------------------
 
@@ -237,9 +238,7 @@ class Neighbours:
 
     def close(self) -> None:
         """Leave the others. Safe to call twice."""
-        for heard in self._heard.values():
-            os.close(heard.descriptor)
-        self._heard = {}
+        _leave(self._heard)
         self._sizes.close()
         self._descriptor, self._path = -1, None
         self._end()
@@ -249,6 +248,11 @@ class Neighbours:
         if self._end.detach() is not None:
             _drop(self._descriptor, None)
         self._descriptor, self._path = -1, None
+
+
+def _leave(heard: dict[str, _Heard]) -> None:
+    while heard:
+        os.close(heard.popitem()[1].descriptor)
 
 
 def _drop(descriptor: int, path: Path | None) -> None:

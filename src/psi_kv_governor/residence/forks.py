@@ -30,6 +30,11 @@ def enter(member: Forked) -> None:
     _members.add(member)
 
 
+def members() -> list[Forked]:
+    """All that are told."""
+    return list(_members)
+
+
 def _before_fork() -> None:
     birth.acquire()
     _still[:] = list(_members)

@@ -19,16 +19,19 @@ from collections.abc import Iterable
 import numpy as np
 
 from psi_kv_governor.kernel import memory
-from psi_kv_governor.kernel.memory import PAGE_BYTES, Mask
-from psi_kv_governor.residence import forks
+from psi_kv_governor.kernel.memory import PAGE_BYTES
+from psi_kv_governor.residence import forks, paging
 from psi_kv_governor.residence.backing import Backing
+from psi_kv_governor.residence.counting import dirty_bytes, in_memory, went
 from psi_kv_governor.residence.parked_file import ParkedFile
 from psi_kv_governor.residence.parts import Done, Part, bytes_of, inward, runs_of, slices
 from psi_kv_governor.residence.place import Place
 
-SLICE_BYTES = 1 << 20
-"""Unit of work: between two of them time and bytes are looked at."""
+SLICE_BYTES = 1 << 20  # unit of work: between two of them time and bytes are looked at
 _SYNC_BYTES = 16 << 20  # unit of writing back: the disk gets enough at once to work at its full speed
+
+MOST_PIECES = 16_384
+"""Mappings that parking may make in a process: beyond 65,530 (vm.max_map_count) nobody gets any more."""
 
 NO_PLACE = "there is no folder that can hold parked bytes"
 
@@ -38,20 +41,22 @@ class Mapping:
 
     Parts that are asked for are rounded inward to whole pages. Any thread may call; only one call works at
     a time. After a fork both processes have the same bytes, and neither sees what the other writes later.
-    Raises OSError on creation when not even address space is left.
+    `why_not_file` is why it was not born in a file although that was asked for. Raises OSError on creation
+    when not even address space is left.
     """
 
     def __init__(self, n_bytes: int, *, backing: Backing = "memory", place: Place | None = None) -> None:
         self.n_bytes = max(1, -(-n_bytes // PAGE_BYTES)) * PAGE_BYTES
         self.backing: Backing = "memory"
         self.why_not_file = "" if place else NO_PLACE
-        """Why it was not born in a file although that was asked for."""
         self._place = place
         self._lock = threading.RLock()
         self._files: list[ParkedFile] = []
         self._of = np.zeros(self.n_bytes // PAGE_BYTES, dtype=np.uint8)
         """By page: 0 for anonymous memory, else 1 + index of the file it is mapped from."""
         self._shared = False
+        self.pieces = 1
+        """Mappings that it is made of, at most."""
         self._failed = ""
         self._closed = False
         self.address = 0
@@ -62,7 +67,7 @@ class Mapping:
                 self.address = memory.map_memory(0, self.n_bytes, memory.ANONYMOUS)
             forks.enter(self)
         self.buffer = (ctypes.c_char * self.n_bytes).from_address(self.address)
-        """The memory, for memoryview, numpy.frombuffer and torch.frombuffer, which keep it alive."""
+        """For memoryview, numpy.frombuffer and torch.frombuffer, which keep it alive."""
         weakref.finalize(self.buffer, memory.unmap, self.address, self.n_bytes)
         memory.call_allowed("mincore")  # found out now, and not under pressure
         memory.call_allowed("cachestat")
@@ -81,35 +86,22 @@ class Mapping:
 
     def resident_bytes(self, parts: Iterable[Part] | None = None) -> int:
         """Bytes in memory, of all or of `parts`, as the kernel counts them (0 where it doesn't let us)."""
-        with self._lock:
-            runs = inward(parts, self.n_bytes)
-            masks = [self._in_memory(*run)[0] for run in runs]
-            return sum(bytes_of(mask) for mask in masks if mask is not None)
+        masks = [in_memory(self.address, run)[0] for run in inward(parts, self.n_bytes)]
+        return sum(bytes_of(mask) for mask in masks if mask is not None)
 
     def dirty_bytes(self, parts: Iterable[Part] | None = None) -> int | None:
         """Bytes that would have to be written before they can go; None where that can't be told."""
         with self._lock:
             found = [self._dirty(*run) for run in inward(parts, self.n_bytes)]
-            return None if None in found else sum(filter(None, found))
+        return None if None in found else sum(filter(None, found))
 
     @property
     def stored_bytes(self) -> int:
         """Space that it holds on the disk."""
-        with self._lock:
-            return sum(file.reserved_bytes for file in self._files)
-
-    def _in_memory(self, start: int, stop: int) -> tuple[Mask | None, str]:
-        mask = memory.in_memory(self.address + start, stop - start)
-        if mask is not None:
-            return mask, "mincore"
-        table = memory.page_table(self.address + start, stop - start)
-        return (table[0], "pagemap") if table else (None, "computed")
+        return sum(file.reserved_bytes for file in list(self._files))
 
     def _dirty(self, start: int, stop: int) -> int | None:
-        if self._shared:
-            return memory.dirty_file_bytes(self._files[0].descriptor, start, stop - start)
-        table = memory.page_table(self.address + start, stop - start)
-        return bytes_of(table[1]) if table else None
+        return dirty_bytes(self.address, (start, stop), self._files[0] if self._shared else None)
 
     def park(self, parts: Iterable[Part], deadline_s: float = math.inf) -> Done:
         """Have the bytes of `parts` leave memory. They read as before, from the disk."""
@@ -125,7 +117,7 @@ class Mapping:
             runs = list(inward(parts, self.n_bytes))
             if why := self._why_not_park():
                 return Done(problem=why, finished=not runs)
-            before = [self._in_memory(*run)[0] for run in runs]
+            before = [in_memory(self.address, run)[0] for run in runs]
             for start, stop in slices(runs, _SYNC_BYTES if self._shared else SLICE_BYTES):
                 if time.monotonic() > until:
                     finished = False
@@ -138,7 +130,10 @@ class Mapping:
                         self._failed = "its disk failed, so that nothing is parked on it any more"
                     problem, finished = f"it can't be parked: {error.strerror}", False
                     break
-            returned, how = self._went(runs, before)
+            if finished and not stay:
+                self._drop_stragglers(runs)
+            self.pieces = 1 + int(np.count_nonzero(np.diff(self._of)))
+            returned, how = went(self.address, runs, before)
         return Done(
             bytes_returned=returned, written_bytes=written, finished=finished, problem=problem, counted=how
         )
@@ -146,15 +141,19 @@ class Mapping:
     def _why_not_park(self) -> str:
         if self._closed:
             return "it is closed"
-        return self._failed or (NO_PLACE if self._place is None else "")
+        if (
+            not self._shared
+            and sum(it.pieces for it in forks.members() if isinstance(it, Mapping)) > MOST_PIECES
+        ):
+            return "what is parked lies in too many pieces already"
+        return self._failed or ("" if self._place else NO_PLACE)
 
     def _park_shared(self, start: int, stop: int, stay: bool) -> int:
         file = self._files[0]
         dirty = self._dirty(start, stop)
         memory.write_back(file.descriptor, start, stop - start, wait=not stay)
         if not stay:
-            memory.advise(self.address + start, stop - start, memory.DONTNEED)
-            file.drop(start, stop)
+            self._drop(start, stop)
         return stop - start if dirty is None else dirty
 
     def _park_private(self, start: int, stop: int, stay: bool) -> int:
@@ -169,13 +168,29 @@ class Mapping:
             if stay:
                 memory.write_back(file.descriptor, part[0], part[1] - part[0], wait=False)
         if not stay:
-            of = self._of[start // PAGE_BYTES : stop // PAGE_BYTES]
-            for index, file in enumerate(self._files, start=1):
-                for part in runs_of(of == index, start):
-                    memory.write_back(file.descriptor, part[0], part[1] - part[0])
-                    memory.advise(self.address + part[0], part[1] - part[0], memory.DONTNEED)
-                    file.drop(*part)
+            self._drop(start, stop)
         return bytes_of(own)
+
+    def _drop(self, start: int, stop: int) -> None:
+        """Have pages of files leave memory. Of those born in memory none may be its own any more."""
+        for part, file in self._of_files(start, stop):
+            paging.drop(self.address, file, part)
+
+    def _drop_stragglers(self, runs: Iterable[Part]) -> None:
+        """Pages that somebody's readahead was just bringing in could not be dropped yet."""
+        for _ in range(3):
+            left = [part for run in runs for part in paging.resident(self.address, run, self._of)]
+            if not left:
+                return
+            time.sleep(0.002)  # a read from the disk
+            for part in left:
+                self._drop(*part)
+
+    def _of_files(self, start: int, stop: int) -> list[tuple[Part, ParkedFile]]:
+        """The parts of this one that are mapped from files, each with its file."""
+        of = self._of[start // PAGE_BYTES : stop // PAGE_BYTES]
+        files = enumerate(self._files, start=1)
+        return [(part, file) for index, file in files for part in runs_of(of == index, start)]
 
     def _open_file(self) -> tuple[int, ParkedFile]:
         """The file that may be written to, with its number in `_of`."""
@@ -205,7 +220,7 @@ class Mapping:
         room = self.n_bytes if max_bytes is None else max_bytes
         with self._lock:
             for start, stop in slices(inward(parts, self.n_bytes), SLICE_BYTES):
-                here, how = self._in_memory(start, stop)
+                here, how = in_memory(self.address, (start, stop))
                 missing = self._of[start // PAGE_BYTES : stop // PAGE_BYTES] != 0  # what a file holds
                 missing &= True if here is None else ~here
                 if not missing.any():
@@ -215,30 +230,16 @@ class Mapping:
                     return Done(bytes_back=back, finished=False, counted=how)
                 end = start + (int(allowed[-1]) + 1) * PAGE_BYTES
                 try:
-                    self._read_in(start, end)
+                    for part, file in self._of_files(start, end):
+                        paging.read_in(self.address, file, part, self.buffer)
                 except OSError as error:
-                    why = f"it can't be read: {error.strerror}"
-                    return Done(bytes_back=back, finished=False, problem=why, counted=how)
+                    return Done(
+                        bytes_back=back, finished=False, problem=f"it can't be read: {error.strerror}"
+                    )
                 back += bytes_of(missing[: (end - start) // PAGE_BYTES])
                 if end < stop:
                     return Done(bytes_back=back, finished=False, counted=how)
         return Done(bytes_back=back, counted=how)
-
-    def _read_in(self, start: int, stop: int) -> None:
-        """Read exactly these pages: readahead by fault brought 8 MiB where 1 was asked for."""
-        of, address = self._of[start // PAGE_BYTES : stop // PAGE_BYTES], self.address
-        for index, file in enumerate(self._files, start=1):
-            for part in runs_of(of == index, start):
-                file.read_in(*part)
-                memory.advise(address + part[0], part[1] - part[0], memory.RANDOM)
-                try:
-                    memory.advise(address + part[0], part[1] - part[0], memory.POPULATE_READ)
-                except OSError as error:
-                    if error.errno != errno.EINVAL:
-                        raise
-                    bytes(memoryview(self.buffer).cast("B")[part[0] : part[1] : PAGE_BYTES])  # before 5.14
-                finally:
-                    memory.advise(address + part[0], part[1] - part[0], memory.NORMAL)
 
     def release(self, parts: Iterable[Part]) -> Done:
         """The content of `parts` is no longer needed: it reads as zeros, or as before where that can't be."""
@@ -246,13 +247,13 @@ class Mapping:
             runs = list(inward(parts, self.n_bytes))
             if self._closed:
                 return Done(problem="it is closed")
-            before = [self._in_memory(*run)[0] for run in runs]
+            before = [in_memory(self.address, run)[0] for run in runs]
             for start, stop in runs:
                 try:
                     self._release_run(start, stop)
                 except OSError as error:
                     return Done(problem=f"it can't be released: {error.strerror}", finished=False)
-            returned, how = self._went(runs, before)
+            returned, how = went(self.address, runs, before)
         return Done(bytes_returned=returned, counted=how)
 
     def _release_run(self, start: int, stop: int) -> None:
@@ -270,14 +271,6 @@ class Mapping:
             self._map_from(0, *part)
             if not self._files[-1].frozen:
                 self._files[-1].punch(*part)
-
-    def _went(self, runs: list[Part], before: list[Mask | None]) -> tuple[int, str]:
-        """Bytes that were in memory `before` and are not now, and by what that was counted."""
-        returned, how = 0, "mincore"
-        for run, was in zip(runs, before, strict=True):
-            now, how = self._in_memory(*run)
-            returned += run[1] - run[0] if was is None or now is None else bytes_of(was & ~now)
-        return returned, how
 
     def close(self) -> None:
         """Give everything back now: what still looks at the memory sees zeros. Safe to call twice."""
@@ -304,5 +297,5 @@ class Mapping:
                     memory.advise(self.address, self.n_bytes, memory.DONTFORK)
 
     def after_fork(self) -> None:
-        """Go on, in each of the two."""
+        """See Forked."""
         self._lock.release()

@@ -72,9 +72,21 @@ class ParkedFile:
 
         Raises OSError; the bytes at `start` are then old or new.
         """
-        direct = self._direct and not cached and self._set_direct(True)
-        if self._direct and cached:
-            self._set_direct(False)
+        direct = self._direct and not cached
+        if self._direct:
+            self._set_direct(direct)
+        try:
+            self._write(start, source)
+        except OSError as error:
+            if not direct or error.errno != errno.EINVAL:
+                raise
+            # The flag was taken, but writing with it is not to be had here.
+            self._direct = direct = self._set_direct(False)
+            self._write(start, source)
+        if not direct and not cached:
+            memory.write_back(self.descriptor, start, len(source))
+
+    def _write(self, start: int, source: memoryview) -> None:
         with _bounce_lock:
             for done in range(0, len(source), BOUNCE_BYTES):
                 n_bytes = min(BOUNCE_BYTES, len(source) - done)
@@ -86,8 +98,6 @@ class ParkedFile:
                     if wrote == 0:
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                     sent += wrote
-        if not direct and not cached:
-            memory.write_back(self.descriptor, start, len(source))
 
     def drop(self, start: int, stop: int) -> None:
         """Have the kernel forget the clean pages of this part."""

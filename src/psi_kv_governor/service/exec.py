@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from psi_kv_governor.config import GovernorConfig
@@ -15,17 +17,20 @@ from psi_kv_governor.engines.llama.process import Chosen, choose
 from psi_kv_governor.errors import BadInputError, EngineError
 from psi_kv_governor.governor import Governor
 from psi_kv_governor.service.beside import Beside
-from psi_kv_governor.service.program import Found, Program, end_as, find_program
+from psi_kv_governor.service.program import HeldSignals, Program, find_program
+from psi_kv_governor.service.reach import Level, Reach, reach_of
 from psi_kv_governor.service.systemd import notify
 
 SOCKET = "PSIKV_SOCKET"
 """Name of the abstract socket at which agents look for their sidecar; children inherit it."""
+PLACE, BACKING = "PSIKV_PLACE", "PSIKV_BACKING"
 
 
 class Prepared(NamedTuple):
     """What would be started, and how."""
 
-    found: Found
+    path: Path
+    reach: Reach
     agent: str
     """Path of the agent; '' where it can't be had."""
     why_not: str
@@ -40,15 +45,29 @@ def prepare(command: Sequence[str], config: GovernorConfig, environ: Mapping[str
     BadInputError for a folder that was named and can't be used."""
     if not command:
         raise BadInputError("say which program to run: psi-kv exec -- PROGRAM [ARGS]")
-    found = find_program(command[0], environ)
+    path = find_program(command[0], environ)
+    reach = reach_of(path)
     chosen = choose(config)
-    agent, why = "", found.unreached
+    agent, why = "", reach.how if reach.level is Level.NONE else ""
+    if why and reach.remedy:
+        why = f"{why}: {reach.remedy}"
     try:
         agent = str(agent_path())
     except EngineError as error:
         why = why or str(error)
-    inside = SOCKET in environ
-    return Prepared(found, agent, why, chosen, inside)
+    return Prepared(path, reach, agent, why, chosen, inside=_listens(environ.get(SOCKET, "")))
+
+
+def _listens(name: str) -> bool:
+    """Whether a sidecar is at that name: the variable outlives one that was killed."""
+    if not name:
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as one:
+        try:
+            one.connect(f"\0{name}")
+        except OSError:
+            return False
+    return True
 
 
 def environment(
@@ -62,8 +81,8 @@ def environment(
         **environ,
         "LD_PRELOAD": ":".join([prepared.agent, *others]),
         SOCKET: fleet.name,
-        "PSIKV_PLACE": prepared.chosen.folder,
-        "PSIKV_BACKING": prepared.chosen.backing,
+        PLACE: prepared.chosen.folder,
+        BACKING: prepared.chosen.backing,
         "PSIKV_RESERVE_BYTES": str(config.place_reserve_bytes),
         "PSIKV_LIMIT_BYTES": str(config.place_limit_bytes),
     }
@@ -72,44 +91,122 @@ def environment(
 def run(
     command: Sequence[str],
     config: GovernorConfig,
+    held: HeldSignals,
     *,
     environ: Mapping[str, str] | None = None,
     beside: Sequence[Beside] = (),
 ) -> int:
-    """Run `command` to its end under a governor, with `beside` it; gives the exit status to end with.
+    """Run `command` to its end under a governor, with `beside` it; gives its wait status.
 
     Raises CannotStartError where it can't be started. Whatever else goes wrong is said in one line, and the
     program runs as it would without us.
     """
     environ = dict(os.environ) if environ is None else environ
     prepared = prepare(command, config, environ)
-    if prepared.inside or prepared.why_not:
-        if not prepared.inside:  # else it has its governor
-            _say(f"{command[0]} runs ungoverned: {prepared.why_not}")
-        return end_as(Program(command, prepared.found.path, environ).wait())
     opened: list[int] = []
-    fleet = Fleet(
-        place=prepared.chosen.folder,
-        backing=prepared.chosen.backing,
-        why_backing=prepared.chosen.why,
-        opened=opened.append,
-    )
+    fleet, why = None, prepared.why_not
+    if not prepared.inside and not why:  # else it has its governor, or can have none
+        try:
+            fleet = Fleet(
+                place=prepared.chosen.folder,
+                backing=prepared.chosen.backing,
+                why_backing=prepared.chosen.why,
+                opened=opened.append,
+                refused=lambda pid, why: _say(f"process {pid} runs ungoverned: {why}"),
+            )
+        except OSError as error:
+            why = f"no socket can be made for its agent: {error.strerror or error}"
+    if fleet is None:
+        program = Program(command, prepared.path, environ, held)
+        if why:
+            _say(f"{command[0]} runs ungoverned: {why}")
+        return program.wait()
     try:
-        program = Program(command, prepared.found.path, environment(prepared, fleet, config, environ))
-        with Governor(fleet, config=config, name=prepared.found.path.name) as governor, ExitStack() as stack:
-            for one in beside:  # now that signals are the program's: no thread of theirs may take one
-                try:
-                    stack.callback(one.start(governor).close)
-                except OSError as error:
-                    _say(f"no {one.name} at {one.address}: {error.strerror or error}")
+        governor = Governor(fleet, config=config, name=prepared.path.name)
+        program = Program(command, prepared.path, environment(prepared, fleet, config, environ), held)
+        with contextlib.ExitStack() as ending:
+            ending.callback(_harmless, fleet.close)
+            ending.callback(_harmless, governor.close)
+            _harmless(governor.start)
+            _start(beside, governor, ending)
             notify("READY=1")
             status = program.wait()
             notify("STOPPING=1")
-    finally:
+    except BaseException:  # nothing was started
         fleet.close()
+        raise
     if not opened:
         _say(f"{command[0]} opened no llama.cpp cache that could be governed: psi-kv doctor -- {command[0]}")
-    return end_as(status)
+    return status
+
+
+def _start(beside: Sequence[Beside], governor: Governor, ending: contextlib.ExitStack) -> None:
+    """What can be had of it: the program runs without the rest."""
+    for one in beside:
+        try:
+            running = one.start(governor)
+        except Exception as error:
+            _say(f"no {one.name} at {one.address}: {getattr(error, 'strerror', '') or error}")
+        else:
+            ending.callback(_harmless, running.close)
+
+
+def _harmless(action: Callable[[], None]) -> None:
+    """Nothing of ours may end the program, or change the status that it ends with."""
+    try:
+        action()
+    except Exception as error:
+        _say(f"the governor failed, and the program runs on: {error}")
+
+
+def attach(pid: int, config: GovernorConfig, held: HeldSignals, *, beside: Sequence[Beside] = ()) -> None:
+    """Govern a program, and its children, whose sidecar is gone, until it ends or we are told to.
+
+    Raises BadInputError where that can't be.
+    """
+    environ = _environ_of(pid)
+    name = environ.get(SOCKET, "")
+    if not name:
+        raise BadInputError(
+            f"process {pid} was not started by psi-kv exec, so there is no agent in it: start it as "
+            "'psi-kv exec -- PROGRAM'"
+        )
+    if _listens(name):
+        raise BadInputError(f"process {pid} has its governor already: psi-kv watch")
+    fleet = Fleet(
+        place=environ.get(PLACE, ""),
+        backing=environ.get(BACKING, "memory"),
+        name=name,
+        refused=lambda pid, why: _say(f"process {pid} stays ungoverned: {why}"),
+    )
+    try:
+        with Governor(fleet, config=config, name=_name_of(pid)) as governor, contextlib.ExitStack() as ending:
+            _start(beside, governor, ending)
+            notify("READY=1")
+            held.wait_for(pid)
+            notify("STOPPING=1")
+    finally:
+        fleet.close()
+
+
+def _environ_of(pid: int) -> dict[str, str]:
+    try:
+        raw = Path(f"/proc/{pid}/environ").read_bytes()
+    except FileNotFoundError:
+        raise BadInputError(f"there is no process {pid}") from None
+    except OSError as error:
+        raise BadInputError(f"process {pid} is not yours to govern: {error.strerror}") from error
+    pairs = (
+        one.partition("=")[::2] for one in raw.decode(errors="surrogateescape").split("\0") if "=" in one
+    )
+    return dict(pairs)
+
+
+def _name_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
+    except OSError:
+        return str(pid)
 
 
 def _say(line: str) -> None:

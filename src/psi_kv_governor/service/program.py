@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import shutil
 import signal
-import stat
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from types import TracebackType
 
 from psi_kv_governor.errors import BadInputError
 
@@ -22,6 +21,10 @@ _HANDED_ON = (
     signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
     signal.SIGWINCH, signal.SIGCONT,
 )  # fmt: skip
+_ENDS = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT}
+_LOOK_S = 0.5
+_OF_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
+"""Python ignores them from its start, and a program would inherit that."""
 _FROM_KERNEL = 0x80
 """`si_code` of a signal that the kernel sent (siginfo.h: SI_KERNEL), for instance for Ctrl-C: the terminal
 sends it to the program as well."""
@@ -39,60 +42,83 @@ class CannotStartError(BadInputError):
         return self.status
 
 
-class Found(NamedTuple):
-    """A program that can be started."""
-
-    path: Path
-    unreached: str
-    """Why the agent will not be in it, or ''."""
-
-
-def find_program(name: str, environ: Mapping[str, str]) -> Found:
+def find_program(name: str, environ: Mapping[str, str]) -> Path:
     """The executable `name`. Raises CannotStartError."""
     path = shutil.which(name, path=environ.get("PATH", os.defpath))
-    if path is None:
-        if os.sep in name and Path(name).exists():
-            raise CannotStartError(f"{name} is not executable: chmod +x {name}", NOT_EXECUTABLE)
-        raise CannotStartError(f"{name} was not found: is it installed, and in PATH?", NOT_FOUND)
-    return Found(Path(path), _why_unreached(Path(path)))
+    if path is not None:
+        return Path(path)
+    if os.sep in name and Path(name).is_dir():
+        raise CannotStartError(f"{name} is a folder: name the program in it", NOT_EXECUTABLE)
+    if os.sep in name and Path(name).exists():
+        raise CannotStartError(f"{name} is not executable: chmod +x {name}", NOT_EXECUTABLE)
+    raise CannotStartError(f"{name} was not found: is it installed, and in PATH?", NOT_FOUND)
 
 
-def _why_unreached(path: Path) -> str:
-    status = path.stat()
-    if status.st_mode & (stat.S_ISUID | stat.S_ISGID):
-        return "it is setuid, and the loader ignores LD_PRELOAD for it: start it as the user it changes to"
-    with contextlib.suppress(OSError):
-        head, ours = (_head(one) for one in (path, Path("/proc/self/exe")))
-        if head[:4] == b"\x7fELF":
-            if head[4] != ours[4] or head[18:20] != ours[18:20]:
-                return "it is built for another architecture"
-            if b"ld-musl" in head:
-                return "it is built against musl, and this agent against glibc"
-    return ""
+class HeldSignals:
+    """While it is open, the signals that belong to the program wait for `Program.wait`.
 
+    Opened before any other thread of this process is started (numpy starts some when it is imported): a
+    thread that does not block a signal may be given it, and the process would end by it.
+    """
 
-def _head(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(4096)
+    def __init__(self) -> None:
+        self.before: set[int] = set()
+        """The mask that the program starts with."""
+
+    def __enter__(self) -> HeldSignals:
+        self.before = set(signal.pthread_sigmask(signal.SIG_BLOCK, {*_HANDED_ON, signal.SIGCHLD}))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Signals are this process' again; those that came meanwhile take effect now."""
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.before)
+
+    def wait_for(self, pid: int) -> None:
+        """Until the process ends, which is no child of ours, or we are told to end."""
+        try:
+            process = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return
+        try:
+            ended = select.poll()
+            ended.register(process, select.POLLIN)
+            while not ended.poll(0):
+                told = signal.sigtimedwait(_ENDS, _LOOK_S)
+                if told is not None:
+                    return
+        finally:
+            os.close(process)
+
+    def forget(self) -> None:
+        """Drop the signals that came too late for the program: it has ended, its status is what counts."""
+        while signal.sigtimedwait({*_HANDED_ON, signal.SIGCHLD}, 0) is not None:
+            pass
 
 
 class Program:
     """A running child of ours. Signals that this process is sent are handed on to it."""
 
-    def __init__(self, command: Sequence[str], path: Path, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self, command: Sequence[str], path: Path, environ: Mapping[str, str], held: HeldSignals
+    ) -> None:
         """Raises CannotStartError where the kernel refuses it."""
-        # Blocked from before it starts, so that none is lost; the program gets them unblocked.
-        self._before = signal.pthread_sigmask(signal.SIG_BLOCK, {*_HANDED_ON, signal.SIGCHLD})
+        if signal.sigpending() & _ENDS:
+            held.release()  # we were told to end before there was a program
+        ignored = {s for s in _HANDED_ON if signal.getsignal(s) is signal.SIG_IGN}  # nohup, a background job
         try:
             self.pid = os.posix_spawn(
-                str(path), list(command), dict(environ), setsigmask=self._before,
-                setsigdef=[s for s in _HANDED_ON if signal.getsignal(s) is not signal.SIG_IGN],
+                str(path), list(command), dict(environ), setsigmask=held.before,
+                setsigdef={*_OF_PYTHON, *_HANDED_ON} - ignored,
             )  # fmt: skip
         except OSError as error:
-            signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
-            status = NOT_FOUND if error.errno == errno.ENOENT else NOT_EXECUTABLE
-            raise CannotStartError(f"{path} can't be started: {error.strerror}", status) from error
-        self._ended = threading.Event()
+            raise _cannot_start(path, error) from error
+        except ValueError as error:  # a NUL in an argument
+            raise CannotStartError(f"{path} can't be started: {error}", NOT_EXECUTABLE) from error
 
     def wait(self) -> int:
         """Hand signals on until the program has ended; gives its wait status. Reaps others' orphans as well,
@@ -100,7 +126,6 @@ class Program:
         while True:
             ended = self._reaped()
             if ended is not None:
-                signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
                 return ended
             told = signal.sigwaitinfo({*_HANDED_ON, signal.SIGCHLD})
             if told.si_signo != signal.SIGCHLD and told.si_code != _FROM_KERNEL:
@@ -118,6 +143,18 @@ class Program:
                 return own
             if pid == self.pid:
                 own = status
+
+
+def _cannot_start(path: Path, error: OSError) -> CannotStartError:
+    why, status = error.strerror or str(error), NOT_EXECUTABLE
+    if error.errno == errno.ENOENT and path.exists():  # the kernel speaks of the interpreter
+        why = "the interpreter that it names is not there"
+        status = NOT_FOUND
+    elif error.errno == errno.ENOENT:
+        status = NOT_FOUND
+    elif error.errno == errno.ENOEXEC:
+        why = "it is no program of this machine (another architecture?), and no script that begins with #!"
+    return CannotStartError(f"{path} can't be started: {why}", status)
 
 
 def end_as(status: int) -> int:

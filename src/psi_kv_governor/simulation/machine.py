@@ -1,18 +1,14 @@
-"""A machine on paper: one memory limit, a model with its cache, and a neighbour."""
+"""A machine on paper: limits within limits, processes with their caches, and neighbours that want memory."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from random import Random
+from typing import NamedTuple, Protocol
 
-from psi_kv_governor.pressure.reading import Reading
+from psi_kv_governor.pressure.reading import MACHINE, Level
 from psi_kv_governor.simulation.scenario import Neighbour
-
-BASE_SHARE = 0.25
-"""What the model and the runtime take of the limit, whatever the cache does."""
-
-CACHE_SHARE = 0.35
-"""What the full cache takes of the limit: a long context on a small board."""
 
 RECLAIM_FROM = 0.97
 """Share of the limit in use from which the kernel reclaims in the way of those who allocate."""
@@ -25,62 +21,142 @@ STALL_NOISE = 0.004
 """Most stall of a healthy machine: page faults that wait for the disk."""
 
 JITTER = 0.0008
-"""How far the neighbour's demand may stray in one step, as a share of the limit."""
+"""How far the neighbours' demand may stray in one step, as a share of the limit."""
+
+RESTART_S = 30.0
+"""A neighbour that was killed is started again after so long."""
+
+
+class Limit(NamedTuple):
+    """Something that can run short: the machine, or a cgroup."""
+
+    limit_bytes: int
+    name: str = MACHINE
+    kind: str = "MemAvailable"
+    """What sets it: as `Level.limit`. `memory.high` slows down and kills nobody."""
+    swap_bytes: float = math.inf
+    """Beyond the limit and so much more, somebody is killed. Infinite: nobody ever is."""
+    stall_scale: float = STALL_SCALE
+    psi: bool = True
+
+
+class Guest:
+    """A neighbour within one of the limits. Its demand is a share of that limit."""
+
+    def __init__(self, neighbour: Neighbour, within: int = 0) -> None:
+        self.within = within
+        """Index of its limit: it counts there, and in all further out."""
+        self.bytes = 0
+        self._neighbour = neighbour
+        self._back_s = -math.inf
+
+    def want(self, limit: Limit, time_s: float, others_bytes: int, stray: float) -> None:
+        """Take what it wants now, beside `others_bytes` of the governed processes."""
+        ours = others_bytes / limit.limit_bytes
+        share = self._neighbour.demand(time_s, 1.0 - ours) + stray if time_s >= self._back_s else 0.0
+        self.bytes = int(max(0.0, share) * limit.limit_bytes)
+
+    def kill(self, time_s: float) -> None:
+        self.bytes, self._back_s = 0, time_s + RESTART_S
+
+
+class Process(Protocol):
+    """Somebody who may be killed."""
+
+    @property
+    def resident_bytes(self) -> int:
+        """0 once it was killed."""
+
+    def kill(self) -> None:
+        """It is gone for good."""
 
 
 class Machine:
     """Adds up what is wanted, and says how much of the time is lost and how much is left.
 
-    The random numbers are drawn by the step, whatever the cache does: a run with and one without the
-    governor meet the same neighbour.
+    `limits` go from the nearest outwards; every governed process lies in all of them. The random numbers are
+    drawn by the step, whatever the caches do: a run with and one without the governor meet the same
+    neighbours.
     """
 
-    def __init__(self, limit_bytes: int, neighbour: Neighbour, random: Random) -> None:
-        self.limit_bytes = limit_bytes
+    def __init__(self, limits: Sequence[Limit], guests: Sequence[Guest], random: Random) -> None:
+        self.limits = limits
+        self.processes: list[Process] = []
         self.time_s = 0.0
         self.stall = 0.0
-        """Share of the last step that was lost."""
+        """Share of the last step that was lost, at the level that is worst off."""
         self.stall_s = 0.0
-        """Time lost so far: `total=` of a PSI file."""
-        self.headroom_bytes = limit_bytes
-        self._neighbour = neighbour
+        """The sum of it."""
+        self.kills = 0
+        self._guests = guests
         self._random = random
-        self._jitter = 0.0
-        self._own_bytes = 0
-        self._read_s: float | None = None
-        self._read_stall_s = 0.0
+        self._stray = 0.0
+        self._used = [0] * len(limits)
+        self._totals_s = [0.0] * len(limits)
+        """Time lost so far by level: `total=` of a PSI file."""
 
-    def advance(self, step_s: float, cache_bytes: int) -> None:
-        """Let `step_s` pass with a cache of `cache_bytes`."""
+    def advance(self, step_s: float) -> None:
+        """Let `step_s` pass."""
         self.time_s = round(self.time_s + step_s, 6)  # no drift, and no long numbers in the output
-        ours = BASE_SHARE + cache_bytes / self.limit_bytes
-        self._own_bytes = int(ours * self.limit_bytes)
-        self._jitter = 0.9 * self._jitter + self._random.uniform(-JITTER, JITTER)
-        wanted = self._neighbour.demand(self.time_s, 1.0 - ours) + self._jitter
-        used = ours + max(0.0, wanted)
-        self.headroom_bytes = int(self.limit_bytes * max(0.0, 1.0 - used))
-        short = 1.0 - math.exp(-max(0.0, used - RECLAIM_FROM) / STALL_SCALE)
-        self.stall = min(1.0, short + self._random.uniform(0.0, STALL_NOISE))
+        self._stray = 0.9 * self._stray + self._random.uniform(-JITTER, JITTER)
+        noise = self._random.uniform(0.0, STALL_NOISE)
+        ours = sum(process.resident_bytes for process in self.processes)
+        for guest in self._guests:
+            guest.want(self.limits[guest.within], self.time_s, ours, self._stray)
+        for index, limit in enumerate(self.limits):
+            self._kill_until_it_fits(index, limit)
+        stalls = [min(1.0, self._short(index) + noise) for index in range(len(self.limits))]
+        for index, stall in enumerate(stalls):
+            self._totals_s[index] += stall * step_s
+        self.stall = max(stalls)
         self.stall_s += self.stall * step_s
+
+    def headroom_bytes(self, index: int) -> int:
+        """What is left at that limit."""
+        return max(0, self.limits[index].limit_bytes - self._used[index])
 
     @property
     def headroom(self) -> float:
-        """What is left, as a share of the limit."""
-        return self.headroom_bytes / self.limit_bytes
+        """The least share of a limit that is left."""
+        return min(self.headroom_bytes(i) / limit.limit_bytes for i, limit in enumerate(self.limits))
 
-    def read(self) -> Reading:
-        """What a pressure source would say now: stall since the last reading, as a delta of the total."""
-        interval_s = 0.0 if self._read_s is None else self.time_s - self._read_s
-        lost_s = self.stall_s - self._read_stall_s
-        some = min(1.0, lost_s / interval_s) if interval_s > 0.0 else 0.0
-        self._read_s, self._read_stall_s = self.time_s, self.stall_s
-        return Reading(
-            time_s=self.time_s,
-            interval_s=interval_s,
-            some=some,
-            full=some * some,  # of two tasks that stall alike and independently, both do
-            headroom_bytes=self.headroom_bytes,
-            limit_bytes=self.limit_bytes,
-            own_resident_bytes=self._own_bytes,
-            source="simulated machine",
+    def levels(self, before_s: Sequence[float], interval_s: float) -> tuple[tuple[Level, ...], list[float]]:
+        """What a pressure source would tell now, with stall since the totals `before_s`; and the totals."""
+        return tuple(
+            self._level(index, limit, before_s[index], interval_s) for index, limit in enumerate(self.limits)
+        ), list(self._totals_s)
+
+    def _level(self, index: int, limit: Limit, before_s: float, interval_s: float) -> Level:
+        some = min(1.0, (self._totals_s[index] - before_s) / interval_s) if interval_s > 0.0 else 0.0
+        over_bytes = max(0, self._used[index] - limit.limit_bytes)
+        return Level(
+            name=limit.name,
+            some=some if limit.psi else None,
+            full=some * some if limit.psi else None,  # of two tasks that stall alike and independently
+            headroom_bytes=self.headroom_bytes(index),
+            limit_bytes=limit.limit_bytes,
+            limit=limit.kind,
+            bites=None if limit.name == MACHINE else self._used[index] > RECLAIM_FROM * limit.limit_bytes,
+            swap_bytes=None if math.isinf(limit.swap_bytes) else max(0, int(limit.swap_bytes) - over_bytes),
         )
+
+    def _short(self, index: int) -> float:
+        limit = self.limits[index]
+        over = max(0.0, self._used[index] / limit.limit_bytes - RECLAIM_FROM)
+        return 1.0 - math.exp(-over / limit.stall_scale)
+
+    def _kill_until_it_fits(self, index: int, limit: Limit) -> None:
+        """The kernel kills the largest first."""
+        while True:
+            inside = [guest for guest in self._guests if guest.within <= index]
+            ours = sum(process.resident_bytes for process in self.processes)
+            self._used[index] = ours + sum(guest.bytes for guest in inside)
+            if limit.kind == "memory.high" or self._used[index] <= limit.limit_bytes + limit.swap_bytes:
+                return
+            self.kills += 1
+            guest = max(inside, key=lambda one: one.bytes, default=None)
+            process = max(self.processes, key=lambda one: one.resident_bytes, default=None)
+            if guest is not None and (process is None or guest.bytes > process.resident_bytes):
+                guest.kill(self.time_s)
+            elif process is not None:
+                process.kill()

@@ -15,6 +15,9 @@ class Deed(msgspec.Struct, frozen=True, kw_only=True):
     """One trim or restore."""
 
     time_s: float
+    """When it began ..."""
+    until_s: float
+    """... and when its last slice came back; the same for a trim."""
     action: str
     """`trim` or `restore`."""
     cells: int
@@ -37,7 +40,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     restores: int
     cells_restored: int
     missing_cells: int
-    """Cells spilled or lost at the end."""
+    """Cells masked or lost at the end."""
     min_live_share: float
     """Least share of the context that was live."""
     most_given_up_per_min: float
@@ -56,6 +59,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """The same without it; None for a replayed trace, which was what it was."""
     tokens: int | None = None
     tokens_ungoverned: int | None = None
+    written_bytes: int = 0
+    """Written to the disk for it."""
     deeds: tuple[Deed, ...] = ()
 
 
@@ -64,7 +69,7 @@ class Cells(Protocol):
 
     time_s: list[float]
     live_cells: list[int]
-    spilled_cells: list[int]
+    masked_cells: list[int]
     lost_cells: list[int]
 
 
@@ -73,7 +78,7 @@ def summed_up(name: str, about: str, deeds: Sequence[Deed], track: Cells, onset_
     trims = [deed for deed in deeds if deed.action == "trim"]
     restores = [deed for deed in deeds if deed.action == "restore"]
     turns_s = [after.time_s for before, after in pairwise(deeds) if before.action != after.action]
-    totals = map(sum, zip(track.live_cells, track.spilled_cells, track.lost_cells, strict=True))
+    totals = map(sum, zip(track.live_cells, track.masked_cells, track.lost_cells, strict=True))
     shares = [live / total for live, total in zip(track.live_cells, totals, strict=True) if total]
     return Outcome(
         scenario=name,
@@ -84,7 +89,7 @@ def summed_up(name: str, about: str, deeds: Sequence[Deed], track: Cells, onset_
         bytes_returned=sum(deed.bytes_returned for deed in trims),
         restores=len(restores),
         cells_restored=sum(deed.cells for deed in restores),
-        missing_cells=track.spilled_cells[-1] + track.lost_cells[-1],
+        missing_cells=track.masked_cells[-1] + track.lost_cells[-1],
         min_live_share=round(min(shares, default=1.0), 4),
         most_given_up_per_min=round(_most_in_a_minute(trims), 4),
         direction_changes=len(turns_s),

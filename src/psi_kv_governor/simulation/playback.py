@@ -8,18 +8,21 @@ from typing import NamedTuple
 
 import msgspec
 
+from psi_kv_governor.cache import Plan, Range, Step, Verb
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.control import Action, CacheSnapshot, LawState, Turn, decide
-from psi_kv_governor.engine.simulated import SimulatedEngine
+from psi_kv_governor.engines.simulated import SimulatedEngine
 from psi_kv_governor.errors import BadInputError
-from psi_kv_governor.pressure.reading import Reading
-from psi_kv_governor.simulation.pilot import Pilot
+from psi_kv_governor.governor import Governor
+from psi_kv_governor.pressure.trace import TraceSource
+from psi_kv_governor.simulation.process import Clock
+from psi_kv_governor.simulation.run import short
 
 LONGEST_GAP_S = 5.0
 """A longer pause between two turns (a suspended machine, a lost source) is in no mode's time."""
 
 MOST_CELLS = 1 << 24
-"""The simulated ledger takes a byte for each."""
+"""The simulated cache takes four bytes for each."""
 
 
 class Difference(NamedTuple):
@@ -35,7 +38,7 @@ class Difference(NamedTuple):
 def first_difference(config: GovernorConfig, turns: Sequence[Turn]) -> Difference | None:
     """Play `turns` through the law from its first state on, and compare each decision byte for byte."""
     encoder = msgspec.json.Encoder()
-    state = LawState()
+    state = LawState(jitter=turns[0].jitter)
     for number, turn in enumerate(turns, start=1):
         decision, state = decide(config, state, turn.reading, turn.cache, turn.cache_limit)
         recorded, replayed = encoder.encode(turn.decision), encoder.encode(decision)
@@ -44,51 +47,71 @@ def first_difference(config: GovernorConfig, turns: Sequence[Turn]) -> Differenc
     return None
 
 
-def play(config: GovernorConfig, turns: Sequence[Turn]) -> list[Turn]:
+def play(config: GovernorConfig, turns: Sequence[Turn], recorded: GovernorConfig) -> list[Turn]:
     """What `config` would have done: the recorded readings, with the decisions played on a simulated cache.
 
     It begins as the first snapshot was, and its context grows and shrinks as the recorded one did; what is
-    given up and comes back is its own. The readings stay as they were: they still show what the recorded
-    decisions returned to the machine, and come when they came (poll_s and poll_busy_s change nothing).
-    Raises BadInputError when the policy is unknown, or the context is longer than any.
+    given up and comes back is its own. The readings stay as they were: they still show what the decisions
+    made with the settings `recorded` returned to the machine, and come when they came (poll_s and poll_busy_s
+    change nothing). Raises BadInputError when the policy is unknown, or the context is longer than any.
     """
-    first = turns[0].cache
-    cells = max(turn.cache.total_cells for turn in turns)
-    if cells > MOST_CELLS:
-        raise BadInputError(f"a context of {cells} cells can't be played: {MOST_CELLS} are the most")
-    engine = SimulatedEngine(
-        max(1, cells),
-        cell_bytes=next((turn.cache.cell_bytes for turn in turns if turn.cache.cell_bytes), 1),
-        blob_cells=config.block_cells,
-    )
-    pilot = Pilot(config, engine)
-    pilot.resize(first.total_cells)
-    pilot.give_up(first.spilled_cells, first.lost_cells)
-    played = []
-    for turn in turns:
-        pilot.resize(turn.cache.total_cells)
-        pilot.step(turn.reading, turn.cache_limit)
-        assert pilot.turn is not None, "a step was made"
-        played.append(pilot.turn)
+    cell_bytes = max(1, turns[0].cache.step_bytes // recorded.block_cells)
+    capacity = max(turn.cache.total_bytes for turn in turns) // cell_bytes
+    if capacity > MOST_CELLS:
+        raise BadInputError(f"a context of {capacity} cells can't be played: {MOST_CELLS} are the most")
+    clock = Clock()
+    engine = SimulatedEngine(clock=clock, spend=clock.spend)
+    sequence = engine.add_cache(max(1, capacity), cell_bytes=cell_bytes).sequence(0)
+    source = TraceSource([turn.reading for turn in turns])
+    governor = Governor(engine, source=source, config=config, clock=clock, jitter=turns[0].jitter)
+    played: list[Turn] = []
+    governor.observe(played.append)
+    for number, turn in enumerate(turns):
+        clock.machine_s = turn.reading.time_s
+        _resize(engine, turn.cache.total_bytes // cell_bytes)
+        sequence.running = 2 * turn.cache.lossless_bytes <= turn.cache.trimmable_bytes
+        if number == 0:
+            _give_up(engine, config, turn.cache, cell_bytes)
+        governor.limit(turn.cache_limit)
+        governor.step()
+    governor.close()
     return played
 
 
+def _resize(engine: SimulatedEngine, cells: int) -> None:
+    more = cells - engine.caches[1].sequence(0).next_position
+    if more > 0:
+        engine.decode(more)
+    elif more < 0:
+        engine.truncate(cells)
+
+
+def _give_up(engine: SimulatedEngine, config: GovernorConfig, cache: CacheSnapshot, cell_bytes: int) -> None:
+    """Begin with so many cells away: the oldest after the sinks."""
+    cells = (cache.masked_bytes + cache.lost_bytes) // cell_bytes
+    if cells:
+        part = Range(config.sink_cells, config.sink_cells + cells)
+        engine.apply(Plan(steps=(Step(verb=Verb.MASK, cache=1, sequence=0, ranges=(part,)),)))
+
+
 class Account(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run of turns comes to. Cells are those that the law asked for."""
+    """What a run of turns comes to. What was given up is what the law asked for; what came back is what was
+    seen to."""
 
     seconds: float
     mode_s: dict[str, float]
     """Time in each mode that was entered."""
     trims: int
-    cells_given_up: int
+    bytes_given_up: int
     restores: int
-    cells_restored: int
+    """Slices one after the other are one."""
+    bytes_restored: int
     direction_changes: int
     """How often a trim followed a restore, or the other way round."""
     min_live_share: float
     """Least share of the context that was live."""
-    missing_cells: int
-    """Cells spilled or lost at the last turn."""
+    missing_bytes: int
+    """Masked or lost at the last turn."""
     first_trim_s: float | None
     """When the first trim was, from the first turn on; None without one."""
     onset_s: float | None
@@ -104,19 +127,19 @@ def account(turns: Sequence[Turn], thresholds: GovernorConfig) -> Account:
     start_s = turns[0].reading.time_s
     deeds = [turn for turn in turns if turn.decision.action is not Action.NONE]
     trims = [turn for turn in deeds if turn.decision.action is Action.TRIM]
-    restores = [turn for turn in deeds if turn.decision.action is Action.RESTORE]
     onset_s = next((turn.reading.time_s for turn in turns if short(thresholds, turn.reading)), None)
     after = [turn.reading.time_s for turn in trims if onset_s is not None and turn.reading.time_s >= onset_s]
+    last = turns[-1].cache
     return Account(
         seconds=_seconds(turns[-1].reading.time_s - start_s),
         mode_s=_mode_s(turns),
         trims=len(trims),
-        cells_given_up=sum(turn.decision.cells for turn in trims),
-        restores=len(restores),
-        cells_restored=sum(turn.decision.cells for turn in restores),
+        bytes_given_up=sum(turn.decision.n_bytes for turn in trims),
+        restores=_restores(turns),
+        bytes_restored=_bytes_restored(turns),
         direction_changes=sum(a.decision.action is not b.decision.action for a, b in pairwise(deeds)),
         min_live_share=round(min(_live_share(turn.cache) for turn in turns), 4),
-        missing_cells=turns[-1].cache.spilled_cells + turns[-1].cache.lost_cells,
+        missing_bytes=last.masked_bytes + last.lost_bytes,
         first_trim_s=_seconds(trims[0].reading.time_s - start_s) if trims else None,
         onset_s=None if onset_s is None else _seconds(onset_s - start_s),
         onset_to_trim_s=_seconds(after[0] - onset_s) if after and onset_s is not None else None,
@@ -124,13 +147,18 @@ def account(turns: Sequence[Turn], thresholds: GovernorConfig) -> Account:
     )
 
 
-def short(config: GovernorConfig, reading: Reading) -> bool:
-    """Whether memory is short in one reading alone: stall over `high` without plenty, or no headroom."""
-    stalled = reading.interval_s > 0.0 and reading.some >= config.high
-    if reading.headroom_bytes is None or not reading.limit_bytes:
-        return stalled
-    share = reading.headroom_bytes / reading.limit_bytes
-    return share < config.headroom_low or (stalled and share <= config.headroom_plenty)
+def _restores(turns: Sequence[Turn]) -> int:
+    actions = [Action.NONE, *(turn.decision.action for turn in turns)]
+    return sum(a is not Action.RESTORE and b is Action.RESTORE for a, b in pairwise(actions))
+
+
+def _bytes_restored(turns: Sequence[Turn]) -> int:
+    """A restore is asked for as a whole, slice by slice: what came shows in the next turn."""
+    return sum(
+        max(0, turn.cache.masked_bytes - after.cache.masked_bytes)
+        for turn, after in pairwise(turns)
+        if turn.decision.action is Action.RESTORE
+    )
 
 
 def _mode_s(turns: Sequence[Turn]) -> dict[str, float]:
@@ -144,7 +172,7 @@ def _mode_s(turns: Sequence[Turn]) -> dict[str, float]:
 
 
 def _live_share(cache: CacheSnapshot) -> float:
-    return cache.live_cells / cache.total_cells if cache.total_cells else 1.0
+    return cache.live_bytes / cache.total_bytes if cache.total_bytes else 1.0
 
 
 def _seconds(seconds: float) -> float:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.errors import BadInputError
 from psi_kv_governor.simulation.outcome import Outcome
-from psi_kv_governor.simulation.pilot import Track
+from psi_kv_governor.simulation.run import Track
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # The colours of Okabe and Ito, told apart by colour-blind readers too.
 STALL, UNGOVERNED, HEADROOM = "#D55E00", "#9A9A9A", "#0072B2"
-LIVE, SPILLED, LOST = "#56B4E9", "#E69F00", "#444444"
+LIVE, MASKED, LOST = "#56B4E9", "#E69F00", "#444444"
 TRIM, RESTORE = "#B2182B", "#1B7837"
 
 COLUMNS = 3
@@ -96,13 +96,13 @@ def _draw_cells(axes: Axes, outcome: Outcome, track: Track) -> None:
     axes.stackplot(
         track.time_s,
         track.live_cells,
-        track.spilled_cells,
+        track.masked_cells,
         track.lost_cells,
-        colors=(LIVE, SPILLED, LOST),
+        colors=(LIVE, MASKED, LOST),
         linewidth=0,
         alpha=0.75,
     )
-    top = max(map(sum, zip(track.live_cells, track.spilled_cells, track.lost_cells, strict=True)), default=1)
+    top = max(map(sum, zip(track.live_cells, track.masked_cells, track.lost_cells, strict=True)), default=1)
     for action, marker, colour in (("trim", "v", TRIM), ("restore", "^", RESTORE)):
         times = [deed.time_s for deed in outcome.deeds if deed.action == action]
         axes.vlines(times, 0, top * 1.04, color=colour, linewidth=0.5, alpha=0.6)
@@ -121,7 +121,7 @@ def _draw_legend(panel: SubFigure, entries: int, *, compared: bool) -> None:
         Line2D([], [], color=HEADROOM, label="headroom"),
         Line2D([], [], color="#555555", linestyle=(0, (4, 3)), linewidth=0.8, label="thresholds"),
         Patch(color=LIVE, alpha=0.75, label="live"),
-        Patch(color=SPILLED, alpha=0.75, label="spilled"),
+        Patch(color=MASKED, alpha=0.75, label="masked"),
         Patch(color=LOST, alpha=0.75, label="lost"),
         Line2D([], [], color=TRIM, marker="v", linestyle="none", label="trim"),
         Line2D([], [], color=RESTORE, marker="^", linestyle="none", label="restore"),

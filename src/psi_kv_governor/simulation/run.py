@@ -1,33 +1,67 @@
-"""Runs of the real control and policy code against a machine on paper, or along a recorded trace."""
+"""Runs of the governor itself against a machine on paper, or along a recorded trace."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from random import Random
 
 import msgspec
 
 from psi_kv_governor.config import GovernorConfig
-from psi_kv_governor.engine.simulated import CELL_BYTES, SimulatedEngine
+from psi_kv_governor.control.room import line_bytes, plenty_bytes
+from psi_kv_governor.engines.simulated import CELL_BYTES, SimulatedEngine
 from psi_kv_governor.errors import BadInputError
+from psi_kv_governor.governor import Governor
 from psi_kv_governor.pressure.reading import Reading
-from psi_kv_governor.simulation.machine import CACHE_SHARE, Machine
+from psi_kv_governor.pressure.trace import TraceSource
+from psi_kv_governor.simulation.machine import Guest, Limit, Machine
 from psi_kv_governor.simulation.outcome import Outcome, summed_up
-from psi_kv_governor.simulation.pilot import Pilot, Track
+from psi_kv_governor.simulation.process import Clock, Deeds, Model, Program
 from psi_kv_governor.simulation.scenario import Scenario
 
 STEP_S = 0.05
 """Step of the simulated machine. Readings come at multiples of it, as close to poll_s as they can."""
 
 MOST_SECONDS = 21_600.0
-"""Every step is kept for the plot: six hours take 0.2 GB, and 11 s for each scenario."""
+"""Every step is kept for the plot: six hours take 0.2 GB."""
 
-FILLED = 0.75
-"""Share of the context that is in the cache at the start; decoding fills the rest."""
+BASE_SHARE = 0.25
+"""What the model and the runtime take of the limit, whatever the cache does."""
 
-TOKENS_PER_S = 10.0
-"""Decoding speed of the calm machine; while it stalls, nothing is decoded."""
+CACHE_SHARE = 0.35
+"""What the full cache takes of the limit: a long context on a small board."""
+
+
+@dataclass
+class Track:
+    """What happened, step by step, for the plot."""
+
+    time_s: list[float] = field(default_factory=list)
+    stall: list[float] = field(default_factory=list)
+    headroom: list[float] = field(default_factory=list)
+    live_cells: list[int] = field(default_factory=list)
+    masked_cells: list[int] = field(default_factory=list)
+    lost_cells: list[int] = field(default_factory=list)
+    stall_ungoverned: list[float] = field(default_factory=list)
+    """Stall of the same steps without the governor; empty for a replayed trace."""
+
+    def add(self, time_s: float, stall: float, headroom: float | None, engine: SimulatedEngine) -> None:
+        """Take down one step. A headroom that is not known is NaN, and so a gap in the plot."""
+        counts = engine.caches[1].sequence(0).counts
+        self.time_s.append(time_s)
+        self.stall.append(stall)
+        self.headroom.append(math.nan if headroom is None else headroom)
+        self.live_cells.append(counts.live)
+        self.masked_cells.append(counts.masked)
+        self.lost_cells.append(counts.lost)
+
+
+def check_seconds(seconds: float) -> None:
+    """Raises BadInputError where it is not from 1 to MOST_SECONDS."""
+    if not 1.0 <= seconds <= MOST_SECONDS:  # also refuses NaN
+        raise BadInputError(f"cannot simulate {seconds} seconds: give 1 to {MOST_SECONDS:g}")
 
 
 def simulate(
@@ -37,26 +71,21 @@ def simulate(
 
     Raises BadInputError when `seconds` is not from 1 to MOST_SECONDS, or the policy is unknown.
     """
-    if not 1.0 <= seconds <= MOST_SECONDS:  # also refuses NaN
-        raise BadInputError(f"cannot simulate {seconds} seconds: give 1 to {MOST_SECONDS:g}")
-    governed = _Run(scenario, config, seed=seed, seconds=seconds, ctx=ctx)
-    pilot = Pilot(config, governed.engine)
-    next_s = 0.0
-    while not governed.over:
-        governed.advance()
-        if governed.machine.time_s >= next_s - STEP_S / 2:
-            next_s = governed.machine.time_s + pilot.step(governed.machine.read())
-    ungoverned = _Run(scenario, config, seed=seed, seconds=seconds, ctx=ctx)
-    while not ungoverned.over:
-        ungoverned.advance()
+    check_seconds(seconds)
+    governed = _Run(scenario, config, seed=seed, seconds=seconds, ctx=ctx, governed=True)
+    ungoverned = _Run(scenario, config, seed=seed, seconds=seconds, ctx=ctx, governed=False)
+    for run in (governed, ungoverned):
+        run.play()
     governed.track.stall_ungoverned = ungoverned.track.stall
-    outcome = summed_up(scenario.name, scenario.about, pilot.deeds, governed.track, governed.onset_s)
+    deeds = governed.program.deeds.list
+    outcome = summed_up(scenario.name, scenario.about, deeds, governed.track, governed.onset_s)
     return msgspec.structs.replace(
         outcome,
         stall_s=round(governed.machine.stall_s, 3),
         stall_ungoverned_s=round(ungoverned.machine.stall_s, 3),
-        tokens=governed.tokens,
-        tokens_ungoverned=ungoverned.tokens,
+        tokens=governed.program.tokens,
+        tokens_ungoverned=ungoverned.program.tokens,
+        written_bytes=governed.program.written_bytes,
     ), governed.track
 
 
@@ -69,76 +98,79 @@ def replay(
     """
     if not readings:
         raise BadInputError(f"{name} holds no readings: record one first")
-    engine = _engine(config, ctx)
-    engine.grow(ctx)
-    pilot = Pilot(config, engine)
-    track = Track()
     start_s = readings[0].time_s
+    played = [msgspec.structs.replace(one, time_s=round(one.time_s - start_s, 6)) for one in readings]
+    clock = Clock()
+    engine = SimulatedEngine(clock=clock, spend=clock.spend)
+    engine.add_cache(ctx).sequence(0).running = True
+    engine.decode(ctx)
+    deeds, track = Deeds(engine), Track()
     onset_s: float | None = None
-    for recorded in readings:
-        reading = msgspec.structs.replace(recorded, time_s=round(recorded.time_s - start_s, 6))
-        pilot.step(reading)
-        headroom = _headroom(reading)
-        track.add(reading.time_s, reading.some, headroom, engine)
-        stall = reading.some if reading.interval_s else 0.0  # the first reading of a source covers no time
-        if onset_s is None and _short(config, stall, headroom):
+    governor = Governor(engine, source=TraceSource(played), config=config, clock=clock, jitter=0.0)
+    governor.subscribe(deeds)
+    for reading in played:
+        clock.machine_s = reading.time_s
+        governor.step()
+        track.add(reading.time_s, reading.some, _headroom(reading), engine)
+        if onset_s is None and short(config, reading):
             onset_s = reading.time_s
-    outcome = summed_up(name, "a recorded trace, replayed", pilot.deeds, track, onset_s)
+    governor.close()
+    outcome = summed_up(name, "a recorded trace, replayed", deeds.list, track, onset_s)
     stall_s = sum(reading.some * reading.interval_s for reading in readings)
-    return msgspec.structs.replace(outcome, stall_s=round(stall_s, 3)), track
+    written = engine.snapshot().written_bytes
+    return msgspec.structs.replace(outcome, stall_s=round(stall_s, 3), written_bytes=written), track
+
+
+def short(config: GovernorConfig, reading: Reading) -> bool:
+    """Whether memory is short in one reading alone: stall over `high` without plenty, or no headroom."""
+    stalled = reading.interval_s > 0.0 and reading.some >= config.high
+    headroom, limit = reading.headroom_bytes, reading.limit_bytes
+    if headroom is None or not limit:
+        return stalled
+    return headroom < line_bytes(config, limit) or (stalled and headroom <= plenty_bytes(config, limit))
 
 
 class _Run:
     """A machine with a context that is being decoded."""
 
     def __init__(
-        self, scenario: Scenario, config: GovernorConfig, *, seed: int, seconds: float, ctx: int
+        self,
+        scenario: Scenario,
+        config: GovernorConfig,
+        *,
+        seed: int,
+        seconds: float,
+        ctx: int,
+        governed: bool,
     ) -> None:
         # Seeded with text, so that scenarios differ; the text is hashed by SHA-512, alike in each process.
         neighbour = scenario.neighbour(seconds, Random(f"{seed} {scenario.name} neighbour"))
         limit_bytes = round(ctx * CELL_BYTES / CACHE_SHARE)
-        self.engine = _engine(config, ctx)
-        self.engine.grow(math.ceil(FILLED * ctx))
-        self.machine = Machine(limit_bytes, neighbour, Random(f"{seed} {scenario.name} noise"))
+        noise = Random(f"{seed} {scenario.name} noise")
+        self.machine = Machine([Limit(limit_bytes)], [Guest(neighbour)], noise)
+        model = Model(round(BASE_SHARE * limit_bytes), ctx, CELL_BYTES)
+        self.program = Program(self.machine, model, config if governed else None)
         self.track = Track()
-        self.tokens = 0
         self.onset_s: float | None = None
         """When memory first was short by the thresholds of the configuration."""
         self._config = config
-        self._steps_left = math.ceil(seconds / STEP_S)
-        self._ctx = ctx
-        self._decoded = 0.0
+        self._steps = math.ceil(seconds / STEP_S)
 
-    @property
-    def over(self) -> bool:
-        return self._steps_left <= 0
-
-    def advance(self) -> None:
-        machine, engine = self.machine, self.engine
-        machine.advance(STEP_S, engine.resident_bytes)
-        self._steps_left -= 1
-        self._decoded += TOKENS_PER_S * STEP_S * (1.0 - machine.stall)
-        new = int(self._decoded) - self.tokens
-        self.tokens += new
-        fits = min(new, self._ctx - len(engine.ledger))
-        if fits:
-            engine.grow(fits)
-        self.track.add(machine.time_s, machine.stall, machine.headroom, engine)
-        if self.onset_s is None and _short(self._config, machine.stall, machine.headroom):
-            self.onset_s = machine.time_s
-
-
-def _engine(config: GovernorConfig, ctx: int) -> SimulatedEngine:
-    return SimulatedEngine(ctx, blob_cells=config.block_cells)
+    def play(self) -> None:
+        machine, limit_bytes = self.machine, self.machine.limits[0].limit_bytes
+        low, plenty = line_bytes(self._config, limit_bytes), plenty_bytes(self._config, limit_bytes)
+        for _ in range(self._steps):
+            machine.advance(STEP_S)
+            headroom_bytes = machine.headroom_bytes(0)
+            stalled = machine.stall >= self._config.high and headroom_bytes <= plenty
+            if self.onset_s is None and (stalled or headroom_bytes < low):
+                self.onset_s = machine.time_s
+            self.program.advance(STEP_S)
+            self.track.add(machine.time_s, machine.stall, machine.headroom, self.program.engine)
+        self.program.close()
 
 
 def _headroom(reading: Reading) -> float | None:
     if reading.headroom_bytes is None or not reading.limit_bytes:
         return None
     return reading.headroom_bytes / reading.limit_bytes
-
-
-def _short(config: GovernorConfig, stall: float, headroom: float | None) -> bool:
-    if headroom is None:
-        return stall >= config.high
-    return headroom < config.headroom_low or (stall >= config.high and headroom <= config.headroom_plenty)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 
 import msgspec
@@ -34,6 +36,15 @@ _ID_BITS = 20
 _ANSWER_S = 60.0
 """Longest that an agent may take to answer. A plan ends by its deadline, but a thrashing machine is slow."""
 
+_RETRY_S = 0.5
+
+
+class OtherVersionError(EngineError):
+    """The agent speaks another version of the protocol."""
+
+    def __init__(self) -> None:
+        super().__init__("its agent is of another version than this psi-kv")
+
 
 class SocketTransport:
     """Carries requests to an agent in another process. Raises EngineError when it is gone."""
@@ -49,7 +60,7 @@ class SocketTransport:
                 self._connection.sendall(_LENGTH.pack(len(request)) + request)
                 (n,) = _LENGTH.unpack(self._read(_LENGTH.size))
                 if n == 0:
-                    raise EngineError("the agent and this package are of different versions")
+                    raise OtherVersionError
                 return self._read(n)
             except OSError as error:
                 self.close()  # half a message may be under way
@@ -79,7 +90,8 @@ class _Member:
 class Fleet:
     """An `Engine` over every agent that connects to the abstract socket `name`.
 
-    `opened` and `closed` are called with the process id of each that comes and goes, in a thread of its own.
+    `opened` and `closed` are called with the process id of each that comes and goes, in a thread of its own;
+    `refused` once with that of each that can't be governed, and why.
     """
 
     def __init__(
@@ -91,11 +103,13 @@ class Fleet:
         name: str = "",
         opened: Callable[[int], None] = lambda pid: None,
         closed: Callable[[int], None] = lambda pid: None,
+        refused: Callable[[int, str], None] = lambda pid, why: None,
     ) -> None:
         self.name = name or f"psi-kv-{os.getpid()}-{secrets.token_hex(8)}"
         """Without the NUL that makes it abstract. Nobody can guess it; each end looks who the other is."""
         self._place, self._backing, self._why_backing = place, backing, why_backing
-        self._opened, self._closed = opened, closed
+        self._opened, self._closed, self._refused = opened, closed, refused
+        self._strangers: set[int] = set()
         self._members: dict[int, _Member] = {}
         self._next = 1
         self._kinds: frozenset[Kind] = frozenset()
@@ -112,8 +126,11 @@ class Fleet:
         while True:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:
-                return  # closed
+            except OSError as error:
+                if error.errno not in {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}:
+                    return  # closed
+                time.sleep(_RETRY_S)  # whoever waits is served when a descriptor is free again
+                continue
             threading.Thread(target=self._enter, args=(connection,), name="psi-kv-agent", daemon=True).start()
 
     def _enter(self, connection: socket.socket) -> None:
@@ -126,11 +143,13 @@ class Fleet:
         client = Client(transport)
         try:
             told = client.ask(Op.HELLO)
-        except (EngineError, struct.error):
+            if len(told.payload) < 8 or struct.unpack_from("<2i", told.payload)[1] != VERSION:
+                raise OtherVersionError
+        except (EngineError, struct.error) as error:
             transport.close()
-            return
-        if len(told.payload) < 8 or struct.unpack_from("<2i", told.payload)[1] != VERSION:
-            transport.close()
+            if isinstance(error, OtherVersionError) and pid not in self._strangers:
+                self._strangers.add(pid)  # it comes again and again, in case that we change
+                self._refused(pid, f"{error}: start the program again")
             return
         engine = LlamaEngine(
             client, pid=pid, place=self._place, backing=self._backing, why_backing=self._why_backing

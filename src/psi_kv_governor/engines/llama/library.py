@@ -46,8 +46,11 @@ def agent_path() -> Path:
     if _SHIPPED.is_file():
         return _SHIPPED
     digest = hashlib.sha256("\0".join((*FLAGS, platform.machine(), platform.libc_ver()[0])).encode())
-    for part in sorted(SOURCE_DIR.glob("*.[ch]")):
-        digest.update(part.name.encode() + part.read_bytes())
+    try:
+        for part in sorted(SOURCE_DIR.glob("*.[ch]")):
+            digest.update(part.name.encode() + part.read_bytes())
+    except OSError as error:
+        raise EngineError(f"the agent's source can't be read: {error}") from error
     name = f"agent-{digest.hexdigest()[:24]}.so"
     problems: list[str] = []
     for folder in _folders():
@@ -85,7 +88,10 @@ def _folders() -> list[Path]:
     home: list[Path] = []
     with contextlib.suppress(RuntimeError, KeyError, OSError):  # no HOME and no passwd entry
         home = [user_cache_path("psi-kv") / "native"]
-    return [*named, *service, *home, Path(tempfile.gettempdir()) / f"psi-kv-native-{os.getuid()}"]
+    for_all: list[Path] = []
+    with contextlib.suppress(FileNotFoundError):  # no folder can be written to at all
+        for_all = [Path(tempfile.gettempdir()) / f"psi-kv-native-{os.getuid()}"]
+    return [*named, *service, *home, *for_all]
 
 
 def _own_folder(folder: Path) -> None:

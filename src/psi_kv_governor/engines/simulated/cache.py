@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
+from typing import NamedTuple
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -23,6 +23,28 @@ _NEVER, _LIVE, _MASKED, _LOST = 0, 1, 2, 3
 _Cells = npt.NDArray[np.bool_]
 
 
+class Counts(NamedTuple):
+    """Cells of a sequence."""
+
+    live: int = 0
+    masked: int = 0
+    lost: int = 0
+    resident: int = 0
+    """Live cells in memory: what is masked or lost never is."""
+    dirty: int = 0
+    affected: int = 0
+
+    @property
+    def used(self) -> int:
+        """Cells of the cache that are the sequence's, parked or not."""
+        return self.live + self.masked + self.lost
+
+    @property
+    def parked(self) -> int:
+        """Cells whose only copy is in a file."""
+        return self.live - self.resident + self.masked
+
+
 class PaperSequence:
     """Positions of one sequence. What takes ranges gives the number of cells that it really changed."""
 
@@ -37,46 +59,64 @@ class PaperSequence:
         self._resident = np.zeros(capacity, bool)
         self._written = np.zeros(capacity, bool)
         self._affected = np.zeros(capacity, bool)
-        self._told: SequenceState | None = None
+        self._counts: Counts | None = Counts()
+        self._live: tuple[Range, ...] = ()
+        self._masked: tuple[Range, ...] = ()
+        self._lost: tuple[Range, ...] = ()
 
     @property
-    def resident_cells(self) -> int:
-        """Live cells in memory: what is masked or lost never is."""
-        return int(np.count_nonzero(self._resident))
-
-    @property
-    def used_cells(self) -> int:
-        """Cells of the cache that are this sequence's, parked or not."""
-        return int(np.count_nonzero(self._place))
-
-    @property
-    def parked_cells(self) -> int:
-        """Cells whose only copy is in a file."""
-        kept = (self._place == _LIVE) | (self._place == _MASKED)
-        return int(np.count_nonzero(kept & ~self._resident))
+    def counts(self) -> Counts:
+        """Cells by what they are."""
+        if self._counts is None:
+            live, written = self._place == _LIVE, self._written
+            used = self._place[: self.next_position]
+            self._live, self._masked, self._lost = (_runs(used == place) for place in (_LIVE, _MASKED, _LOST))
+            self._counts = Counts(
+                live=_count(live),
+                masked=_count(self._place == _MASKED),
+                lost=_count(self._place == _LOST),
+                resident=_count(self._resident),
+                dirty=_count(self._resident & ~written),
+                affected=_count(self._affected),
+            )
+        return self._counts
 
     def decode(self, cells: int, now_s: float) -> int:
         """Append `cells` tokens. All live positions are read for it: parked ones are resident again, and
         their number is given."""
-        live = self._place == _LIVE
-        came_back = int(np.count_nonzero(live & ~self._resident))
-        self._resident |= live
-        new = slice(self.next_position, self.next_position + cells)
-        away = bool(np.isin(self._place, (_MASKED, _LOST)).any())
-        self._place[new], self._resident[new], self._affected[new] = _LIVE, True, away
-        self._written[new] = False
-        self.next_position += cells
+        counts = self.counts
+        came_back = counts.live - counts.resident
+        if came_back:
+            self._resident |= self._place == _LIVE
+            self._changed()
         self.last_used_s = now_s
-        self._told = None
+        if not cells:
+            return came_back
+        counts = self.counts  # of a cache that only grows they are not taken again
+        start, self.next_position = self.next_position, self.next_position + cells
+        new = slice(start, self.next_position)
+        away = counts.masked + counts.lost > 0
+        self._place[new], self._resident[new], self._affected[new] = _LIVE, True, away
+        self._counts = counts._replace(
+            live=counts.live + cells,
+            resident=counts.resident + cells,
+            dirty=counts.dirty + cells,
+            affected=counts.affected + cells * away,
+        )
+        before = self._live[-1:]
+        if before and before[0].stop == start:
+            self._live = (*self._live[:-1], Range(before[0].start, self.next_position))
+        else:
+            self._live = (*self._live, Range(start, self.next_position))
         return came_back
 
     def truncate(self, length: int) -> int:
         """Forget the positions from `length` on. Gives how many of them were resident."""
-        freed = int(np.count_nonzero(self._resident[length:]))
+        freed = _count(self._resident[length:])
         for cells in (self._place, self._resident, self._written, self._affected):
             cells[length:] = 0
         self.next_position = min(self.next_position, length)
-        self._told = None
+        self._changed()
         return freed
 
     def park(self, ranges: tuple[Range, ...], most: int) -> tuple[int, int]:
@@ -88,74 +128,74 @@ class PaperSequence:
         """Cells masked, those of them that were resident, and those that had to be written."""
         chosen = self._first(self._within(ranges) & (self._place == _LIVE), most)
         resident, written = self._leave(chosen, _MASKED)
-        return int(np.count_nonzero(chosen)), resident, written
+        return _count(chosen), resident, written
 
     def evict(self, ranges: tuple[Range, ...], most: int) -> tuple[int, int]:
         """Cells dropped, and those of them that were resident."""
         chosen = self._first(self._within(ranges) & (self._place == _LIVE), most)
-        resident = int(np.count_nonzero(chosen & self._resident))
+        resident = _count(chosen & self._resident)
         self._place[chosen], self._resident[chosen], self._written[chosen] = _LOST, False, False
-        self._told = None
-        return int(np.count_nonzero(chosen)), resident
+        self._changed()
+        return _count(chosen), resident
 
     def unmask(self, ranges: tuple[Range, ...], most: int) -> int:
         """Cells that are live and resident again. Their copy in the file stays good."""
         chosen = self._first(self._within(ranges) & (self._place == _MASKED), most)
         self._place[chosen], self._resident[chosen] = _LIVE, True
-        self._told = None
-        return int(np.count_nonzero(chosen))
+        self._changed()
+        return _count(chosen)
 
     def unpark(self, ranges: tuple[Range, ...], most: int) -> int:
         """Live cells that are resident again."""
         chosen = self._first(self._within(ranges) & (self._place == _LIVE) & ~self._resident, most)
         self._resident[chosen] = True
-        self._told = None
-        return int(np.count_nonzero(chosen))
+        self._changed()
+        return _count(chosen)
 
     def write(self, ranges: tuple[Range, ...], most: int) -> int:
         """Dirty cells that have a copy in the file now."""
         chosen = self._first(self._within(ranges) & self._resident & ~self._written, most)
         self._written[chosen] = True
-        self._told = None
-        return int(np.count_nonzero(chosen))
+        self._changed()
+        return _count(chosen)
 
     def unmask_all(self) -> None:
         """The engine leaves: what is masked is read from the file like anything parked."""
         self._place[self._place == _MASKED] = _LIVE
-        self._told = None
+        self._changed()
 
     def known(self, part: Range) -> _Cells:
         """Which positions of `part` are live, shape (part.cells,)."""
         return np.asarray(self._place[part.start : part.stop] == _LIVE)
 
     def state(self, cell_bytes: int, now_s: float) -> SequenceState:
-        """How it stands. Between two changes of its cells it is not looked at again."""
-        if self._told is None:
-            used = self._place[: self.next_position]
-            resident = self._resident[: self.next_position]
-            dirty = resident & ~self._written[: self.next_position]
-            self._told = SequenceState(
-                id=self.id,
-                next_position=self.next_position,
-                live=_runs(used == _LIVE),
-                masked=_runs(used == _MASKED),
-                lost=_runs(used == _LOST),
-                affected=int(np.count_nonzero(self._affected)),
-                parked_bytes=int(np.count_nonzero((used == _LIVE) & ~resident)) * cell_bytes,
-                dirty_bytes=int(np.count_nonzero(dirty)) * cell_bytes,
-                last_used_s=self.last_used_s,
-                head_cells=self.head_cells,
-            )
-        running = self.running
+        """How it stands."""
+        counts, running = self.counts, self.running
         if running is None:
             running = self.next_position > 0 and now_s - self.last_used_s < RUNNING_S
-        return _running(self._told, running)
+        return SequenceState(
+            id=self.id,
+            next_position=self.next_position,
+            live=self._live,
+            masked=self._masked,
+            lost=self._lost,
+            affected=counts.affected,
+            parked_bytes=(counts.live - counts.resident) * cell_bytes,
+            dirty_bytes=counts.dirty * cell_bytes,
+            running=running,
+            last_used_s=self.last_used_s,
+            head_cells=self.head_cells,
+        )
+
+    def _changed(self) -> None:
+        """Cells went or came: everything is counted anew when it is asked for."""
+        self._counts = None
 
     def _leave(self, chosen: _Cells, place: int) -> tuple[int, int]:
-        resident = int(np.count_nonzero(chosen & self._resident))
-        written = int(np.count_nonzero(chosen & ~self._written))
+        resident = _count(chosen & self._resident)
+        written = _count(chosen & ~self._written)
         self._place[chosen], self._resident[chosen], self._written[chosen] = place, False, True
-        self._told = None
+        self._changed()
         return resident, written
 
     def _within(self, ranges: tuple[Range, ...]) -> _Cells:
@@ -175,12 +215,14 @@ class PaperSequence:
         return chosen
 
 
-def _running(state: SequenceState, running: bool) -> SequenceState:
-    return msgspec.structs.replace(state, running=running) if state.running is not running else state
+def _count(chosen: _Cells) -> int:
+    return int(np.count_nonzero(chosen))
 
 
 def _runs(chosen: _Cells) -> tuple[Range, ...]:
-    edges = np.flatnonzero(np.diff(chosen.astype(np.int8), prepend=0, append=0))
+    padded = np.zeros(len(chosen) + 2, np.int8)
+    padded[1:-1] = chosen
+    edges = np.flatnonzero(padded[1:] != padded[:-1])
     return tuple(Range(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True))
 
 
@@ -219,11 +261,13 @@ class PaperCache:
 
     def sequence(self, number: int) -> PaperSequence:
         """That sequence; a new one where there is none."""
-        return self.sequences.setdefault(number, PaperSequence(number, self.capacity_cells))
+        if number not in self.sequences:
+            self.sequences[number] = PaperSequence(number, self.capacity_cells)
+        return self.sequences[number]
 
     def decode(self, number: int, cells: int, now_s: float) -> int:
         """Decode tokens, and give how many parked cells came back for it. Raises EngineError when full."""
-        used = sum(one.used_cells for one in self.sequences.values())
+        used = sum(one.counts.used for one in self.sequences.values())
         if used + cells > self.capacity_cells:
             raise EngineError(f"{cells} tokens more than {used} do not fit in {self.capacity_cells} cells")
         came_back = self.sequence(number).decode(cells, now_s)
@@ -236,13 +280,13 @@ class PaperCache:
 
     @property
     def resident_bytes(self) -> int:
-        cells = self.free_resident_cells + sum(one.resident_cells for one in self.sequences.values())
+        cells = self.free_resident_cells + sum(one.counts.resident for one in self.sequences.values())
         blobs = sum(blob.n_bytes for blob in self.blobs.values() if not blob.parked)
         return cells * self.cell_bytes + blobs
 
     @property
     def parked_bytes(self) -> int:
-        cells = sum(one.parked_cells for one in self.sequences.values())
+        cells = sum(one.counts.parked for one in self.sequences.values())
         return cells * self.cell_bytes + sum(blob.n_bytes for blob in self.blobs.values() if blob.parked)
 
     def of(self, number: int | None) -> Iterator[PaperSequence]:

@@ -36,17 +36,17 @@ class Aside:
         into = self._tensor(index)
         at = 0
         for run in runs:
-            into[at : at + run.cells].copy_(rows.at(run.start, run.stop))
+            into[:, :, at : at + run.cells].copy_(rows.at(run.start, run.stop))
             at += run.cells
         done = self.mapping.park([(self._starts[index], self._starts[index + 1])])
         self.written_bytes += done.written_bytes
         return done.problem
 
     def take(self, index: int, positions: Positions) -> torch.Tensor:
-        """The rows of these positions in tensor number `index`: [rows, batch, heads, head_dim], a copy."""
+        """The rows of these positions in tensor number `index`: [batch, heads, rows, head_dim], a copy."""
         where = torch.from_numpy(np.searchsorted(self.positions, positions))
-        rows = self._tensor(index).index_select(0, where)
-        return rows if self.order is None else rows.index_select(1, self.order)
+        rows = self._tensor(index).index_select(2, where)
+        return rows if self.order is None else rows.index_select(0, self.order)
 
     def forget(self, index: int) -> None:
         """The pages of tensor number `index` may go from memory again: they were read and stay on disk."""
@@ -68,4 +68,4 @@ class Aside:
             count=self._sizes[index] // dtype.itemsize,
             offset=self._starts[index],
         )
-        return flat.view(-1, *shape)
+        return flat.view(shape[0], shape[1], -1, shape[2])

@@ -31,7 +31,7 @@ _ids = itertools.count()
 
 
 class GovernedCache(Cache):  # type: ignore[misc]
-    """A cache for `model.generate(..., cache=GovernedCache(model))` (`past_key_values=` before 5.6).
+    """A cache for `model.generate(..., cache=GovernedCache(model))` (`past_key_values=` in older versions).
 
     Layers with full attention on the CPU are governed; sliding windows, recurrent states and layers on a
     device stay what they are in a DynamicCache. A batch is one sequence to the governor: its members keep or
@@ -87,7 +87,7 @@ class GovernedCache(Cache):  # type: ignore[misc]
 
     def check_update(self) -> None:
         """See Owner."""
-        if not self._running:
+        if threading.get_ident() != self._runner:
             raise BadInputError(
                 "this GovernedCache belongs to another model, or its model was entered by a side door: make "
                 "one for each model, and call the model itself"
@@ -237,8 +237,7 @@ class GovernedCache(Cache):  # type: ignore[misc]
         gone = self.places.live_part(ranges)
         if not gone or not self.tensors:
             return 0, ""
-        first = [self.places.row_of(part.start) for part in gone]
-        runs = [Range(row, row + part.cells) for row, part in zip(first, gone, strict=True)]
+        runs = self.places.rows_of(gone)
         if keep and (problem := self._set_aside(gone, runs)):
             return 0, problem
         live = self.places.live_cells
@@ -272,21 +271,21 @@ class GovernedCache(Cache):  # type: ignore[misc]
         if not back:
             return 0
         positions = np.concatenate([np.arange(part.start, part.stop) for part in back])
+        # What lies in two is right in the later: it was cropped, and decoded again.
         sources = [(aside, np.intersect1d(aside.positions, positions)) for aside in self.asides]
         live = self.places.live_cells
         for rows in self.tensors:
             rows.make_room(live, live + len(positions))
         for layer in self.governed:
             layer.places.unmask(back)
-        first = [self.places.row_of(part.start) for part in back]
-        runs = [Range(row, row + part.cells) for row, part in zip(first, back, strict=True)]
+        runs = self.places.rows_of(back)
         into = np.concatenate([np.arange(run.start, run.stop) for run in runs])
         for index, rows in enumerate(self.tensors):
             rows.open_up(live, runs)
             for aside, found in sources:
                 if len(found):
                     where = torch.from_numpy(into[np.searchsorted(positions, found)])
-                    rows.at(0, rows.capacity).index_copy_(0, where, aside.take(index, found))
+                    rows.at(0, rows.capacity).index_copy_(2, where, aside.take(index, found))
                     aside.forget(index)
         self._drop_what_was_cropped()
         return len(positions)

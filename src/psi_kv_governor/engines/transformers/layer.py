@@ -91,7 +91,7 @@ class GovernedLayer(CacheLayerMixin):  # type: ignore[misc]
         """No maximum."""
         return -1
 
-    get_max_cache_shape = get_max_length  # its name before 5.6
+    get_max_cache_shape = get_max_length  # its older name
 
     def crop(self, tokens: int) -> None:
         """Remove the last `-tokens`; in older versions a positive number is the length to keep."""

@@ -41,6 +41,11 @@ class Places:
             min(hole.stop, position) - hole.start for hole in self.holes if hole.start < position
         )
 
+    def rows_of(self, ranges: Sequence[Range]) -> list[Range]:
+        """The rows of live ranges."""
+        first = [self.row_of(part.start) for part in ranges]
+        return [Range(row, row + part.cells) for row, part in zip(first, ranges, strict=True)]
+
     def live_part(self, ranges: Sequence[Range]) -> list[Range]:
         """The live positions among `ranges`, sorted and disjoint."""
         return _common(merged(ranges), self.live)

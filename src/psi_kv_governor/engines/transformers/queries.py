@@ -28,6 +28,18 @@ class Late(NamedTuple):
     cos: torch.Tensor
     """[batch or 1, tokens, rotary_dim]."""
     sin: torch.Tensor
+    stop: int = 0
+    """The position after the last of them."""
+
+    def last(self, tokens: int) -> Late:
+        """The last so many of them, at most."""
+        first = max(0, self.hidden.shape[1] - tokens)
+        return Late(self.hidden[:, first:], self.cos[:, first:], self.sin[:, first:], self.stop)
+
+    def before(self, position: int) -> Late:
+        """Those before `position`: the others were cropped."""
+        left = max(0, self.hidden.shape[1] - max(0, self.stop - position))
+        return Late(self.hidden[:, :left], self.cos[:, :left], self.sin[:, :left], min(self.stop, position))
 
 
 class Queries:
@@ -60,15 +72,29 @@ class Queries:
             return
         hidden = kwargs.get("hidden_states", args[0] if args else None)
         cos, sin = kwargs["position_embeddings"]
-        new = Late(hidden.detach(), cos.detach(), sin.detach())
+        start = cache.layers[module.layer_idx].get_seq_length()
+        new = Late(hidden.detach(), cos.detach(), sin.detach(), start + hidden.shape[1])
         old = self._late.get(module.layer_idx)
         if old is not None and old.hidden.shape[0] == new.hidden.shape[0]:
-            new = Late(*(torch.cat(pair, dim=1) for pair in zip(old, new, strict=True)))
-        self._late[module.layer_idx] = Late(*(it[:, -WINDOW:].clone() for it in new))
+            old = old.before(start)
+            joined = [torch.cat(pair, dim=1) for pair in zip(old[:3], new[:3], strict=True)]
+            new = Late(joined[0], joined[1], joined[2], new.stop)
+        kept = new.last(WINDOW)
+        self._late[module.layer_idx] = Late(
+            kept.hidden.clone(), kept.cos.clone(), kept.sin.clone(), kept.stop
+        )
 
     def late(self, layer: int) -> Late | None:
-        """The last tokens of a layer; None where nothing was kept."""
-        return self._late.get(layer)
+        """The last tokens of a layer that still have rows, one after the other; None where there are none."""
+        cache, late = self._cache(), self._late.get(layer)
+        if cache is None or late is None:
+            return None
+        places = cache.places
+        late = late.before(places.next_position)
+        hole = max((hole.stop for hole in places.holes), default=0)
+        late = late.last(max(0, late.stop - hole))
+        whole = late.stop == places.next_position and late.hidden.shape[1] > 0
+        return late if whole else None
 
     def sample(self) -> tuple[Values, Values] | None:
         """Attention of the last queries to each row (1 is an equal share), and the number of the newest that
@@ -90,7 +116,10 @@ class Queries:
         return mean.mean(dim=0).double().numpy(), last
 
     def _weights(self, cache: GovernedCache, index: int) -> torch.Tensor | None:
-        late = Late(*(it[:, -SAMPLED:] for it in self._late[index]))
+        late = self.late(index)
+        if late is None:
+            return None
+        late = late.last(SAMPLED)
         found = attention_of(self.modules[index], late, cache.layers[index].keys.float())
         if found is None:
             self.why_not = "this model makes its keys in a way that can't be repeated"
@@ -155,7 +184,7 @@ def _makes_these_keys(module: Any, late: Late, keys: torch.Tensor) -> bool:
     """Whether the last key made again is the one in the cache: else queries made so would be wrong too."""
     try:
         with torch.no_grad():
-            made = project(module, "k", Late(*(it[:, -1:] for it in late))).float()
+            made = project(module, "k", late.last(1)).float()
     except (RuntimeError, AttributeError):
         return False
     last = keys[:, :, -1:]

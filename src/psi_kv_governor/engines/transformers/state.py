@@ -7,7 +7,6 @@ import time
 
 from psi_kv_governor.cache import CacheState, SequenceState
 from psi_kv_governor.engines.transformers.cache import GovernedCache
-from psi_kv_governor.residence import Part
 from psi_kv_governor.residence.mapping import NO_PLACE
 
 _RUNNING_S = 1.0  # a sequence counts as running so long after its last token
@@ -16,14 +15,10 @@ _RUNNING_S = 1.0  # a sequence counts as running so long after its last token
 def state_of(cache: GovernedCache) -> CacheState:
     """`cache` now. Waits for nothing."""
     tensors, places = cache.tensors, cache.places
-    live_cells = places.live_cells
-    live: list[tuple[Part, Part]] = [
-        ((0, live_cells * rows.row_bytes), (live_cells * rows.row_bytes, rows.part[1])) for rows in tensors
-    ]
-    resident = sum(rows.mapping.resident_bytes([rows.part]) for rows in tensors)
-    free = sum(rows.mapping.resident_bytes([part[1]]) for rows, part in zip(tensors, live, strict=True))
-    dirty = [rows.mapping.dirty_bytes([rows.part]) for rows in tensors]
-    used = sum(rows.part[1] for rows in tensors)
+    resident = sum(rows.mapping.resident_bytes(rows.parts()) for rows in tensors)
+    free = sum(rows.mapping.resident_bytes(rows.parts(places.live_cells)) for rows in tensors)
+    dirty = [rows.mapping.dirty_bytes(rows.parts()) for rows in tensors]
+    used = sum(stop - start for rows in tensors for start, stop in rows.parts())
     sequence = SequenceState(
         id=0,
         next_position=places.next_position,
@@ -42,7 +37,7 @@ def state_of(cache: GovernedCache) -> CacheState:
         pid=os.getpid(),
         capacity_cells=cache.capacity_cells,
         cell_bytes=cache.cell_bytes,
-        row_bytes=min((rows.row_bytes for rows in tensors), default=0),
+        row_bytes=min((rows.piece_bytes for rows in tensors), default=0),
         resident_bytes=resident,
         free_resident_bytes=free,
         maskable=cache.place is not None,

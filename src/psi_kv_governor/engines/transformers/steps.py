@@ -53,22 +53,21 @@ def do(cache: GovernedCache, step: Step, account: Account) -> None:
 
 def _write_behind(cache: GovernedCache, step: Step, account: Account) -> None:
     del step
-    _each(cache, account, lambda mapping, part, left: mapping.write_behind([part], left))
+    _each(cache, account, lambda mapping, parts, left: mapping.write_behind(parts, left))
 
 
 def _park(cache: GovernedCache, step: Step, account: Account) -> None:
     del step
     account.add(bytes_returned=cache.release())
-    if _each(cache, account, lambda mapping, part, left: mapping.park([part], left)):
+    if _each(cache, account, lambda mapping, parts, left: mapping.park(parts, left)):
         account.add(cells=cache.places.live_cells)
 
 
 def _unpark(cache: GovernedCache, step: Step, account: Account) -> None:
     del step
-    most = account.left_bytes
     for rows in cache.tensors:
-        left = None if math.isinf(most) else int(account.left_bytes)
-        done = rows.mapping.unpark([rows.part], left, account.left_s)
+        left = None if math.isinf(account.left_bytes) else int(account.left_bytes)
+        done = rows.mapping.unpark(rows.parts(), left, account.left_s)
         account.add(bytes_back=done.bytes_back)
         if done.problem or not done.finished:
             account.add(cut=1)
@@ -80,10 +79,13 @@ def _unpark(cache: GovernedCache, step: Step, account: Account) -> None:
 def _each(cache: GovernedCache, account: Account, do: Callable[..., Done]) -> bool:
     """Do something to the rows of every tensor; false where it was cut short."""
     for rows in cache.tensors:
-        done = do(rows.mapping, rows.part, account.left_s)
+        if account.up:
+            account.add(cut=1)
+            return False
+        done = do(rows.mapping, rows.parts(), account.left_s)
         account.add(bytes_returned=done.bytes_returned, written_bytes=done.written_bytes)
         cache.written_bytes += done.written_bytes
-        if done.problem or not done.finished or account.up:
+        if done.problem or not done.finished:
             account.add(cut=1)
             account.problems.extend(filter(None, [done.problem]))
             return False

@@ -204,6 +204,7 @@ bool keys_readable(const struct tensor * keys);
 struct blob { uint32_t id; bool whole, parked, checkpoint; uintptr_t base; uint64_t bytes, mapped; double used_s; };
 
 void blob_expect(size_t bytes, uint32_t flags);         // this thread is about to allocate so much for a state
+void blob_begun(const void * address);
 void blob_whole(const void * address, size_t bytes);    // a state was written there
 void blob_used(const void * address);                   // a state is being read from there
 int  blobs_tell(struct blob * to, int most);
@@ -214,8 +215,10 @@ uint64_t move_to_file(uint64_t first, uint64_t last);   // pages of a mapping of
 // ---- serve.c: the protocol, in-process and over a socket ------------------------------------------------------
 
 extern pthread_mutex_t serving;  // a request is being carried out: no buffer may go meanwhile
+extern pthread_mutex_t blob_lock, lib_lock;
 EXPORT int64_t psikv_serve(const void * request, int64_t n_request, void * reply, int64_t capacity);
 EXPORT void psikv_configure(const char * place, int32_t backing, uint64_t reserve_bytes, uint64_t limit_bytes, const char * library);
 void socket_start(void);
+void socket_after_fork(void);
 void agent_alone(void);  // the sidecar is gone: all masks are taken off
 void sigbus_install(void);

@@ -3,8 +3,6 @@
 // once it is whole. It is read again only when the state is loaded.
 
 #define _GNU_SOURCE
-#include <dlfcn.h>
-#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -19,7 +17,7 @@ static struct blob blobs[MAX_BLOBS];
 static int         n_blobs;  // slots used so far
 static uint32_t    next_id;
 static bool        refusing;
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+pthread_mutex_t    blob_lock = PTHREAD_MUTEX_INITIALIZER;
 
 // The state that this thread is about to make room for.
 static __thread struct { size_t bytes; uint32_t flags; } expected;
@@ -46,7 +44,7 @@ static void * take(size_t bytes) {
     if (at == MAP_FAILED) {
         return NULL;
     }
-    pthread_mutex_lock(&lock);
+    pthread_mutex_lock(&blob_lock);
     int slot = 0;
     while (slot < n_blobs && blobs[slot].bytes) {
         slot++;
@@ -57,7 +55,7 @@ static void * take(size_t bytes) {
         blobs[slot] = (struct blob){.id = ++next_id, .base = (uintptr_t) at, .bytes = bytes, .mapped = mapped,
                                     .checkpoint = expected.flags != 0, .used_s = agent_now_s()};
     }
-    pthread_mutex_unlock(&lock);
+    pthread_mutex_unlock(&blob_lock);
     if (!fits) {
         munmap(at, mapped);
     }
@@ -69,66 +67,69 @@ static bool gone(void * address) {
         return false;  // none of ours: they begin on a page
     }
     pthread_mutex_lock(&serving);  // not while it is being parked
-    pthread_mutex_lock(&lock);
+    pthread_mutex_lock(&blob_lock);
     struct blob * blob = blob_at(address);
     if (blob) {
         munmap((void *) blob->base, blob->mapped);
         blob->bytes = 0;
     }
-    pthread_mutex_unlock(&lock);
+    pthread_mutex_unlock(&blob_lock);
     pthread_mutex_unlock(&serving);
     return blob != NULL;
 }
 
-static void * real_function(const char * name, void ** kept) {
-    if (!*kept) {
-        *kept = agent_dlsym(RTLD_NEXT, name);
-    }
-    return *kept;
+// What the module of whoever asks first would reach without us: of a Python program nobody else may have a libstdc++.
+static void * (*real_new)(size_t);
+static void (*real_delete)(void *);
+
+static void find_real(void * caller) {
+    static struct real_cache news, deletes;
+    real_delete = (void (*)(void *)) real_of("_ZdlPv", caller, &deletes);
+    real_new    = (void * (*)(size_t)) real_of("_Znwm", caller, &news);
 }
 
 // Where a program's operator new throws for want of memory, its own prompt cache makes itself smaller. A checkpoint
 // must never fail.
 EXPORT void * _Znwm(size_t bytes) {
-    static void * kept;
-    void * (*real)(size_t) = real_function("_Znwm", &kept);
+    if (!real_new) {
+        find_real(__builtin_return_address(0));
+    }
     if (bytes >= LEAST_BYTES && bytes == expected.bytes) {
         const uint32_t flags = expected.flags;
         expected.bytes       = 0;
         if (refusing && flags == 0) {
-            return real(SIZE_MAX / 2);  // throws what the program expects
+            return real_new(SIZE_MAX / 2);  // throws what the program expects
         }
         void * at = take(bytes);
         if (at) {
             return at;
         }
     }
-    if (!real) {
-        void * at = malloc(bytes ? bytes : 1);  // no libstdc++ here: nobody to catch an exception either
-        if (!at) {
-            abort();
-        }
-        return at;
-    }
-    return real(bytes);
+    return real_new(bytes);
 }
 
 EXPORT void _ZdlPv(void * address) {
-    static void * kept;
     if (!address || (n_blobs && gone(address))) {
         return;
     }
-    void (*real)(void *) = real_function("_ZdlPv", &kept);
-    if (real) {
-        real(address);
-    } else {
-        free(address);
+    if (!real_delete) {
+        find_real(__builtin_return_address(0));
     }
+    real_delete(address);
 }
 
-EXPORT void _ZdlPvm(void * address, size_t bytes) {
-    (void) bytes;
-    _ZdlPv(address);
+EXPORT void _ZdlPvm(void * address, __attribute__((unused)) size_t bytes) { _ZdlPv(address); }
+
+// A state is about to be written to `address`. What is in the file will not be it.
+void blob_begun(const void * address) {
+    pthread_mutex_lock(&blob_lock);
+    struct blob * blob = blob_at(address);
+    pthread_mutex_unlock(&blob_lock);
+    if (blob && blob->whole) {
+        pthread_mutex_lock(&serving);  // not while it is being parked; only its owner frees it
+        blob->whole = blob->parked = false;
+        pthread_mutex_unlock(&serving);
+    }
 }
 
 // A state was written to `address`: if that is one of ours, it is whole.
@@ -136,38 +137,38 @@ void blob_whole(const void * address, size_t bytes) {
     if (!n_blobs || !bytes) {
         return;
     }
-    pthread_mutex_lock(&lock);
+    pthread_mutex_lock(&blob_lock);
     struct blob * blob = blob_at(address);
     if (blob) {
         blob->whole  = true;
         blob->used_s = agent_now_s();
     }
-    pthread_mutex_unlock(&lock);
+    pthread_mutex_unlock(&blob_lock);
 }
 
 void blob_used(const void * address) { blob_whole(address, 1); }
 
 int blobs_tell(struct blob * to, int most) {
     int n = 0;
-    pthread_mutex_lock(&lock);
+    pthread_mutex_lock(&blob_lock);
     for (int i = 0; i < n_blobs && n < most; i++) {
         if (blobs[i].bytes && blobs[i].whole) {
             to[n++] = blobs[i];
         }
     }
-    pthread_mutex_unlock(&lock);
+    pthread_mutex_unlock(&blob_lock);
     return n;
 }
 
 // Moves a whole blob to a file. `serving` is held, so it can't be freed meanwhile. Gives the resident bytes that went.
 uint64_t blob_park(uint32_t id, uint64_t * written) {
-    pthread_mutex_lock(&lock);
+    pthread_mutex_lock(&blob_lock);
     struct blob * blob = NULL;
     for (int i = 0; i < n_blobs && !blob; i++) {
         blob = blobs[i].bytes && blobs[i].whole && blobs[i].id == id ? &blobs[i] : NULL;
     }
     const struct blob one = blob ? *blob : (struct blob){0};
-    pthread_mutex_unlock(&lock);
+    pthread_mutex_unlock(&blob_lock);
     if (!blob) {
         return 0;
     }
@@ -180,9 +181,9 @@ uint64_t blob_park(uint32_t id, uint64_t * written) {
     const uint64_t bytes = move_to_file(one.base, one.base + one.mapped);
     if (bytes) {
         *written += one.mapped;
-        pthread_mutex_lock(&lock);
+        pthread_mutex_lock(&blob_lock);
         blob->parked = true;
-        pthread_mutex_unlock(&lock);
+        pthread_mutex_unlock(&blob_lock);
     }
     return bytes;
 }

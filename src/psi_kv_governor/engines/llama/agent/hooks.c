@@ -209,6 +209,7 @@ EXPORT size_t llama_state_seq_get_size_ext(struct llama_context * ctx, int32_t s
 
 EXPORT size_t llama_state_seq_get_data_ext(struct llama_context * ctx, uint8_t * to, size_t size, int32_t seq, uint32_t flags) {
     REAL(llama_state_seq_get_data_ext);
+    blob_begun(to);
     INSIDE;
     const size_t n = real(ctx, to, size, seq, flags);
     blob_whole(to, n);
@@ -262,6 +263,9 @@ static void after_fork_in_child(void) {
     regions_after_fork(true);
     pthread_mutex_init(&agent.lock, NULL);
     pthread_mutex_init(&serving, NULL);
+    pthread_mutex_init(&blob_lock, NULL);
+    pthread_mutex_init(&lib_lock, NULL);
+    socket_after_fork();
     gate_after_fork();
 }
 

@@ -12,7 +12,7 @@
 static char          primary_path[512];  // the library that ctypes users load: they call from libffi, which has none
 static struct lib    libs[8];
 static int           n_libs;
-static pthread_mutex_t lib_lock = PTHREAD_MUTEX_INITIALIZER;
+pthread_mutex_t       lib_lock = PTHREAD_MUTEX_INITIALIZER;
 
 void real_set_primary(const char * path) {
     strncpy(primary_path, path, sizeof(primary_path) - 1);

@@ -98,12 +98,8 @@ static void note_tensors(struct region * region, struct lib * lib, struct ggml_c
 
 static void forget(struct region * region) {
     region->alive = false;
-    if (region->fd >= 0) {
-        close(region->fd);
-    }
-    if (region->direct_fd >= 0) {
-        close(region->direct_fd);
-    }
+    close(region->fd);  // -1 is refused, and harmless
+    close(region->direct_fd);
     for (int i = 0; i < region->n_sequences; i++) {
         free(region->sequences[i].rows);
     }
@@ -253,10 +249,8 @@ static bool have_file(struct region * region) {
     region->fd = open_unlinked(0);
     if (region->fd < 0 || ftruncate(region->fd, (off_t) (region->last - region->first)) != 0) {
         snprintf(agent.problem, sizeof(agent.problem), "no file can be made in %s: %s", agent.place, strerror(errno));
-        if (region->fd >= 0) {
-            close(region->fd);
-            region->fd = -1;
-        }
+        close(region->fd);
+        region->fd = -1;
         return false;
     }
     char name[64];
@@ -574,9 +568,7 @@ uint64_t move_to_file(uint64_t first, uint64_t last) {
         (void) posix_fadvise(one.fd, 0, (off_t) (last - first), POSIX_FADV_DONTNEED);
         agent.written_bytes += last - first;
     }
-    if (one.fd >= 0) {
-        close(one.fd);
-    }
+    close(one.fd);
     free(one.in_file);
     const uint64_t after = resident_in(first, last);
     return before > after ? before - after : 0;
@@ -627,12 +619,8 @@ void regions_after_fork(bool child) {
         }
         // Later parking goes to a new file; the mappings keep the old one alive.
         region->backing = BACKING_MEMORY;
-        if (region->fd >= 0) {
-            close(region->fd);
-        }
-        if (region->direct_fd >= 0) {
-            close(region->direct_fd);
-        }
+        close(region->fd);
+        close(region->direct_fd);
         region->fd = region->direct_fd = -1;
         if (child) {
             region->computing = false;

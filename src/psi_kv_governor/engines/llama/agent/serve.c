@@ -481,7 +481,8 @@ void agent_alone(void) {
             forget_masks(&agent.regions[i]);
         }
     }
-    agent.watched = false;
+    agent.watched      = false;
+    agent.sample_every = 0;
     blobs_refuse(false);
 }
 

@@ -28,9 +28,7 @@ static int reach(const char * name) {
     socklen_t    n = sizeof(peer);
     if (fd < 0 || connect(fd, (struct sockaddr *) &to, length) != 0 ||
         getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &n) != 0 || (peer.uid != getuid() && peer.uid != 0)) {
-        if (fd >= 0) {
-            close(fd);
-        }
+        close(fd);
         return -1;
     }
     return fd;
@@ -76,19 +74,23 @@ static void answer_all(int fd) {
     free(request);
 }
 
+static int connected = -1;
+
 static void * keep_connected(void * name) {
-    const pid_t self = getpid();
-    while (getpid() == self) {
-        const int fd = reach(name);
+    for (;; sleep(RETRY_S)) {
+        const int fd = connected = reach(name);
         if (fd >= 0) {
             answer_all(fd);
+            connected = -1;
             close(fd);
             agent_alone();
         }
-        sleep(RETRY_S);
     }
     return NULL;
 }
+
+// Else the sidecar would wait for answers of a program that has ended, as long as a child of it lives.
+void socket_after_fork(void) { close(connected); }
 
 void socket_start(void) {
     static bool  started;

@@ -1,0 +1,200 @@
+"""Part 4: chats in which the governor itself gives up cells between the turns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+
+from psikv_bench.fidelity.contenders import FULL
+from psikv_bench.fidelity.conversation import Chat, Message, Told, chat, renderer, stem_of
+from psikv_bench.fidelity.intervals import share_of
+from psikv_bench.fidelity.likelihood import Tick, policies
+from psikv_bench.fidelity.memory_store import MemoryStore
+from psikv_bench.fidelity.plan import Plan
+from psikv_bench.fidelity.results import Conversation
+from psikv_bench.fidelity.subject import Subject
+
+from psi_kv_governor.errors import BadInputError, PsiKvError
+from psi_kv_governor.events import Event, Trimmed
+from psi_kv_governor.governor import Governor
+from psi_kv_governor.policy import Policy
+from psi_kv_governor.pressure.reading import Reading
+
+_TURNS_UNDER_PRESSURE = 4
+"""The share is given up over so many turns."""
+_STALLS = (0.3, 0.05)
+"""What the governor reads by turns while it is to trim: well above its threshold, and then relief, since it
+takes trims that bring none as futile and holds back."""
+_READINGS = 200
+"""A trim takes about a tenth of what may go, so forty readings are enough for any share."""
+
+
+class ScriptedPressure:
+    """A machine that is short of memory at every second look, a second after the last one."""
+
+    name = "scripted"
+
+    def __init__(self) -> None:
+        self._time_s = 0.0
+
+    def read(self) -> Reading:
+        """See PressureSource."""
+        stall = _STALLS[int(self._time_s) % len(_STALLS)]
+        self._time_s += 1.0
+        return Reading(time_s=self._time_s, interval_s=1.0, some=stall, full=stall, source=self.name)
+
+    def close(self) -> None:
+        """See PressureSource."""
+
+
+@dataclass(frozen=True)
+class Talk:
+    """What one chat gave under one policy."""
+
+    policy: str
+    share: float
+    given_up: float
+    trims: int
+    right: list[bool]
+
+
+@dataclass(frozen=True)
+class Script:
+    """A chat in tokens: what all policies read with the full cache, the turns between which the governor
+    acts, and the questions."""
+
+    opening: list[int]
+    turns: list[list[int]]
+    asked: list[tuple[Told, list[int]]]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the chat with its longest question."""
+        read = len(self.opening) + sum(map(len, self.turns))
+        return read + max(len(stem) for _, stem in self.asked)
+
+
+def steps(plan: Plan) -> int:
+    """How often `measure` ticks."""
+    return 1 + len(plan.shares) * sum(len(one.policies) for one in plan.compared)
+
+
+def measure(subject: Subject, plan: Plan, number: int, tick: Tick) -> list[Talk]:
+    """One chat under every policy and share, and with the full cache."""
+    what = f"chat {number + 1} of {plan.chats}"
+    tick(f"{what}: facts and chatter")
+    text = plan.texts[number % len(plan.texts)]
+    script = _script(subject, chat(plan.seed + number, text, plan.chat_tokens), plan.chat_tokens)
+    subject.forget()
+    subject.read(script.opening)
+    mark = subject.mark()
+    for turn in script.turns:
+        subject.read(turn)
+    talks = [Talk(FULL, 0.0, 0.0, 0, _answers(subject, script))]
+    for share in plan.shares:
+        for policy in policies(plan):
+            subject.back_to(mark)
+            tick(f"{what}: {policy.name} gives up {share:.0%}")
+            talks.append(_under_pressure(subject, script, policy, share))
+    return talks
+
+
+def _script(subject: Subject, spoken: Chat, length: int) -> Script:
+    render = renderer(subject.template)
+    messages: list[Message] = [*spoken.opening, *(said for turn in spoken.early for said in turn)]
+    ends = [render(messages)]
+    turns = iter(spoken.late)
+    while len(ends) <= _TURNS_UNDER_PRESSURE or len(subject.tokens(ends[-1])) < length:
+        turn = next(turns, None)
+        if turn is None:
+            raise PsiKvError(f"the text is too short for a chat of {length} tokens")
+        messages += turn
+        ends.append(render(messages))
+    first = len(ends) - 1 - _TURNS_UNDER_PRESSURE
+    if not all(after.startswith(before) for before, after in pairwise(ends)):
+        raise PsiKvError("the model's chat template changes earlier turns when later ones come")
+    parts = [after[len(before) :] for before, after in pairwise(ends[first:])]
+    script = Script(
+        opening=subject.tokens(ends[first]),
+        turns=[subject.tokens(part) for part in parts],
+        asked=[(fact, subject.tokens(stem_of(render, messages, fact))) for fact in spoken.told],
+    )
+    if script.length > subject.n_ctx:
+        raise BadInputError(
+            f"the chat takes {script.length} tokens of this model: measure longer contexts (--ctx), or "
+            "leave it out (--only)"
+        )
+    return script
+
+
+def _under_pressure(subject: Subject, script: Script, policy: Policy, share: float) -> Talk:
+    mark = subject.mark()
+    with _governor(subject, policy) as (governor, trims):
+        for number, turn in enumerate(script.turns, 1):
+            goal = share * number / len(script.turns)
+            for _ in range(_READINGS):
+                if _given_up(subject) >= goal:
+                    break
+                governor.step()
+            else:
+                raise PsiKvError(f"the governor gave up {_given_up(subject):.0%} and not {goal:.0%}")
+            subject.read(turn)
+        talk = Talk(policy.name, share, _given_up(subject), len(trims), _answers(subject, script))
+        subject.back_to(mark)
+        subject.restore()  # before the governor closes its store
+    return talk
+
+
+@contextmanager
+def _governor(subject: Subject, policy: Policy) -> Iterator[tuple[Governor, list[Trimmed]]]:
+    """A governor of its own, moved step by step; and the trims that it tells of."""
+    trims: list[Trimmed] = []
+
+    def note(event: Event) -> None:
+        if isinstance(event, Trimmed):
+            trims.append(event)
+
+    governor = Governor(
+        subject.engine, source=ScriptedPressure(), policy=policy, store=MemoryStore(), config=subject.config
+    )
+    governor.subscribe(note)
+    try:
+        yield governor, trims
+    finally:
+        governor.close()
+
+
+def _given_up(subject: Subject) -> float:
+    ledger = subject.engine.ledger
+    return ledger.holes() / len(ledger)
+
+
+def _answers(subject: Subject, script: Script) -> list[bool]:
+    return [_right(subject, fact, stem) for fact, stem in script.asked]
+
+
+def _right(subject: Subject, fact: Told, stem: Sequence[int]) -> bool:
+    """Whether the first token of the right answer is more probable than those of the other choices."""
+    mark = subject.mark()
+    logits = subject.logits(stem)[-1]
+    subject.back_to(mark)
+    return max(fact.choices, key=lambda choice: logits[subject.tokens(f" {choice}")[0]]) == fact.answer
+
+
+def summed(talks: Sequence[Talk]) -> list[Conversation]:
+    """By policy and share; the seeds of a policy count as further chats."""
+    groups: dict[tuple[str, float], list[Talk]] = {}
+    for talk in talks:
+        groups.setdefault((talk.policy, talk.share), []).append(talk)
+    return [
+        Conversation(
+            policy=policy,
+            share=share,
+            given_up=sum(talk.given_up for talk in group) / len(group),
+            trims=sum(talk.trims for talk in group) / len(group),
+            right=share_of([right for talk in group for right in talk.right]),
+        )
+        for (policy, share), group in groups.items()
+    ]

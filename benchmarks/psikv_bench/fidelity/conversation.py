@@ -1,0 +1,131 @@
+"""The chat of part 4: facts told early, chatter after, questions at the end. Synthetic, seeded."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from psikv_bench.fidelity.texts import read_text
+
+from psi_kv_governor.errors import BadInputError
+
+Message = dict[str, str]
+Render = Callable[[Sequence[Message]], str]
+"""Messages to the text that a model reads, without the opening of an answer."""
+
+SYSTEM = "You are a helpful assistant who remembers what the user said."
+QUESTION = "What did I ask you to remember?"
+"""The same for every fact: a question with the words of its fact would be copied instead of the fact."""
+
+_FACTS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("The lighthouse keeper's name is", ("Ambrose", "Gilbert", "Winston", "Ophelia")),
+    ("The password of the wine cellar is", ("umbrella", "lantern", "mountain", "silver")),
+    ("The old violin was made in", ("Lisbon", "Dublin", "Vienna", "Prague")),
+    ("The secret ingredient of the soup is", ("cinnamon", "ginger", "honey", "garlic")),
+    ("The treasure is buried under the", ("fountain", "bridge", "church", "kitchen")),
+    ("The doctor's favourite animal is the", ("penguin", "tiger", "rabbit", "elephant")),
+    ("The colour of the submarine is", ("yellow", "purple", "orange", "green")),
+    ("The meeting with the bishop is on", ("Thursday", "Sunday", "Tuesday", "Saturday")),
+)
+FACTS = len(_FACTS)
+CHOICES = 4
+"""Answers to choose from, so a guess is right in one of four."""
+_TURNS = 16
+"""Of chatter, about: one after each fact, and as many after all."""
+_CHARACTERS_PER_TOKEN = 4
+
+
+@dataclass(frozen=True)
+class Told:
+    """A fact, and what to choose its answer from."""
+
+    stem: str
+    answer: str
+    choices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Turns of a user message and its answer each: first those with the facts, then the chatter."""
+
+    told: list[Told]
+    early: list[list[Message]]
+    late: list[list[Message]]
+
+    @property
+    def opening(self) -> list[Message]:
+        """The system prompt."""
+        return [{"role": "system", "content": SYSTEM}]
+
+
+def chat(seed: int, text: str, length: int = 2048) -> Chat:
+    """A chat of about `length` tokens whose chatter is made of the text called `text`; the facts are told in
+    its first turns, with a turn of chatter after each. Raises BadInputError for an unknown text."""
+    rng = random.Random(seed)
+    told = [Told(stem, rng.choice(choices), choices) for stem, choices in rng.sample(_FACTS, FACTS)]
+    chatter = _chatter(read_text(text), length * _CHARACTERS_PER_TOKEN // _TURNS)
+    early = []
+    for fact in told:
+        early += [_telling(fact), chatter.pop(0)]
+    return Chat(told, early, chatter)
+
+
+def _telling(fact: Told) -> list[Message]:
+    sentence = f"{fact.stem} {fact.answer}."
+    return _turn(f"Please remember this: {sentence[0].lower()}{sentence[1:]}", f"I will. {sentence}")
+
+
+def _chatter(text: str, size: int) -> list[list[Message]]:
+    """Turns about consecutive pieces of `text`, of `size` characters."""
+    words = re.sub(r"\s+", " ", text)
+    pieces = [words[i : i + size] for i in range(0, len(words), size)]
+    return [_turn("Please read on." if i else "Please read to me.", piece) for i, piece in enumerate(pieces)]
+
+
+def _turn(user: str, assistant: str) -> list[Message]:
+    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+
+
+def asking(fact: Told) -> list[Message]:
+    """The question for `fact`, with the beginning of its answer."""
+    return _turn(QUESTION, fact.stem)
+
+
+def renderer(template: str | None) -> Render:
+    """How this model reads messages: by its own chat template (Jinja), or as plain lines without one.
+
+    Raises BadInputError for a template that can't be used.
+    """
+    if template is None:
+        return _plain
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    try:
+        formatter = Jinja2ChatFormatter(
+            template=template, eos_token="", bos_token="", add_generation_prompt=False
+        )
+        formatter(messages=_turn("", ""))
+    except Exception as error:  # somebody else's template: whatever it raises, it can't be used
+        raise BadInputError(f"the model's chat template can't be used: {error}".splitlines()[0]) from None
+    return lambda messages: str(formatter(messages=list(messages)).prompt)
+
+
+def _plain(messages: Sequence[Message]) -> str:
+    names = {"system": "", "user": "User: ", "assistant": "Assistant: "}
+    return "".join(f"{names[message['role']]}{message['content']}\n\n" for message in messages)
+
+
+def stem_of(render: Render, before: Sequence[Message], fact: Told) -> str:
+    """The text of the question after the messages `before`, up to where its answer begins.
+
+    Raises BadInputError where the template does not let a chat be continued.
+    """
+    marker = " \N{SECTION SIGN}"
+    asked = [dict(message) for message in asking(fact)]
+    asked[-1]["content"] += marker
+    start, whole = render(before), render([*before, *asked])
+    if not whole.startswith(start) or marker not in whole:
+        raise BadInputError("the model's chat template changes earlier turns when later ones come")
+    return whole[len(start) : whole.rindex(marker)]

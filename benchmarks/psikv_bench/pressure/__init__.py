@@ -1,0 +1,1 @@
+"""The pressure scene: its setting, its figures and its plots."""

@@ -1,0 +1,324 @@
+"""From what was asked to what is played: the isolation, the limit, the scene."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from psi_kv_governor.config import load_config
+from psi_kv_governor.errors import BadInputError, PsiKvError
+from psi_kv_governor.sandbox.host import MIB, Host
+from psi_kv_governor.sandbox.messages import Setup, Variant
+from psi_kv_governor.sandbox.reference import POLL_S, THRESHOLD
+from psi_kv_governor.sandbox.sandbox import LEAST_BYTES, Sandbox, Swap
+from psi_kv_governor.sandbox.scene import outside_bytes
+from psi_kv_governor.sandbox.scene_options import CALM_TOKENS, LoadKind, SceneOptions
+from psikv_bench.options import Options, each_once, in_order
+from psikv_bench.record import Say, say_nothing
+from psikv_bench.trials.sizing import until_opened
+
+Order = Literal["fixed-first", "psi-first", "random"]
+Isolate = Literal["cgroup", "host", "auto"]
+
+_SHORT_SHARE = 0.4
+"""Of the cache, that does not fit beside the load and the weights. The governor may give up twice as much."""
+_HOT_SHARE = 0.1
+"""Of what a process takes beside weights and cache, that decoding uses: the rest (the interpreter, buffers
+for a prompt's batches) goes to swap at once and for good. Measured: with all of it inside the limit, plain
+llama.cpp swapped 64 MB out once, stalled for 4 % of the time, and was not pressed."""
+_LEAST_TIMES = 1.15
+"""Of what the model takes at first: it grows by a tenth while the prompt comes in."""
+_CALM_TIMES = 2.0
+"""Without a neighbour nothing is to be pressed: twice what the model takes leaves the governor calm."""
+_SWAP_BYTES = 512 * MIB
+_DECODE_MAX_S = 60.0
+"""A run that has come to a stand is cut off here, and counts with the tokens that it got done."""
+
+BOUNDARY = (
+    "all variants: flash attention on, the same threads, batch and prompt, greedy; plain llama_cpp.Llama for "
+    "fixed and reference, GovernedLlama for the others"
+)
+
+
+class PressureOptions(Options, frozen=True, kw_only=True):
+    """Everything that was asked for.
+
+    The defaults press a 135M model whose prompt fills most of its context; on two quiet cores a run takes
+    about half a minute.
+    """
+
+    ctx_size: Annotated[int, Meta(ge=1, description="Cells of the cache.")] = 4096
+    n_predict: Annotated[int, Meta(ge=1, description="Tokens decoded under pressure.")] = 120
+    prompt_tokens: Annotated[int, Meta(ge=1, description="Tokens before that [what fits].")] | None = None
+    keep: Annotated[int, Meta(ge=0, description="First tokens that never go (reference, governed).")] = 64
+    tail: Annotated[int, Meta(ge=1, description="Last tokens that never go (reference, governed).")] = 256
+    min_prune: Annotated[int, Meta(ge=1, description="The reference never removes fewer tokens.")] = 64
+    load: Annotated[
+        LoadKind,
+        Meta(description="What the neighbour does: touches memory, reads files, takes memory at a rate."),
+    ] = "memory"
+    pressure_mib: Annotated[int, Meta(ge=0, description="What it takes or reads; 0: no neighbour.")] = 250
+    pressure_step_mib: Annotated[int, Meta(ge=1, description="How much at a time (memory, files).")] = 25
+    pressure_rate_mib_s: Annotated[
+        float, Meta(ge=0, description="How fast (ramp); 0: as fast as it can.")
+    ] = 0.0
+    pressure_warmup_s: Annotated[
+        float, Meta(ge=0, description="It works so long before the model decodes.")
+    ] = 0.0
+    variants: Annotated[tuple[Variant, ...], Meta(description="Which of them.")] = (
+        "fixed", "reference", "psi",
+    )  # fmt: skip
+    variant_order: Annotated[Order, Meta(description="Within each repeat; random draws anew for each.")] = (
+        "fixed-first"
+    )
+    variant_cooldown_s: Annotated[float, Meta(ge=0, description="Pause between two runs.")] = 1.0
+    repeats: Annotated[int, Meta(ge=1, description="Runs of each variant.")] = 5
+    isolate: Annotated[Isolate, Meta(description="A memory cgroup for each run; host presses nothing.")] = (
+        "auto"
+    )
+    memory_limit_mib: (
+        Annotated[
+            int,
+            Meta(ge=LEAST_BYTES // MIB, description="Of that cgroup [cache and load do not both fit]."),
+        ]
+        | None
+    ) = None
+    swap: Annotated[
+        Swap, Meta(description="In that cgroup: a zram device of its own, none, the machine's.")
+    ] = "zram"
+    seed: Annotated[
+        int, Meta(ge=0, description="Of the random order, and of what fills the neighbour's memory.")
+    ] = 1
+
+    def check(self) -> None:
+        each_once("variants", self.variants)
+        self._check_prompt()
+        if self.isolate == "host" and self.memory_limit_mib is not None:
+            raise BadInputError("--memory-limit-mib needs a cgroup: leave it out, or --isolate host")
+        if self.pressure_rate_mib_s and self.load != "ramp":
+            raise BadInputError("--pressure-rate-mib-s is for --load ramp")
+
+    def _check_prompt(self) -> None:
+        decoded = self.n_predict + CALM_TOKENS + 1
+        if self.prompt < 1:
+            raise BadInputError(
+                f"--ctx-size {self.ctx_size} is too small for a prompt and {decoded} decoded tokens: "
+                "give a larger one, or a smaller --n-predict"
+            )
+        if self.prompt + decoded > self.ctx_size:
+            raise BadInputError(
+                f"--prompt-tokens {self.prompt} and {decoded} decoded tokens do not fit into --ctx-size "
+                f"{self.ctx_size}"
+            )
+        if self.keep + self.tail >= self.prompt:
+            raise BadInputError(
+                f"--keep {self.keep} and --tail {self.tail} protect all of the prompt of {self.prompt} "
+                "tokens: give smaller ones, or a larger --ctx-size"
+            )
+
+    @property
+    def prompt(self) -> int:
+        """Tokens in the context before anything is decoded."""
+        if self.prompt_tokens is not None:
+            return self.prompt_tokens
+        return self.ctx_size - self.n_predict - CALM_TOKENS - 1
+
+
+def turns(options: PressureOptions) -> list[Sequence[Variant]]:
+    """The order of the variants in each repeat. Random is drawn anew for each, from the seed."""
+    given = in_order(options.variants)
+    if options.variant_order == "psi-first":
+        given.reverse()
+    if options.variant_order != "random":
+        return [tuple(given)] * options.repeats
+    dice = random.Random(options.seed)
+    return [tuple(dice.sample(given, len(given))) for _ in range(options.repeats)]
+
+
+class Size(msgspec.Struct, frozen=True, kw_only=True):
+    """What plain llama.cpp takes. Its cache is resident from the start, whatever is in it."""
+
+    resident_bytes: int
+    """Of the whole process, weights and all, after the first batch of a prompt."""
+    weights_bytes: int
+    """The model's file, which is mapped."""
+    cell_bytes: int
+
+
+def size_of(model: Path, cells: int, threads: int, say: Say = say_nothing) -> Size:
+    """Measure it in a process of its own. Raises PsiKvError where the model can't be run."""
+    setup = Setup(
+        variant="fixed", model=str(model), context_cells=cells, context_tokens=min(512, cells - 2),
+        threads=threads,
+    )  # fmt: skip
+    try:
+        with Host(setup) as host:
+            opened = until_opened(host, say)
+    except PsiKvError as error:
+        raise PsiKvError(f"the model can't be run with {cells} cells: {error}") from error
+    return Size(
+        resident_bytes=opened.memory.resident_bytes,
+        weights_bytes=model.stat().st_size,
+        cell_bytes=opened.cell_bytes,
+    )
+
+
+class Setting(msgspec.Struct, frozen=True, kw_only=True):
+    """What all runs of a benchmark have in common."""
+
+    isolate: str
+    """`cgroup`: each run in a memory cgroup of its own. `host`: none, and so no real pressure."""
+    limit_bytes: int | None
+    swap: Swap | None
+    swap_bytes: int
+    prompt_tokens: int
+    pressure_bytes: int
+    decode_max_s: float
+    size: Size | None
+    """What plain llama.cpp took, from which the limit was chosen; None where the limit was given."""
+    reference: dict[str, Any]
+    governor: dict[str, Any]
+    """Its settings."""
+    same: str = BOUNDARY
+
+
+def choose_isolation(options: PressureOptions) -> tuple[bool, str]:
+    """Whether each run has a sandbox, and why not where `auto` had to do without.
+
+    Raises PsiKvError, saying what to do, where one was asked for and can't be had.
+    """
+    if options.isolate == "host":
+        return False, ""
+    able, why = Sandbox.available()
+    if able:
+        swap_able, why_no_swap = Sandbox.available(options.swap)
+        if not swap_able:
+            raise PsiKvError(f"{why_no_swap}; or choose another --swap")
+        return True, ""
+    if options.isolate == "cgroup":
+        raise PsiKvError(f"{why}; or choose --isolate host, where nothing is pressed")
+    return False, why
+
+
+def limit_for(size: Size, options: PressureOptions) -> int:
+    """The limit under which the full cache and the load do not fit.
+
+    Raises BadInputError where the model alone would not fit either: the load is too small to press it.
+    """
+    if not options.pressure_mib:
+        return int(size.resident_bytes * _CALM_TIMES)
+    cache_bytes = size.cell_bytes * options.ctx_size
+    other_bytes = max(0, size.resident_bytes - size.weights_bytes - cache_bytes)
+    kept_bytes = size.weights_bytes + (1 - _SHORT_SHARE) * cache_bytes + _HOT_SHARE * other_bytes
+    limit_bytes = int(kept_bytes) + options.pressure_mib * MIB
+    if limit_bytes < size.resident_bytes * _LEAST_TIMES:
+        lacking = size.resident_bytes * _LEAST_TIMES - limit_bytes
+        raise BadInputError(
+            f"--pressure-mib {options.pressure_mib} is too little: beside it, the model alone would not fit; "
+            f"give {options.pressure_mib + math.ceil(lacking / MIB)} or more, or --memory-limit-mib"
+        )
+    return limit_bytes
+
+
+def choose_setting(options: PressureOptions, say: Say = say_nothing) -> Setting:
+    """Decide all that was left open. Runs the model once where the limit is to be found.
+
+    Raises PsiKvError where the isolation or swap that was asked for can't be had.
+    """
+    isolated, _ = choose_isolation(options)
+    size, limit_bytes = None, None
+    if options.memory_limit_mib is not None:
+        limit_bytes = options.memory_limit_mib * MIB
+    elif isolated:
+        say("measuring what the model takes", new=True)
+        size = size_of(Path(options.model), options.ctx_size, options.threads or 1, say)
+        limit_bytes = limit_for(size, options)
+    pressure_bytes = options.pressure_mib * MIB
+    return Setting(
+        isolate="cgroup" if isolated else "host",
+        limit_bytes=limit_bytes if isolated else None,
+        swap=options.swap if isolated else None,
+        swap_bytes=_SWAP_BYTES if isolated and options.swap != "none" else 0,
+        prompt_tokens=options.prompt,
+        pressure_bytes=pressure_bytes if isolated else min(pressure_bytes, outside_bytes()),
+        decode_max_s=_DECODE_MAX_S,
+        size=size,
+        reference={
+            "polls": "avg10 of `some` in " + ("the cgroup's memory.pressure" if isolated else "/proc"),
+            "every_s": POLL_S,
+            "threshold": THRESHOLD,
+            "min_prune": options.min_prune,
+        },
+        governor=msgspec.to_builtins(load_config(sink_cells=options.keep, window_cells=options.tail)),
+    )
+
+
+def scene_of(options: PressureOptions, setting: Setting, folder: Path | None) -> SceneOptions:
+    """The scene that every variant plays. A neighbour that reads files makes them in `folder`."""
+    return SceneOptions(
+        model=options.model,
+        context_tokens=setting.prompt_tokens,
+        context_cells=options.ctx_size,
+        tokens=options.n_predict,
+        threads=options.threads or 1,
+        keep=options.keep,
+        tail=options.tail,
+        min_prune=options.min_prune,
+        limit_bytes=setting.limit_bytes or MIB,
+        load=options.load,
+        pressure_bytes=setting.pressure_bytes,
+        step_bytes=options.pressure_step_mib * MIB,
+        rate_bytes_per_s=options.pressure_rate_mib_s * MIB,
+        folder=str(folder or "/var/tmp") if options.load == "files" else "",
+        seed=options.seed,
+        warmup_s=options.pressure_warmup_s,
+        swap=setting.swap or "none",
+        swap_bytes=setting.swap_bytes,
+        decode_max_s=setting.decode_max_s,
+        isolated=setting.isolate == "cgroup",
+    )
+
+
+def is_judged(options: PressureOptions, setting: Setting) -> bool:
+    """Whether what is asked was asked of this: of memory taken beside the model in a cgroup with zram, and of
+    a machine without a neighbour. All else is for information."""
+    calm = not setting.pressure_bytes
+    return setting.isolate == "cgroup" and (calm or (options.load == "memory" and setting.swap == "zram"))
+
+
+def remarks(options: PressureOptions, setting: Setting) -> Iterator[str]:
+    """What a reader has to know before he believes a figure."""
+    if setting.isolate == "host":
+        _, why = choose_isolation(options)
+        yield "NOT ISOLATED, so nothing was pressed and no verdict is given" + (f": {why}" if why else "")
+        if setting.pressure_bytes < options.pressure_mib * MIB:
+            yield (
+                f"the neighbour took {setting.pressure_bytes // MIB} MiB of the {options.pressure_mib} MiB "
+                "asked for: a quarter of what was available"
+            )
+    elif not is_judged(options, setting):
+        yield "no verdict is given: what is asked is asked of --load memory with --swap zram"
+    for pid, name in mapped_by_others(Path(options.model)):
+        yield (
+            f"process {pid} ({name}) had the model mapped: its weights were charged there and not to the "
+            "cgroup, so every variant had more memory than the limit says"
+        )
+
+
+def mapped_by_others(model: Path, root: Path = Path("/")) -> Iterator[tuple[int, str]]:
+    """Processes that have the model's file mapped: their pages stay, and are charged where they are."""
+    wanted = str(model.resolve())
+    for maps in sorted((root / "proc").glob("[0-9]*/maps")):
+        try:
+            with maps.open(errors="surrogateescape") as lines:
+                found = any(line.rstrip("\n").endswith(wanted) for line in lines)
+            if found:
+                yield int(maps.parent.name), (maps.parent / "comm").read_text().strip()
+        except OSError:  # gone meanwhile, or not ours to see
+            continue

@@ -1,0 +1,391 @@
+"""The record of a benchmark: where it was measured, what came of it, and how it is kept and gone on with."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import datetime
+import io
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import msgspec
+import numpy as np
+
+from psi_kv_governor.errors import BadInputError, PsiKvError
+from psikv_bench.figures import Figure
+from psikv_bench.options import Options
+
+RESULT, SUMMARY, JOURNAL = "result.json", "summary.md", "journal.jsonl"
+
+_T = TypeVar("_T")
+_S = TypeVar("_S", bound=Options)
+
+
+class Say(Protocol):
+    """Hears in a few words what is being done now; `new` marks the beginning of something long."""
+
+    def __call__(self, doing: str, *, new: bool = False) -> None: ...
+
+
+def say_nothing(doing: str, *, new: bool = False) -> None:
+    """For those who don't listen."""
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """Where it was measured. Holds no name of a person, a host or a folder."""
+
+    architecture: str
+    processor: str
+    cores: int
+    """Cores that this process may run on."""
+    memory_bytes: int
+    page_bytes: int
+    kernel: str
+
+
+class Header(msgspec.Struct, frozen=True, kw_only=True):
+    """All that somebody needs to measure it again, and to judge how quiet the machine was."""
+
+    bench: str
+    command: str
+    quick: bool
+    started_utc: str
+    seconds: float
+    machine: Machine
+    versions: dict[str, str]
+    model: str
+    model_bytes: int
+    threads: list[int]
+    """Threads that decoded, a number for each setting that was measured."""
+    load_before: float
+    """Load average of the minute before the start: above 0.5, others were using the machine."""
+    load_after: float
+
+    @property
+    def words(self) -> str:
+        """In a line."""
+        machine = self.machine
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return (
+            f"`{self.command}`, {self.started_utc}, {self.seconds:.0f} s; {self.model}, "
+            f"{' and '.join(map(str, self.threads))} of {machine.cores} cores, {machine.processor}, "
+            f"{machine.memory_bytes >> 20} MiB, {machine.kernel}; {versions}; "
+            f"load {self.load_before:.2f} before, {self.load_after:.2f} after"
+        )
+
+
+class Table(msgspec.Struct, frozen=True, kw_only=True):
+    """Rows of words, as they are printed and written. The first column is a name."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole of one benchmark, as it is kept in JSON."""
+
+    header: Header
+    options: Any
+    """What was asked for, and what was worked out from what the model takes."""
+    interrupted: bool
+    passed: bool
+    figures: list[Figure]
+    """What is held against what was asked."""
+    tables: list[Table]
+    notes: list[str]
+    """What has to be known to read the figures."""
+    rows: Any
+    """What the tables say, as numbers."""
+
+    @property
+    def missed(self) -> list[Figure]:
+        """The figures that miss what was asked."""
+        return [found for found in self.figures if found.passed is False]
+
+    def to_json(self) -> bytes:
+        """Indented, for files that are read and compared."""
+        return msgspec.json.format(encoded(self), indent=2) + b"\n"
+
+
+class Recorder(Generic[_S]):
+    """One run of a benchmark: notes the circumstances from when it is made until `report`."""
+
+    def __init__(
+        self,
+        bench: str,
+        options: _S,
+        *,
+        quick: bool = False,
+        folder: Path | None = None,
+        resume: bool = False,
+        say: Say = say_nothing,
+    ) -> None:
+        """The record is kept in `folder`. Raises BadInputError where it can't be."""
+        self.bench, self.options, self.quick, self.folder, self.say = bench, options, quick, folder, say
+        self._resume = resume
+        self._load_before = os.getloadavg()[0]
+        self._started_utc = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        self._began_s = time.monotonic()
+        if folder is not None:
+            check_folder(folder)
+        elif resume:
+            raise BadInputError("there is nothing to go on with: --resume needs the --out-dir of the run")
+
+    @property
+    def model(self) -> Path:
+        """The model's file."""
+        return Path(self.options.model)
+
+    def journal(self, kind: Any, plan: Any) -> Journal[Any]:
+        """The finished parts of `kind`: those that the folder holds where it goes on with a run of `plan`.
+
+        `plan` is without what may grow from one time to the next, such as the number of runs.
+        """
+        size = self.model.stat().st_size
+        head = encoded({"bench": self.bench, "model": self.model.name, "model_bytes": size, "options": plan})
+        return Journal(self.folder and self.folder / JOURNAL, head, kind, go_on=self._resume)
+
+    def report(
+        self,
+        figures: Sequence[Figure],
+        threads: Sequence[int],
+        *,
+        options: Any = None,
+        interrupted: bool = False,
+        tables: Sequence[Table] = (),
+        notes: Sequence[str] = (),
+        rows: Any = None,
+    ) -> Report:
+        """The report on `figures`, which were measured since this was made."""
+        header = Header(
+            bench=self.bench,
+            command=command_line(),
+            quick=self.quick,
+            started_utc=self._started_utc,
+            seconds=time.monotonic() - self._began_s,
+            machine=machine(),
+            versions=versions(),
+            model=self.model.name,
+            model_bytes=self.model.stat().st_size,
+            threads=list(threads),
+            load_before=self._load_before,
+            load_after=os.getloadavg()[0],
+        )
+        asked = msgspec.structs.replace(self.options, model=self.model.name)
+        return Report(
+            header=header,
+            options={"asked": asked, **(options or {})},
+            interrupted=interrupted,
+            passed=not any(found.passed is False for found in figures),
+            figures=list(figures),
+            tables=list(tables),
+            notes=list(notes),
+            rows=rows,
+        )
+
+    def keep(
+        self, report: Report, records: Sequence[dict[str, Any]] = (), *draw: Callable[[Path], str]
+    ) -> Report:
+        """Write result.json and summary.md, `records` as a CSV file, and what each `draw` draws.
+
+        `draw` gives the name of its plot, or raises ModuleNotFoundError where nothing can be drawn. Raises
+        PsiKvError where something can't be written.
+        """
+        if self.folder is None:
+            return report
+        plots = []
+        try:
+            plots = [one(self.folder) for one in draw]
+        except ModuleNotFoundError as error:
+            report = msgspec.structs.replace(
+                report, notes=[*report.notes, f"no plot: {error.name} is missing"]
+            )
+        except OSError as error:
+            raise PsiKvError(f"cannot write the plot into {self.folder}: {error.strerror}") from error
+        write(self.folder / RESULT, report.to_json())
+        write(self.folder / SUMMARY, markdown(report, plots).encode())
+        if records:
+            write(self.folder / f"{self.bench}.csv", as_csv(records).encode())
+        return report
+
+
+class Journal(Generic[_T]):
+    """The finished parts of one benchmark, in memory, and in a file where there is a `path`, a line each.
+
+    The file's first line is the `head`: parts of another plan are not mixed with these. Raises BadInputError
+    when there is a file and `go_on` is not set, or when its head is another; PsiKvError when it can't be
+    written.
+    """
+
+    def __init__(self, path: Path | None, head: bytes, kind: Any, *, go_on: bool) -> None:
+        self.parts: list[_T] = []
+        self._path = path
+        if path is None:
+            return
+        if not path.exists():
+            self._append(head)
+        elif go_on:
+            self.parts = list(_read(path, head, kind))
+        else:
+            raise BadInputError(
+                f"{path.parent} holds a run: go on with it with --resume, or give another --out-dir"
+            )
+
+    def add(self, part: _T) -> None:
+        """Keep a finished part: on disk when this returns."""
+        self.parts.append(part)
+        if self._path is not None:
+            self._append(encoded(part))
+
+    def _append(self, line: bytes) -> None:
+        assert self._path is not None, "nothing is written without a file"
+        try:
+            with self._path.open("ab") as file:
+                file.write(line + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise PsiKvError(f"cannot write {self._path}: {error.strerror}") from error
+
+
+def _read(path: Path, head: bytes, kind: Any) -> Iterator[Any]:
+    data = path.read_bytes()
+    whole, _, cut = data.rpartition(b"\n")
+    if cut:  # a line that was being written when the machine went down
+        path.write_bytes(whole + b"\n")
+    first, *rest = whole.splitlines() or [b""]
+    if first != head:
+        raise BadInputError(f"{path} was begun with other options: give the same ones, or another --out-dir")
+    for number, line in enumerate(rest, 2):
+        try:
+            yield msgspec.json.decode(line, type=kind, dec_hook=_decoded)
+        except msgspec.DecodeError as error:
+            raise BadInputError(f"line {number} of {path} is damaged: {error}") from error
+
+
+def encoded(value: Any) -> bytes:
+    """As JSON, arrays as lists."""
+    return msgspec.json.encode(value, enc_hook=_listed)
+
+
+def _listed(value: object) -> object:
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    raise NotImplementedError(f"{type(value)} can't be kept")
+
+
+def _decoded(kind: type, value: object) -> object:
+    if getattr(kind, "__origin__", kind) is np.ndarray and isinstance(value, list):
+        return np.asarray(value, dtype=np.float64)
+    raise NotImplementedError(f"{kind} can't be read back")
+
+
+# -- how it is written -------------------------------------------------------------------------------------
+
+
+def markdown(report: Report, plots: Sequence[str] = ()) -> str:
+    """The report as it is read. `plots` are names of files that lie beside it."""
+    lines = [f"# psi-kv bench {report.header.bench}", ""]
+    if report.interrupted:
+        lines += ["Interrupted: what was finished until then.", ""]
+    lines += [line for name in plots for line in (f"![{name}]({name})", "")]
+    for table in report.tables:
+        lines += [f"## {table.title}", "", _row(table.columns), _row(["---"] * len(table.columns))]
+        lines += [*map(_row, table.rows), ""]
+    lines += ["## Verdict", "", *(f"- {found.verdict}" for found in report.figures), ""]
+    lines += [*(f"- {note}" for note in report.notes), "", report.header.words]
+    return "\n".join(lines) + "\n"
+
+
+def _row(words: Sequence[str]) -> str:
+    return "| " + " | ".join(words) + " |"
+
+
+def as_csv(records: Sequence[dict[str, Any]]) -> str:
+    """A line for each record, which all have the same keys."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
+
+
+def write(path: Path, data: bytes) -> None:
+    """An earlier file stays whole until the new one is. Raises PsiKvError."""
+    new = path.with_name(f".{path.name}.new")
+    try:
+        new.write_bytes(data)
+        new.replace(path)
+    except OSError as error:
+        raise PsiKvError(f"cannot write {path}: {error.strerror}") from error
+
+
+def check_folder(path: Path) -> None:
+    """Make the folder, or say before minutes are spent that nothing can be kept. Raises BadInputError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInputError(f"cannot make {path}: {error.strerror}; give another --out-dir") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise BadInputError(f"cannot write into {path}: give an --out-dir that is yours")
+
+
+# -- the machine -------------------------------------------------------------------------------------------
+
+
+def command_line(arguments: Sequence[str] | None = None) -> str:
+    """The command as it can be typed again, without the folders that its files lie in."""
+    program, *rest = sys.argv if arguments is None else arguments
+    name = Path(program).name
+    return " ".join(["psi-kv" if name == "__main__.py" else name, *map(_without_folder, rest)])
+
+
+def _without_folder(word: str) -> str:
+    option, equals, value = word.rpartition("=")
+    return option + equals + (Path(value).name if os.sep in value else value)
+
+
+def cores() -> int:
+    """Cores that this process may run on: fewer than the machine's in a container or under taskset."""
+    return len(os.sched_getaffinity(0))
+
+
+def machine(root: Path = Path("/")) -> Machine:
+    """This machine. `root` stands in for the folder that holds /proc."""
+    release = re.match(r"\d+(\.\d+)*", platform.release())  # 6.18.4-who-built-it -> 6.18.4
+    return Machine(
+        architecture=platform.machine(),
+        processor=_processor(root),
+        cores=cores(),
+        memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        page_bytes=os.sysconf("SC_PAGE_SIZE"),
+        kernel=f"{platform.system()} {release[0] if release else platform.release()}",
+    )
+
+
+def _processor(root: Path) -> str:
+    """x86 has "model name" for each core; ARM boards have one "Model" at the end, or nothing."""
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in {"model name", "Model"} and value.strip():
+                return value.strip()
+    return platform.processor() or "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on. A package that is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for package in ("psi-kv-governor", "llama-cpp-python", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found

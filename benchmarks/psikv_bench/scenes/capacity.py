@@ -1,0 +1,515 @@
+"""The longest context that survives under a memory limit, with a fixed cache and governed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
+from msgspec import Meta
+
+from psi_kv_governor.errors import BadInputError, PsiKvError
+from psi_kv_governor.events import Released, Trimmed
+from psi_kv_governor.quantile import quantile
+from psi_kv_governor.sandbox import messages
+from psi_kv_governor.sandbox.host import MIB, Host, ModelKilledError
+from psi_kv_governor.sandbox.messages import Setup, Variant
+from psi_kv_governor.sandbox.sandbox import Sandbox, Swap
+from psikv_bench import plots
+from psikv_bench.figures import Asked, Figure, figure, ms
+from psikv_bench.options import Options, each_once, in_order
+from psikv_bench.record import Recorder, Report, Table
+from psikv_bench.scene import Scene
+from psikv_bench.trials.sizing import ample_bytes
+
+CLAIMED = Asked(">=", 4.0)
+STEP_CELLS = 256
+"""Lengths are multiples of this: llama.cpp pads a context to it."""
+SWAP_BYTES = 512 * MIB
+THRASH_SHARE = 0.1
+"""Of the tokens per second with a short context and memory to spare. Slower than that, a cgroup reads the
+weights again for every token: the demo model then does 4 tokens per second from a fast disk, and next to none
+from a memory card. Attending to a context of 8,192 tokens alone leaves it a fifth."""
+EXTRA_MIB = (24, 48, 96)
+"""For the cache, above what the model itself takes: hardly any, some, and twice that."""
+NO_LIMIT = 0
+"""Limit of the probe in peace, which all others are held against."""
+_OPEN_S = 120.0
+_ANY_PACE = 1e-3
+
+Ending = Literal["survived", "killed", "slow", "failed"]
+"""`slow`: a chunk of the prompt, or the decoding, came at less than the asked rate: it thrashes. `failed`:
+the process could not even open such a context."""
+
+
+class CapacityOptions(Options, frozen=True, kw_only=True):
+    """What is asked for."""
+
+    limits: Annotated[
+        tuple[Annotated[int, Meta(ge=16)], ...],
+        Meta(description="MiB of the cgroups [what the model takes, and 24, 48, 96 more]."),
+    ] = ()
+    variants: Annotated[tuple[Variant, ...], Meta(description="Which of them.")] = ("fixed", "psi")
+    swap: Annotated[Swap, Meta(description="Inside of the cgroups.")] = "none"
+    max_ctx: Annotated[int, Meta(ge=1, description="No longer context is tried.")] = 32_768
+    tokens: Annotated[int, Meta(ge=1, lt=STEP_CELLS, description="Decoded at the end of each.")] = 32
+    chunk: Annotated[int, Meta(ge=1, description="Tokens of the prompt decoded at once.")] = 128
+    least_tokens_s: (
+        Annotated[
+            float, Meta(gt=0, description="What comes slower has not survived [0.1 of its calm speed].")
+        ]
+        | None
+    ) = None
+    resolution: Annotated[float, Meta(gt=1, description="Factor between the longest and what fails.")] = 1.15
+
+    def check(self) -> None:
+        each_once("variants", self.variants)
+
+
+class Probe(msgspec.Struct, frozen=True, kw_only=True):
+    """One context of one length in a cgroup of its own."""
+
+    variant: Variant
+    limit_bytes: int
+    length: int
+    ending: Ending
+    why: str
+    """Where it did not survive."""
+    done_tokens: int
+    """Of the length: how far it came."""
+    prefill_tokens_per_s: float | None
+    token_s: list[float]
+    """Of each token that was decoded at the end."""
+    peak_bytes: int
+    """Most ever charged to the cgroup; 0 where the kernel does not keep it."""
+    live_cells: int
+    masked_cells: int
+    """Away, and to come back bit for bit."""
+    lost_cells: int
+    """Away, and to be decoded again."""
+    returned_bytes: int
+    trims: int
+    last_turn: str
+    """The governor's last reason, where it did not survive."""
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Decoding at the end, by the median token."""
+        return 1.0 / quantile(self.token_s, 0.5) if self.token_s else None
+
+    @property
+    def live_share(self) -> float:
+        """Of the context that the last token attended to."""
+        return self.live_cells / self.length if self.ending == "survived" else 0.0
+
+
+def longest(probes: Sequence[Probe], variant: Variant, limit_bytes: int) -> Probe | None:
+    """The longest that survived; None where none did."""
+    what = (variant, limit_bytes, "survived")
+    mine = [probe for probe in probes if (probe.variant, probe.limit_bytes, probe.ending) == what]
+    return max(mine, key=lambda probe: probe.length, default=None)
+
+
+# -- the search --------------------------------------------------------------------------------------------
+
+
+class Found(NamedTuple):
+    """What a search ended with."""
+
+    best: int
+    """Largest that passed; 0 where none did."""
+    failed: int | None
+    """Smallest that did not pass; None where the search ended at its upper bound."""
+
+
+def largest(passes: Callable[[int], bool], start: int, *, step: int, most: int, resolution: float) -> Found:
+    """The largest multiple of `step` up to `most` that passes, to within a factor of `resolution`.
+
+    Begins at `start`, doubles while it passes (or halves while it doesn't), then bisects until the smallest
+    that failed is no more than `resolution` times the largest that passed, or one step above it. Takes for
+    granted that what is longer than a failure fails; no number is tested twice.
+    """
+    best, failed = 0, None
+    size: int | None = _rounded(min(max(start, step), most), step)
+    while size is not None:
+        if passes(size):
+            best = size
+        else:
+            failed = size
+        size = _next(best, failed, step, most, resolution)
+    return Found(best, failed)
+
+
+def _next(best: int, failed: int | None, step: int, most: int, resolution: float) -> int | None:
+    """What to try now; None when it is known well enough."""
+    if failed is None:
+        larger = _rounded(min(2 * best, most), step)
+        return larger if larger > best else None
+    if failed - best <= step or (best and failed <= resolution * best):
+        return None
+    return _rounded((best + failed) // 2, step)
+
+
+def _rounded(size: int, step: int) -> int:
+    return max(step, size // step * step)
+
+
+class Prober:
+    """Probes lengths, each in a cgroup and a process of its own. What was probed is not probed again."""
+
+    def __init__(self, recorder: Recorder[CapacityOptions], options: CapacityOptions, journal: Any) -> None:
+        self._options, self._journal, self._say = options, journal, recorder.say
+
+    def compare(self, limit_bytes: int) -> None:
+        """All variants under one limit: each begins where the one before ends."""
+        best = 4 * STEP_CELLS
+        for variant in in_order(self._options.variants):
+            best = self._longest(variant, limit_bytes, max(STEP_CELLS, best))
+
+    def _longest(self, variant: Variant, limit_bytes: int, start: int) -> int:
+        """The longest that survives, to the asked resolution; 0 where none does."""
+        return largest(
+            lambda length: self.probe(variant, limit_bytes, length).ending == "survived",
+            start,
+            step=STEP_CELLS,
+            most=self._options.max_ctx,
+            resolution=self._options.resolution,
+        ).best
+
+    def probe(self, variant: Variant, limit_bytes: int, length: int) -> Probe:
+        """One probe, from the journal where it is there."""
+        done: Probe
+        for done in self._journal.parts:
+            if (done.variant, done.limit_bytes, done.length) == (variant, limit_bytes, length):
+                return done
+        self._say(f"{limit_bytes // MIB} MiB, {variant}, {length:,} tokens", new=True)
+        found = _Probing(self._options, variant, limit_bytes, length).play()
+        self._journal.add(found)
+        return found
+
+    def in_peace(self) -> Probe:
+        """The shortest context with memory to spare: what the model takes, and what it does.
+
+        From the journal where it is there. Raises PsiKvError where the model can't be run.
+        """
+        for done in self._journal.parts:
+            if done.limit_bytes == NO_LIMIT:
+                return done  # type: ignore[no-any-return]
+        self._say("measuring what the model takes", new=True)
+        lenient = msgspec.structs.replace(self._options, least_tokens_s=_ANY_PACE)
+        probing = _Probing(lenient, "fixed", ample_bytes(), STEP_CELLS)
+        found = msgspec.structs.replace(probing.play(), limit_bytes=NO_LIMIT)
+        if found.ending != "survived":
+            raise PsiKvError(f"the model cannot be run here: {found.why}")
+        self._journal.add(found)
+        return found
+
+
+class _Slow(Exception):
+    """What came, came slower than asked."""
+
+
+class _Probing:
+    """One probe while it runs."""
+
+    def __init__(self, options: CapacityOptions, variant: Variant, limit_bytes: int, length: int) -> None:
+        self._options, self._variant = options, variant
+        self._limit_bytes, self._length = limit_bytes, length
+        self._tokens: list[messages.Token] = []
+        self._returned: list[Trimmed | Released] = []
+        self._last_turn = ""
+        self._heard_s = time.monotonic()
+
+    def play(self) -> Probe:
+        """All of it. Raises BadInputError for a file that is no model."""
+        ending: Ending = "survived"
+        why, looked = "", None
+        options = self._options
+        setup = Setup(
+            variant=self._variant,
+            model=options.model,
+            context_cells=self._length,  # all of them are used: plain llama.cpp pays for each
+            batch_tokens=options.chunk,
+            threads=options.threads or 1,
+            prefill_threads=options.threads or 1,
+        )
+        with Host(setup, self._limit_bytes, options.swap, SWAP_BYTES) as host:
+            try:
+                self._until(host, messages.Opened)
+                fill = messages.Fill(tokens=self._length - options.tokens, chunk=options.chunk)
+                for order in (fill, messages.Decode(tokens=options.tokens)):
+                    host.order(order)
+                    self._until(host, messages.Done)
+                host.order(messages.Look())
+                looked = self._until(host, messages.Looked)
+            except ModelKilledError as error:
+                ending, why = "killed", str(error)
+            except _Slow as error:
+                ending, why = "slow", str(error)
+            except BadInputError:
+                raise
+            except PsiKvError as error:
+                ending, why = "failed", str(error)
+            assert host.sandbox is not None, "it has a limit"
+            peak_bytes = host.sandbox.group.peak_bytes() or 0
+        return self._probe(ending, why, peak_bytes, looked)
+
+    def _until(self, host: Host, kind: type[Any]) -> Any:
+        """Wait for a message. A chunk that does not come in its time is as slow as one that came late."""
+        self._heard_s = time.monotonic()
+        found = None
+        while found is None:
+            for message in host.hear(0.2):
+                self._take_in(message)
+                found = message if isinstance(message, kind) else found
+            if found is None:
+                host.check_alive()
+                self._check_pace(time.monotonic() - self._heard_s)
+        return found
+
+    def _take_in(self, message: messages.Message) -> None:
+        match message:
+            case messages.Token():
+                self._heard_s = time.monotonic()
+                self._tokens.append(message)
+            case messages.Turned():
+                self._last_turn = message.reason
+            case messages.Governed(event=Trimmed() | Released() as event):
+                self._returned.append(event)
+
+    def _check_pace(self, silent_s: float) -> None:
+        """Raises _Slow."""
+        least = self._options.least_tokens_s or _ANY_PACE
+        if not self._tokens:
+            if silent_s > _OPEN_S:
+                raise _Slow(f"it did not open in {_OPEN_S:.0f} s")
+        elif too_slow(self._tokens, silent_s, self._options, least):
+            raise _Slow(f"less than {least:g} tokens per second")
+
+    def _probe(self, ending: Ending, why: str, peak_bytes: int, looked: messages.Looked | None) -> Probe:
+        chunks = [token for token in self._tokens if token.tokens > 1]
+        seconds = sum(token.seconds for token in chunks)
+        return Probe(
+            variant=self._variant,
+            limit_bytes=self._limit_bytes,
+            length=self._length,
+            ending=ending,
+            why=why,
+            done_tokens=sum(token.tokens for token in self._tokens),
+            prefill_tokens_per_s=sum(token.tokens for token in chunks) / seconds if chunks else None,
+            token_s=[token.seconds for token in self._tokens if token.tokens == 1],
+            peak_bytes=peak_bytes,
+            live_cells=0 if looked is None else looked.live_cells,
+            masked_cells=0 if looked is None else looked.masked_cells,
+            lost_cells=0 if looked is None else looked.lost_cells,
+            returned_bytes=sum(event.bytes_returned for event in self._returned),
+            trims=sum(isinstance(event, Trimmed) for event in self._returned),
+            last_turn="" if ending == "survived" else self._last_turn,
+        )
+
+
+def too_slow(
+    decoded: Sequence[messages.Token], silent_s: float, options: CapacityOptions, least_per_s: float
+) -> bool:
+    """Whether the last chunk of the prompt, or all of the tokens that come one by one, take too long.
+
+    `decoded` has at least one. What is waited for counts as well, by the `silent_s` that it has taken so
+    far. Single tokens are judged by their sum: the first one after a prompt is slower than the others.
+    """
+    singles_s = [token.seconds for token in decoded if token.tokens == 1]
+    if singles_s:
+        return max(sum(singles_s), silent_s) > options.tokens / least_per_s
+    last = decoded[-1]
+    return last.seconds > last.tokens / least_per_s or silent_s > options.chunk / least_per_s
+
+
+# -- the report --------------------------------------------------------------------------------------------
+
+
+def run(recorder: Recorder[CapacityOptions]) -> Report:
+    """Probe what is not yet in the journal, and report. Ctrl-C keeps the finished probes."""
+    asked = recorder.options
+    able, why = Sandbox.available(asked.swap)
+    if not able:
+        raise PsiKvError(f"this needs a memory cgroup of its own: {why}")
+    journal = recorder.journal(Probe, msgspec.structs.replace(asked, model=""))
+    interrupted = False
+    try:
+        peace = Prober(recorder, asked, journal).in_peace()
+        asked = _completed(asked, peace, quick=recorder.quick)
+        for limit_mib in asked.limits:
+            Prober(recorder, asked, journal).compare(limit_mib * MIB)
+    except KeyboardInterrupt:
+        interrupted = True
+    probes = [probe for probe in journal.parts if probe.limit_bytes != NO_LIMIT]
+    if not probes:
+        raise PsiKvError("interrupted before the first probe was finished: there is nothing to report")
+    report = recorder.report(
+        # The short form ends at a length that says little about the gain.
+        list(figures(probes, None if recorder.quick else CLAIMED)),
+        [asked.threads or 1],
+        options={"completed": asked},
+        interrupted=interrupted,
+        tables=[best_table(probes), probes_table(probes)],
+        notes=_notes(asked),
+        rows=msgspec.to_builtins(probes),
+    )
+    return recorder.keep(report, records(probes), lambda folder: plot(folder, probes))
+
+
+def _completed(asked: CapacityOptions, peace: Probe, *, quick: bool) -> CapacityOptions:
+    """What was asked for, with what was left to the model's own need and speed.
+
+    Raises PsiKvError where the kernel keeps no peak to work the limits out from.
+    """
+    limits = asked.limits
+    if not limits:
+        if not peace.peak_bytes:
+            raise PsiKvError("this kernel keeps no peak of a cgroup: give the limits with --limits")
+        limits = auto_limits(peace.peak_bytes)[: 1 if quick else None]
+    least = asked.least_tokens_s or THRASH_SHARE * (peace.tokens_per_s or 0.0)
+    return msgspec.structs.replace(asked, limits=limits, least_tokens_s=least)
+
+
+def auto_limits(need_bytes: int) -> tuple[int, ...]:
+    """Limits in MiB above what the model takes, in whole steps of 8."""
+    return tuple(-(-(need_bytes + extra * MIB) // (8 * MIB)) * 8 for extra in EXTRA_MIB)
+
+
+def _limits(probes: Sequence[Probe]) -> list[int]:
+    return sorted({probe.limit_bytes for probe in probes})
+
+
+def _variants(probes: Sequence[Probe]) -> list[Variant]:
+    return in_order(list({probe.variant for probe in probes}))
+
+
+def figures(probes: Sequence[Probe], asked: Asked | None = CLAIMED) -> Iterator[Figure]:
+    """The gain at each limit, beside what is claimed for the method."""
+    for limit in _limits(probes):
+        fixed = longest(probes, "fixed", limit)
+        for variant in _variants(probes):
+            other = longest(probes, variant, limit)
+            if variant == "fixed" or fixed is None or other is None:
+                continue
+            case = f"{variant}, {limit // MIB} MiB"
+            yield figure("context over fixed", "x", [other.length / fixed.length], asked, case=case)
+            yield figure("of it live at the end", "share", [other.live_share], case=case)
+            if fixed.tokens_per_s and other.tokens_per_s:
+                ratio = other.tokens_per_s / fixed.tokens_per_s
+                yield figure("tokens per second over fixed", "x", [ratio], case=case)
+
+
+def best_table(probes: Sequence[Probe]) -> Table:
+    """The longest that survived."""
+    rows = []
+    for limit in _limits(probes):
+        for variant in _variants(probes):
+            best = longest(probes, variant, limit)
+            row = ["none", *["-"] * 7]
+            if best is not None:
+                row = [
+                    f"{best.length:,}",
+                    f"{best.live_share:.0%}",
+                    f"{best.masked_cells:,}",
+                    f"{best.lost_cells:,}",
+                    _rate(best.prefill_tokens_per_s),
+                    _rate(best.tokens_per_s),
+                    ms(quantile(best.token_s, 0.99)),
+                    f"{best.peak_bytes / MIB:.0f}",
+                ]
+            rows.append([f"{limit // MIB}", variant, *row])
+    columns = ["limit MiB", "variant", "longest", "live", "masked", "lost", "prompt tok/s", "tok/s", "p99 ms"]
+    return Table(title="The longest context that survives", columns=[*columns, "peak MiB"], rows=rows)
+
+
+def probes_table(probes: Sequence[Probe]) -> Table:
+    """Every probe in its order."""
+    rows = [
+        [
+            f"{probe.limit_bytes // MIB}",
+            probe.variant,
+            f"{probe.length:,}",
+            probe.ending,
+            f"{probe.done_tokens:,}",
+            f"{probe.live_cells:,}",
+            _rate(probe.tokens_per_s),
+            " ".join(filter(None, (probe.why, probe.last_turn))),
+        ]
+        for probe in probes
+    ]
+    columns = ["limit MiB", "variant", "tokens", "ending", "came to", "live cells", "tok/s", "why"]
+    return Table(title="Probes", columns=columns, rows=rows)
+
+
+def _notes(asked: CapacityOptions) -> list[str]:
+    return [
+        f"survived: the prompt was decoded in chunks of {asked.chunk}, and {asked.tokens} tokens after it; "
+        f"the kernel killed nobody, and neither a chunk nor the decoding was slower than "
+        f"{asked.least_tokens_s:.3g} tokens per second (left out: a tenth of what the model does with a "
+        "short context and memory to spare): slower, it reads its weights again for every token",
+        "fixed: plain llama_cpp.Llama with n_ctx of just that length, every token attended to",
+        "governed: positions that are away are known and come back when memory is free, but a token decoded "
+        "now attends to the live ones alone: the share is in the table. The floor keeps a fifth live, so no "
+        "more than 5 times what fits is possible with the default settings",
+    ]
+
+
+def records(probes: Sequence[Probe]) -> list[dict[str, Any]]:
+    """A flat line for each probe."""
+    lines = []
+    for probe in probes:
+        line = msgspec.structs.asdict(probe)
+        del line["token_s"]
+        lines.append({**line, "tokens_per_s": probe.tokens_per_s, "live_share": probe.live_share})
+    return lines
+
+
+def _rate(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def plot(folder: Path, probes: Sequence[Probe]) -> str:
+    """The longest context by limit; a column is paler where it is away and comes back."""
+    limits, variants = _limits(probes), _variants(probes)
+
+    def draw(figure: Any, grid: Any) -> None:
+        axes = grid[0, 0]
+        width = 0.8 / len(variants)
+        for number, variant in enumerate(variants):
+            for place, limit in enumerate(limits):
+                best = longest(probes, variant, limit)
+                if best is None:
+                    continue
+                at = place + width * (number - (len(variants) - 1) / 2)
+                style = {"width": 0.9 * width, "color": plots.COLOURS[variant]}
+                axes.bar(at, best.live_cells, label=variant, **style)
+                if away := best.length - best.live_cells:
+                    label = f"{variant}, away and to come back"
+                    axes.bar(at, away, bottom=best.live_cells, alpha=0.4, label=label, **style)
+                speed = f"\n{best.tokens_per_s:.1f} tok/s" if best.tokens_per_s else ""
+                plots.annotate(axes, f"{best.length:,}{speed}", (at, best.length))
+        axes.set_xticks(range(len(limits)), [f"{limit // MIB} MiB" for limit in limits])
+        axes.set_xlabel("memory limit, no kill and no thrash")
+        axes.set_ylabel("tokens of context")
+        axes.margins(y=0.18)
+        plots.legend_above(figure)
+
+    return plots.saved(folder / "capacity.png", draw, size_in=(6.5, 3.6))
+
+
+SCENE = Scene(
+    about="""Doubles and bisects the length of a context, each in a cgroup and a process of its own.
+
+    A governed context is not wholly attended to: the table says how much of it is.
+    """,
+    options=CapacityOptions(),
+    quick=CapacityOptions(max_ctx=4096, resolution=2.0, tokens=8),
+    run=run,
+    examples=(
+        "psi-kv bench capacity --quick",
+        "psi-kv bench capacity --limits 176,200,248 --out-dir capacity",
+    ),
+)

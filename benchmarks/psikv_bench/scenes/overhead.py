@@ -1,0 +1,191 @@
+"""What the governor costs while the machine is calm: decode speed against plain `llama_cpp.Llama`.
+
+Each is open in a process of its own, so that plain is plain, and they take turns of a few tokens in the order
+plain, governed, governed, plain, ..., so that a drift of the machine falls on both; each pair of turns gives
+one ratio. A turn is a whole request (`Llama.generate`, greedy, on a prompt that is in the cache), the way in
+which users decode. Both are opened more than once, in changing order: where their buffers come to lie in
+memory makes up to one percent between two contexts that are the same, and stays for as long as they are open.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Annotated
+
+from msgspec import Meta
+
+from psi_kv_governor.control.decision import Mode
+from psi_kv_governor.errors import PsiKvError
+from psi_kv_governor.events import Event, ModeChanged, Trimmed
+from psi_kv_governor.sandbox import messages
+from psi_kv_governor.sandbox.host import Host
+from psi_kv_governor.sandbox.messages import Done, Setup, Variant
+from psikv_bench.figures import Asked, Figure, figure
+from psikv_bench.options import Options
+from psikv_bench.record import Recorder, Report, cores
+from psikv_bench.scene import Scene
+from psikv_bench.trials.sizing import until_opened
+
+SPEED = Asked(">=", 0.99)
+_PROMPT_TOKENS = 256
+"""Short: the longer the context, the more a token costs, and the less of that is overhead."""
+_TURN_TIMEOUT_S = 600.0
+
+
+class OverheadOptions(Options, frozen=True, kw_only=True):
+    """How much is measured."""
+
+    repeats: Annotated[int, Meta(ge=1, description="Pairs of turns in each opening and setting.")] = 20
+    openings: Annotated[int, Meta(ge=1, description="How often both are opened.")] = 5
+    tokens: Annotated[int, Meta(ge=1, description="Of one turn: 0.2 to 0.5 s with the demo model.")] = 32
+    max_s: Annotated[float, Meta(gt=0, description="No further pair is begun after this.")] = 120.0
+    idle_s: Annotated[float, Meta(gt=0, description="How long the idle process is watched.")] = 5.0
+    variant: Annotated[Variant, Meta(description="Which of the governed ones.")] = "psi"
+
+
+Pair = tuple[Done, Done]
+"""Plain, governed."""
+
+
+def run(recorder: Recorder[OverheadOptions]) -> Report:
+    """Measure each number of threads; what is asked holds for the first.
+
+    One thread leaves the governor's own a core to run on. With a thread for every core, as the second
+    setting has it, the governor's readings interrupt threads that wait for each other; for information.
+    Raises PsiKvError where the machine is not calm, or the model can't be run.
+    """
+    options = recorder.options
+    settings = [options.threads] if options.threads else list(dict.fromkeys((1, cores())))
+    pairs: dict[int, list[Pair]] = {threads: [] for threads in settings}
+    idle_shares = []
+    for opening in range(options.openings):
+        for threads in settings:
+            with _Both(recorder, threads, governed_first=opening % 2 == 1) as both:
+                pairs[threads] += both.pairs()
+                recorder.say("looking at the idle process")
+                idle_shares.append(both.idle_share())
+    figures = [
+        one
+        for threads in settings
+        for one in _figures(
+            pairs[threads], options.tokens, threads, SPEED if threads == settings[0] else None
+        )
+    ]
+    figures.append(figure("processor time while idle and calm", "share", idle_shares))
+    return recorder.keep(recorder.report(figures, settings))
+
+
+class _Both:
+    """The model twice with the same prompt in it, plain and governed. A context manager."""
+
+    def __init__(self, recorder: Recorder[OverheadOptions], threads: int, *, governed_first: bool) -> None:
+        self._options, self._say, self._threads = recorder.options, recorder.say, threads
+        self._watch = CalmWatch()
+        self._stack = ExitStack()
+        order: list[Variant] = ["fixed", self._options.variant]
+        hosts: dict[Variant, Host] = {}
+        with self._stack:
+            for variant in order[::-1] if governed_first else order:
+                setup = Setup(
+                    variant=variant, model=self._options.model, context_tokens=_PROMPT_TOKENS,
+                    decoded_tokens=self._options.tokens, threads=threads, prefill_threads=1,
+                )  # fmt: skip
+                hosts[variant] = self._stack.enter_context(Host(setup))
+                until_opened(hosts[variant], self._say)
+            self._plain, self._governed = (hosts[variant] for variant in order)
+            self._stack = self._stack.pop_all()
+
+    def __enter__(self) -> _Both:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def pairs(self) -> Iterator[Pair]:
+        """Pairs of turns; at least one, after one turn each that does not count."""
+        for host in (self._plain, self._governed):
+            self._turn(host)
+        end_s = time.monotonic() + self._options.max_s
+        found = in_turns(
+            lambda: self._turn(self._plain), lambda: self._turn(self._governed), self._options.repeats
+        )
+        for number, pair in enumerate(found, start=1):
+            self._watch.check()
+            self._say(f"{_threads_words(self._threads)}: pair {number} of {self._options.repeats}")
+            yield pair
+            if time.monotonic() > end_s:
+                return
+
+    def _turn(self, host: Host) -> Done:
+        host.order(messages.Generate(tokens=self._options.tokens))
+        return host.until(Done, _TURN_TIMEOUT_S, self._watch)
+
+    def idle_share(self) -> float:
+        """Processor time of the governor's thread while nobody decodes."""
+        before = self._look()
+        began_s = time.monotonic()
+        time.sleep(self._options.idle_s)
+        return (self._look().governor_cpu_s - before.governor_cpu_s) / (time.monotonic() - began_s)
+
+    def _look(self) -> messages.Looked:
+        self._governed.order(messages.Look())
+        return self._governed.until(messages.Looked, _TURN_TIMEOUT_S, self._watch)
+
+
+def in_turns(plain: Callable[[], Done], governed: Callable[[], Done], pairs: int) -> Iterator[Pair]:
+    """`pairs` pairs of turns, every second one the other way round."""
+    for number in range(pairs):
+        if number % 2:
+            second = governed()
+            yield plain(), second
+        else:
+            yield plain(), governed()
+
+
+def _threads_words(threads: int) -> str:
+    return f"{threads} thread{'s' if threads > 1 else ''}"
+
+
+def _figures(pairs: Sequence[Pair], tokens: int, threads: int, asked: Asked | None) -> Iterator[Figure]:
+    case = _threads_words(threads)
+    ratios = [plain.seconds / governed.seconds for plain, governed in pairs]
+    cpu_ratios = [plain.cpu_s / governed.cpu_s for plain, governed in pairs]
+    yield figure("governed over plain speed", "x", ratios, asked, case=case)
+    yield figure("the same by processor time", "x", cpu_ratios, case=case)
+    yield figure("plain", "tokens/s", [tokens / plain.seconds for plain, _ in pairs], case=case)
+    yield figure("governed", "tokens/s", [tokens / turn.seconds for _, turn in pairs], case=case)
+
+
+class CalmWatch:
+    """Notes what the governor does: a machine under pressure is not what is measured here."""
+
+    def __init__(self) -> None:
+        self._seen = ""
+
+    def __call__(self, message: messages.Message) -> None:
+        if isinstance(message, messages.Governed):
+            self.hear(message.event)
+
+    def hear(self, event: Event) -> None:
+        """Take in an event."""
+        if isinstance(event, Trimmed) or (isinstance(event, ModeChanged) and event.new is Mode.TRIMMING):
+            self._seen = event.reason
+
+    def check(self) -> None:
+        """Raises PsiKvError when the governor had to act."""
+        if self._seen:
+            raise PsiKvError(f"the machine is not calm ({self._seen}): measure again when it is")
+
+
+SCENE = Scene(
+    about="""What the governor costs while the machine is calm, against plain llama_cpp.Llama by turns.
+
+    With one thread, as is asked, and with a thread for every core, for information.
+    """,
+    options=OverheadOptions(),
+    quick=OverheadOptions(openings=2, repeats=10, max_s=20.0, idle_s=1.0),
+    run=run,
+    examples=("psi-kv bench overhead --quick", "psi-kv bench overhead --json --out-dir overhead"),
+)

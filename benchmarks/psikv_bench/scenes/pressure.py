@@ -1,0 +1,150 @@
+"""One scene under one load, by turns: fixed cache, reference method, governor, each as asked for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import msgspec
+
+from psi_kv_governor.cli._scene_view import words_of
+from psi_kv_governor.errors import PsiKvError
+from psi_kv_governor.sandbox.messages import Stage, Variant
+from psi_kv_governor.sandbox.result import SceneResult
+from psi_kv_governor.sandbox.scene import run_scene
+from psi_kv_governor.sandbox.scene_options import OnEvent, SceneEvent, SceneOptions, StageChanged, Tick
+from psikv_bench.pressure import figures as of_runs
+from psikv_bench.pressure import plots
+from psikv_bench.pressure.figures import Run
+from psikv_bench.pressure.preflight import check_memory, checks
+from psikv_bench.pressure.setting import (
+    PressureOptions,
+    Setting,
+    choose_setting,
+    is_judged,
+    remarks,
+    scene_of,
+    turns,
+)
+from psikv_bench.record import Recorder, Report, Say
+from psikv_bench.scene import Scene
+
+_STAGES: dict[Stage, str] = {
+    "load": "loading the model",
+    "prefill": "filling the context",
+    "calm": "decoding in peace",
+    "pressed": "decoding",
+    "restore": "waiting for quiet",
+}
+
+Play = Callable[[Variant, SceneOptions, OnEvent], SceneResult]
+
+
+def run(recorder: Recorder[PressureOptions], play: Play = run_scene) -> Report:
+    """All runs by turns; what is finished is on the disk after each. Ctrl-C keeps the finished runs.
+
+    `play` stands in for `run_scene`. Raises PsiKvError where the machine has not the memory.
+    """
+    options = recorder.options
+    # Another number of repeats goes on with the same experiment.
+    journal = recorder.journal(Run, msgspec.structs.replace(options, model="", repeats=1))
+    setting = choose_setting(options, recorder.say)
+    memory = check_memory(setting)
+    if memory.state == "fail":
+        raise PsiKvError(f"{memory.detail}: {memory.remedy}")
+    scene = scene_of(options, setting, recorder.folder)
+    runs: list[Run] = journal.parts
+    ahead = list(_order(options))
+    interrupted = False
+    try:
+        for number, (repeat, variant) in list(enumerate(ahead, start=1))[len(runs) :]:
+            if runs:
+                time.sleep(options.variant_cooldown_s)
+            recorder.say(f"run {number} of {len(ahead)}: {variant}", new=True)
+            found = play(variant, scene, _Saying(variant, recorder.say))
+            journal.add(Run(number=number, repeat=repeat, result=found))
+    except KeyboardInterrupt:
+        interrupted = True
+    if not runs:
+        raise PsiKvError("interrupted before the first run was finished: there is nothing to report")
+    return _report(recorder, setting, runs, interrupted=interrupted)
+
+
+def _order(options: PressureOptions) -> Iterator[tuple[int, Variant]]:
+    for repeat, variants in enumerate(turns(options), start=1):
+        for variant in variants:
+            yield repeat, variant
+
+
+class _Saying:
+    """Says what goes on in a scene."""
+
+    def __init__(self, variant: Variant, say: Say) -> None:
+        self._variant, self._say = variant, say
+        self._stage: Stage = "load"
+
+    def __call__(self, event: SceneEvent) -> None:
+        if isinstance(event, StageChanged):
+            begins = event.stage != self._stage or event.stage == "load"
+            self._stage = event.stage
+            if begins:
+                self._say(f"{self._variant}: {_STAGES[event.stage]}", new=True)
+        elif isinstance(event, Tick):
+            self._say(
+                f"{self._variant}: {_STAGES[self._stage]}, {event.live_cells} cells, "
+                f"{event.tokens} tokens at {event.tokens_per_s:.1f} a second"
+            )
+        else:
+            self._say(f"{self._variant}: {words_of(event.event)}", new=True)
+
+
+def _report(
+    recorder: Recorder[PressureOptions], setting: Setting, runs: Sequence[Run], *, interrupted: bool
+) -> Report:
+    options = recorder.options
+    found = list(
+        of_runs.figures(
+            runs,
+            options.variants,
+            calm=not setting.pressure_bytes,
+            judged=is_judged(options, setting),
+        )
+    )
+    title = of_runs.scene_words(options, setting, recorder.model.name)
+    report = recorder.report(
+        found,
+        [options.threads or 1],
+        options={"setting": setting},
+        interrupted=interrupted,
+        tables=of_runs.tables(runs, found),
+        notes=[*remarks(options, setting), *of_runs.circumstances(options, setting, recorder.model.name)],
+        rows=of_runs.rows(runs),
+    )
+    return recorder.keep(
+        report,
+        of_runs.samples(runs),
+        partial(plots.side_by_side, runs=runs, figures=found, title=title),
+        partial(plots.timeline, runs=runs, title=title),
+    )
+
+
+SCENE = Scene(
+    about="""A model decodes while a neighbour takes memory: fixed cache, reference method, governor.
+
+    Each run has a memory cgroup and a swap device of its own, which are gone at the end, however it comes.
+    Needs root or a delegated cgroup. Ctrl-C keeps the runs that are finished.
+    """,
+    options=PressureOptions(),
+    quick=PressureOptions(repeats=1),
+    run=run,
+    checks=checks,
+    keeps=True,
+    examples=(
+        "psi-kv bench pressure --preflight-only",
+        "psi-kv bench pressure --variants fixed,reference,psi-file,psi-memory,file-only",
+        "psi-kv bench pressure --variant-order random --repeats 7 --out-dir out/random",
+        "psi-kv bench pressure --load ramp --pressure-rate-mib-s 50 --swap none",
+        "psi-kv bench pressure --pressure-mib 0 -n 400 --variants fixed,psi",
+    ),
+)

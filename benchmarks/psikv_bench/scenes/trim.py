@@ -1,0 +1,245 @@
+"""What a trim returns and how fast, that it changes no bit, and what coming back costs.
+
+Each case takes ranges out of a full context in three ways, one after the other:
+
+1. by metadata alone, as upstream does, and then by a release of what is free: the share and the speed of
+   the release, and next-token logits before and after it;
+2. masked and put back: the share of the whole step, and next-token logits in comparison with those of plain
+   llama.cpp, which never gave anything up;
+3. dropped and decoded again: how much longer that takes than putting the same range back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from psi_kv_governor.errors import PsiKvError
+from psi_kv_governor.policy import Range
+from psi_kv_governor.sandbox.host import Host
+from psi_kv_governor.sandbox.messages import Setup
+from psi_kv_governor.sandbox.process_memory import own_memory
+from psi_kv_governor.sandbox.worker import prompt_tokens
+from psikv_bench.figures import Asked, Figure, figure
+from psikv_bench.model import Context, Logits, differing
+from psikv_bench.options import Options
+from psikv_bench.record import Recorder, Report, cores
+from psikv_bench.scene import Scene
+from psikv_bench.trials.sizing import until_opened
+
+LEAST_TRIMMED = Asked(">=", 0.60, "min")
+RETURNED = Asked(">=", 0.95, "min")
+RELEASE_SPEED = Asked(">=", 5.0)
+IDENTICAL = Asked("<=", 0, "max")
+RESTORE_GAIN = Asked(">=", 50.0)
+
+SINK_CELLS = 64
+"""Left at the start of the context, and WINDOW_CELLS at its end, as the governor's defaults do."""
+WINDOW_CELLS = 256
+SHARE = 0.7
+"""Of the context that is given up. A range keeps a part of the page at each end, in the mean one page in all:
+3 % of 700 rows of the smallest kind (q8_0, 204 bytes)."""
+_SPARE_CELLS = 256  # llama.cpp pads a context to it; the probe needs one
+
+CacheType = Literal["f16", "q8_0"]
+
+
+class Case(msgspec.Struct, frozen=True):
+    """One context and the ranges that are taken out of it."""
+
+    cache: CacheType
+    tokens: int
+    ranges: int
+
+    def __str__(self) -> str:
+        return f"{self.cache}, {self.tokens:,} tokens, {self.ranges} range{'s' if self.ranges > 1 else ''}"
+
+
+class TrimOptions(Options, frozen=True, kw_only=True):
+    """How much is measured."""
+
+    repeats: Annotated[int, Meta(ge=1, description="How often each case is measured.")] = 7
+    again: Annotated[int, Meta(ge=1, description="How often cells are decoded again.")] = 3
+    again_cells: Annotated[int, Meta(ge=1, description="So many of them; all [all].")] | None = None
+
+
+_FULL = (Case("f16", 4096, 1), Case("f16", 4096, 4), Case("q8_0", 4096, 1), Case("q8_0", 4096, 4))
+# 2,048 tokens are too few for more ranges: see SHARE.
+_QUICK = (Case("f16", 4096, 1), Case("f16", 4096, 4), Case("q8_0", 2048, 1), Case("q8_0", 2048, 2))
+
+
+def ranges_in(tokens: int, share: float, count: int) -> list[Range]:
+    """`count` ranges of equal size that take `share` of `tokens` in all, evenly between sinks and window.
+
+    The first one begins right after the sinks. Raises PsiKvError when they don't fit.
+    """
+    between = tokens - SINK_CELLS - WINDOW_CELLS
+    size = math.ceil(tokens * share / count)
+    gap = (between - size * count) // count
+    if size < 1 or gap < (count > 1):
+        raise PsiKvError(f"{tokens} tokens are too few for {count} ranges of {share:.0%} in all")
+    starts = [SINK_CELLS + number * (size + gap) for number in range(count)]
+    return [Range(start, start + size) for start in starts]
+
+
+def run(recorder: Recorder[TrimOptions]) -> Report:
+    """Measure every case, those with the same context together."""
+    cases = _QUICK if recorder.quick else _FULL
+    figures = list(measure(recorder, cases))
+    return recorder.keep(recorder.report(figures, [recorder.options.threads or cores()]))
+
+
+def measure(recorder: Recorder[TrimOptions], cases: Sequence[Case]) -> Iterator[Figure]:
+    """The figures of `cases`."""
+    options = recorder.options
+    for cache, tokens in dict.fromkeys((case.cache, case.tokens) for case in cases):
+        setup = Setup(
+            # One token at a time is decoded by one thread: a busy neighbour delays that least (ggml's
+            # threads spin for each other), and what is compared is bits.
+            variant="fixed", model=options.model, context_tokens=tokens, decoded_tokens=_SPARE_CELLS,
+            cache=cache, prefill_threads=options.threads or cores(),
+        )  # fmt: skip
+        plain = _plain_digest(recorder, setup)
+        governed = msgspec.structs.replace(setup, variant="psi", auto=False)
+        with _Filled(governed, recorder) as filled:
+            for case in [case for case in cases if (case.cache, case.tokens) == (cache, tokens)]:
+                yield from _case_figures(filled, case, plain, recorder)
+            yield from _comeback_figures(filled, cache, recorder)
+
+
+def _plain_digest(recorder: Recorder[TrimOptions], setup: Setup) -> str:
+    """Of the logits of plain llama.cpp, in a process of its own."""
+    with Host(setup) as host:
+        return until_opened(host, recorder.say).digest
+
+
+class _Filled(Context):
+    """A governed context full of text, which is decoded anew where a range was taken out of it for good."""
+
+    def __init__(self, setup: Setup, recorder: Recorder[TrimOptions]) -> None:
+        super().__init__(setup, setup.context_tokens + _SPARE_CELLS)
+        *self._prompt, self._probe = prompt_tokens(self.llm, setup.context_tokens + 1)
+        recorder.say(f"decoding {len(self._prompt):,} tokens", new=True)
+        self.read(self._prompt)
+        self._state = self.llm.save_state()
+
+    def refill(self) -> None:
+        """Every token is back as it was decoded, and nothing else."""
+        self.llm.load_state(self._state)
+
+    def next_logits(self) -> Logits:
+        """Logits after the probe token, shape (1, vocabulary); the probe is taken out again."""
+        found = self.logits([self._probe])
+        self.cut(len(self._prompt))
+        return found
+
+
+class _Round(msgspec.Struct, frozen=True, kw_only=True):
+    """One pass of the first two ways."""
+
+    released_share: float
+    release_bytes_per_s: float
+    masked_share: float
+    mask_bytes_per_s: float
+    unmask_bytes_per_s: float
+    changed_by_release: int
+    """Logits that differ, as in the next one."""
+    unlike_never_trimmed: int
+    unlike_plain: int
+    """Whether the digest of the logits is another than that of plain llama.cpp."""
+
+
+def _case_figures(
+    filled: _Filled, case: Case, plain: str, recorder: Recorder[TrimOptions]
+) -> Iterator[Figure]:
+    ranges = ranges_in(case.tokens, SHARE, case.ranges)
+    rounds = []
+    for number in range(recorder.options.repeats):
+        recorder.say(f"{case}: {number + 1} of {recorder.options.repeats}")
+        rounds.append(_round(filled, ranges, plain))
+
+    def of(name: str, unit: str, field: str, asked: Asked | None = None, scale: float = 1.0) -> Figure:
+        values = [getattr(passed, field) / scale for passed in rounds]
+        return figure(name, unit, values, asked, case=str(case))
+
+    yield figure("trimmed", "share", [_cells(ranges) / case.tokens], LEAST_TRIMMED, case=str(case))
+    yield of("returned by a release", "share", "released_share", RETURNED)
+    yield of("returned by a trim", "share", "masked_share", RETURNED)
+    yield of("release", "GB/s", "release_bytes_per_s", RELEASE_SPEED, 1e9)
+    yield of("trim", "GB/s", "mask_bytes_per_s", scale=1e9)
+    yield of("restore", "GB/s", "unmask_bytes_per_s", scale=1e9)
+    yield of("logits changed by the release", "logits", "changed_by_release", IDENTICAL)
+    yield of("logits unlike never trimmed, after restore", "logits", "unlike_never_trimmed", IDENTICAL)
+    yield of("rounds unlike plain llama.cpp, after restore", "times", "unlike_plain", IDENTICAL)
+
+
+def _round(filled: _Filled, ranges: Sequence[Range], plain: str) -> _Round:
+    n_bytes = _cells(ranges) * filled.cell_bytes
+    filled.refill()
+    never = filled.next_logits()
+    filled.remove(ranges)
+    by_metadata = filled.next_logits()
+    before = own_memory()
+    began_s = time.perf_counter()
+    returned = filled.release()
+    release_s = time.perf_counter() - began_s
+    released = before.anonymous_bytes - own_memory().anonymous_bytes
+    after_release = filled.next_logits()
+
+    filled.refill()
+    before = own_memory()
+    mask_s = filled.mask(ranges)
+    masked = before.anonymous_bytes - own_memory().anonymous_bytes
+    unmask_s = filled.unmask()
+    restored = filled.next_logits()
+    return _Round(
+        released_share=released / n_bytes,
+        release_bytes_per_s=returned / release_s,
+        masked_share=masked / n_bytes,
+        mask_bytes_per_s=n_bytes / mask_s,
+        unmask_bytes_per_s=n_bytes / unmask_s,
+        changed_by_release=differing(by_metadata, after_release),
+        unlike_never_trimmed=differing(never, restored),
+        unlike_plain=int(hashlib.sha256(restored.tobytes()).hexdigest()[: len(plain)] != plain),
+    )
+
+
+def _comeback_figures(filled: _Filled, cache: CacheType, recorder: Recorder[TrimOptions]) -> Iterator[Figure]:
+    options = recorder.options
+    tokens = len(filled._prompt)
+    first = ranges_in(tokens, SHARE, 1)[0]
+    part = Range(first.start, min(first.stop, first.start + (options.again_cells or first.cells)))
+    restore_s, again_s = [], []
+    for number in range(options.again):
+        recorder.say(f"{cache}: decoding {part.cells:,} cells again, {number + 1} of {options.again}")
+        filled.refill()
+        filled.mask([part])
+        restore_s.append(filled.unmask())
+        filled.evict([part])
+        began_s = time.perf_counter()
+        filled.decode_again()
+        again_s.append(time.perf_counter() - began_s)
+    case = f"{cache}, {part.cells:,} of {tokens:,} tokens"
+    gains = [slow / fast for slow, fast in zip(again_s, restore_s, strict=True)]
+    yield figure("decoded again", "s", again_s, case=case)
+    yield figure("restored", "s", restore_s, case=case)
+    yield figure("decoding again over restoring", "x", gains, RESTORE_GAIN, case=case)
+
+
+def _cells(ranges: Sequence[Range]) -> int:
+    return sum(part.cells for part in ranges)
+
+
+SCENE = Scene(
+    about="What a trim returns and how fast, that it changes no bit, and what coming back costs.",
+    options=TrimOptions(),
+    quick=TrimOptions(repeats=3, again=2, again_cells=512),
+    run=run,
+    examples=("psi-kv bench trim --quick",),
+)

@@ -1,0 +1,1 @@
+"""Many short runs beside one model: what they share."""

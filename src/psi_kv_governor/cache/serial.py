@@ -1,0 +1,47 @@
+"""One call of an engine at a time, whoever calls."""
+
+from __future__ import annotations
+
+import threading
+
+from psi_kv_governor.cache.engine import Engine
+from psi_kv_governor.cache.evidence import Evidence, Kind
+from psi_kv_governor.cache.plan import Plan, Result
+from psi_kv_governor.cache.snapshot import Description, Snapshot
+
+
+class OneAtATime:
+    """An `Engine` that passes calls on to another one after the other. For threads that no Ctrl-C reaches:
+    it would leave the lock closed."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._lock = threading.Lock()
+
+    def describe(self) -> Description:
+        with self._lock:
+            return self._engine.describe()
+
+    def snapshot(self) -> Snapshot:
+        with self._lock:
+            return self._engine.snapshot()
+
+    def apply(self, plan: Plan) -> Result:
+        with self._lock:
+            return self._engine.apply(plan)
+
+    def collect(self, kinds: frozenset[Kind]) -> None:
+        with self._lock:
+            self._engine.collect(kinds)
+
+    def evidence(self, cache: int, sequence: int) -> Evidence:
+        with self._lock:
+            return self._engine.evidence(cache, sequence)
+
+    def close(self) -> None:
+        with self._lock:
+            self._engine.close()
+
+    def after_fork(self) -> None:
+        """In a forked child: a thread that did not come along may have held the lock."""
+        self._lock = threading.Lock()

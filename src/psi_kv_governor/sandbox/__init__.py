@@ -1,0 +1,2 @@
+"""A memory cgroup of its own in which the governor is shown, tuned and measured: what is started in it is gone
+afterwards, whatever happens to the process that made it."""

@@ -1,0 +1,197 @@
+"""A sandbox: a memory cgroup with a limit, and if wanted a swap device, that always goes away again.
+
+Memory pressure is only ever made inside one. It is owned by a guardian process (`guardian.py`), which
+kills what runs in the sandbox and removes it when this process closes it, crashes or is killed.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Literal, get_args
+
+import msgspec
+
+from psi_kv_governor.errors import BadInputError, PsiKvError
+from psi_kv_governor.pressure.cgroup import Cgroup, OwnCgroups, find_cgroups
+from psi_kv_governor.pressure.headroom import HeadroomReader
+from psi_kv_governor.sandbox import cgroups, guardian, zram
+
+Swap = Literal["zram", "none", "host"]
+"""A zram device of the sandbox's own; no swap; what the machine has."""
+
+LEAST_BYTES = 16 << 20
+"""Smallest limit: a Python interpreter does not start in less."""
+
+_CLOSE_TIMEOUT_S = 60.0
+
+# Joins every group (as many as $1 says), then becomes the program: nothing of it runs outside.
+_JOIN = 'set -e; n=$1; shift; while [ "$n" -gt 0 ]; do echo $$ > "$1"; shift; n=$((n-1)); done; exec "$@"'
+
+
+class Sandbox:
+    """A memory cgroup of `limit_bytes`, with `swap_bytes` of swap of the kind that `swap` says.
+
+    A context manager. Raises BadInputError for sizes that make no sense, PsiKvError where none can be
+    made here (see `available`) or where the machine has not the memory to fill it.
+    """
+
+    def __init__(self, limit_bytes: int, *, swap: Swap = "none", swap_bytes: int = 0) -> None:
+        order = guardian.Order(
+            parent=os.getpid(),
+            limit_bytes=limit_bytes,
+            swap_bytes=_checked_swap(limit_bytes, swap, swap_bytes),
+            own_swap=swap == "zram",
+        )
+        _check_headroom(limit_bytes + (order.swap_bytes if order.own_swap else 0))
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._guardian: subprocess.Popen[bytes] | None = subprocess.Popen(
+            [sys.executable, "-m", guardian.__name__, msgspec.json.encode(order).decode()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": guardian.package_path()},
+            start_new_session=True,  # Ctrl-C in the terminal is for the parent
+        )
+        try:
+            self._made = self._hear_made()
+        except BaseException:
+            self._dismiss()
+            raise
+
+    @staticmethod
+    def available(swap: Swap = "none") -> tuple[bool, str]:
+        """Whether a sandbox can be made here, and if not why, with what to do."""
+        try:
+            cgroups.find_place()
+        except PsiKvError as error:
+            return False, str(error)
+        why = ""
+        if swap == "zram":
+            why = zram.why_not()
+        elif swap == "host":
+            why = _why_no_swap()
+        return not why, why
+
+    @property
+    def group(self) -> cgroups.Group:
+        """The cgroup: its use, its peak, its kills and its folders."""
+        return self._made.group
+
+    @property
+    def swap_device(self) -> Path | None:
+        """The zram device, where it has one."""
+        return None if self._made.zram is None else Path(f"/dev/zram{self._made.zram}")
+
+    @property
+    def pressure_file(self) -> Path | None:
+        """The sandbox's own `memory.pressure`; None where no cgroup v2 is to be had."""
+        return None if self.group.unified is None else self.group.unified / "memory.pressure"
+
+    def popen(self, argv: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+        """Start a program inside; `options` are those of subprocess.Popen.
+
+        It joins before it becomes the program. Exit status 2 and a line of the shell mean that it could not.
+        """
+        procs = [str(folder / "cgroup.procs") for folder in self.group.folders]
+        child: subprocess.Popen[bytes] = subprocess.Popen(
+            ["/bin/sh", "-c", _JOIN, "sh", str(len(procs)), *procs, *argv], **options
+        )
+        self._children.append(child)
+        return child
+
+    def own_cgroups(self) -> OwnCgroups:
+        """Its cgroup as if it had no ancestors: what is around it has no part in what is measured."""
+        version = self.group.place.version
+        own = Cgroup(version, self.group.memory, self.group.memory)
+        return OwnCgroups(own, None) if version == 2 else OwnCgroups(None, own)
+
+    def close(self) -> None:
+        """Kill what runs in it and remove it. Safe to call twice.
+
+        Raises PsiKvError, naming it, when something could not be removed.
+        """
+        problem = self._dismiss()
+        for child in self._children:
+            child.wait()
+        self._children.clear()
+        if problem:
+            raise PsiKvError(f"the sandbox could not be removed whole, remove by hand: {problem}")
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _hear_made(self) -> guardian.Made:
+        answer = self._hear()
+        if answer is None:
+            raise PsiKvError("the process that owns the sandbox did not start: see its message above")
+        if answer.made is None:
+            raise PsiKvError(answer.problem)
+        return answer.made
+
+    def _hear(self) -> guardian.Answer | None:
+        line = _stream(self._guardian).readline() if self._guardian is not None else b""
+        return msgspec.json.decode(line, type=guardian.Answer) if line else None
+
+    def _dismiss(self) -> str:
+        """Have the guardian end. Gives what is left behind; does its work where it was killed itself."""
+        owner = self._guardian
+        if owner is None:
+            return ""
+        if owner.stdin is not None:
+            owner.stdin.close()
+        answer = self._hear()
+        owner.wait(_CLOSE_TIMEOUT_S)
+        _stream(owner).close()
+        self._guardian = None
+        if answer is not None:
+            return answer.problem
+        return guardian.remove(self._made) if hasattr(self, "_made") else ""
+
+
+def _why_no_swap(root: Path = Path("/")) -> str:
+    """Why the machine's own swap cannot be used; empty where it can."""
+    try:
+        devices = (root / "proc/swaps").read_text().splitlines()[1:]
+    except OSError:
+        devices = []
+    return "" if devices else "this machine has no swap of its own: use zram, or none"
+
+
+def _checked_swap(limit_bytes: int, swap: Swap, swap_bytes: int) -> int:
+    """Size of the swap device, in whole pages."""
+    if limit_bytes < LEAST_BYTES:
+        raise BadInputError(f"limit_bytes = {limit_bytes} is not usable: give {LEAST_BYTES} or more")
+    if swap == "none":
+        if swap_bytes:
+            raise BadInputError("swap_bytes without swap is not usable: give swap='zram'")
+        return 0
+    if swap not in get_args(Swap):
+        raise BadInputError(f"swap = {swap!r} is not usable: give one of {', '.join(get_args(Swap))}")
+    if swap_bytes < LEAST_BYTES:
+        raise BadInputError(f"swap_bytes = {swap_bytes} is not usable: give {LEAST_BYTES} or more")
+    page_bytes = os.sysconf("SC_PAGE_SIZE")
+    return -(-swap_bytes // page_bytes) * page_bytes
+
+
+def _check_headroom(wanted_bytes: int) -> None:
+    """A full sandbox must not bring the machine, or the cgroup around it, into need."""
+    found = HeadroomReader(find_cgroups()).read()
+    if found is not None and found.headroom_bytes < wanted_bytes:
+        raise PsiKvError(
+            f"the sandbox may take {wanted_bytes >> 20} MiB and {found.headroom_bytes >> 20} MiB are available: "
+            "close other programs, or choose a smaller limit and less swap"
+        )
+
+
+def _stream(process: subprocess.Popen[bytes]) -> IO[bytes]:
+    assert process.stdout is not None, "the guardian is started with a pipe"
+    return process.stdout

@@ -1,0 +1,388 @@
+"""The process that holds a model: opens it, and does what it is ordered to (`messages`).
+
+    python -m psi_kv_governor.sandbox.worker '{"variant": "psi", "model": "model.gguf"}'
+
+Its one argument is a Setup. Orders come in on standard input, messages go out on standard output. It ends
+with its standard input.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from psi_kv_governor.errors import PsiKvError
+from psi_kv_governor.events import Event
+from psi_kv_governor.sandbox import llm as llms
+from psi_kv_governor.sandbox import messages
+from psi_kv_governor.sandbox.messages import Setup, Stage
+from psi_kv_governor.sandbox.process_memory import own_memory
+from psi_kv_governor.sandbox.reference import Cut, MiddlePruner
+
+_CELLS_STEP = 256  # llama.cpp pads a context to it
+_CHARACTERS_PER_TOKEN = 8  # more than English has with any vocabulary, so that the text is long enough
+_LOOK_S = 0.02
+_WHOLE_TIMEOUT_S = 20.0
+_SETTLE_S = 0.1
+"""libgomp's idle threads spin for about 8 ms; after this none does."""
+GOVERNOR_THREAD = "psi-kv-governor"
+
+
+class _Abandoned(Exception):
+    """Nobody listens any more."""
+
+
+def context_cells(setup: Setup) -> int:
+    """Cells of the cache: for the context and for what is decoded after it, as llama.cpp pads them."""
+    if setup.context_cells is not None:
+        return setup.context_cells
+    wanted = setup.context_tokens + max(setup.decoded_tokens, setup.prompt_tokens) + 1
+    return -(-wanted // _CELLS_STEP) * _CELLS_STEP
+
+
+def prompt_text(n_characters: int) -> str:
+    """English that every Python has: its own reference manual, in a fixed order."""
+    from pydoc_data.topics import topics  # type: ignore[import-untyped, unused-ignore]
+
+    parts: list[str] = []
+    size = 0
+    while size < n_characters:  # no more than is needed: this process's memory is measured
+        for name in sorted(topics):
+            parts.append(topics[name])
+            size += len(parts[-1])
+            if size >= n_characters:
+                break
+    return "".join(parts)[:n_characters]
+
+
+def prompt_tokens(llm: Any, count: int) -> list[int]:
+    """The first `count` tokens of that text. Raises PsiKvError when it has fewer."""
+    tokens: list[int] = llm.tokenize(prompt_text(count * _CHARACTERS_PER_TOKEN).encode())[:count]
+    if len(tokens) < count:
+        raise PsiKvError(f"the text has {len(tokens)} tokens with this model, and {count} are needed")
+    return tokens
+
+
+class Speaker:
+    """Writes messages to standard output, from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # events come from the governor's thread
+        self._encoder = msgspec.json.Encoder()
+
+    def say(self, message: messages.Message) -> None:
+        """Write one. Raises BrokenPipeError where nobody reads."""
+        with self._lock:
+            os.write(sys.stdout.fileno(), self._encoder.encode(message) + b"\n")
+
+
+class Worker:
+    """One process of the model."""
+
+    def __init__(self, setup: Setup, speaker: Speaker) -> None:
+        self._setup, self._speaker = setup, speaker
+        self._orders: queue.SimpleQueue[messages.Order | None] = queue.SimpleQueue()
+        self._abandoned = threading.Event()
+        self._llm: Any = None
+        self._probe = 0
+        self._prompt: list[int] = []
+        self._turns = 0
+        self._removed = 0
+        self._pruner: MiddlePruner | None = None
+        if setup.variant == "reference":
+            file, keep, tail = Path(setup.pressure_file), setup.keep or 0, setup.tail or 1
+            self._pruner = MiddlePruner(file, keep, tail, setup.min_prune)
+
+    def run(self) -> None:
+        """Open, then carry out orders until nobody speaks any more."""
+        threading.Thread(target=self._listen, daemon=True).start()
+        setup = self._setup
+        self._speaker.say(messages.Progress(stage="load", done=0, total=1))
+        llms.llama_class(setup.variant, late=setup.late)
+        imported = own_memory()
+        self._llm = llms.open_llm(setup, context_cells(setup), setup.prefill_threads or os.cpu_count() or 1)
+        try:
+            if llms.is_governed(setup.variant):
+                llms.follow(self._llm, self._on_event, self._on_turn, self._speaker.say)
+            self._fill_context()
+            opened = messages.Opened(
+                cell_bytes=llms.cell_bytes(self._llm),
+                digest=self._digest() if setup.context_tokens else "",
+                imported=imported,
+                memory=own_memory(),
+            )
+            self._speaker.say(opened)
+            while (order := self._orders.get()) is not None:
+                self._do(order)
+        finally:
+            self._llm.close()
+
+    def _listen(self) -> None:
+        """Orders come in here, so that one can come while a token is decoded."""
+        decoder = msgspec.json.Decoder(messages.Order)
+        try:
+            for line in sys.stdin.buffer:
+                order = decoder.decode(line)
+                if not isinstance(order, messages.Restore):
+                    self._orders.put(order)
+                elif self._llm is not None:
+                    self._llm.governor.restore()
+        finally:
+            self._abandoned.set()
+            self._orders.put(None)
+
+    def _do(self, order: messages.Order) -> None:
+        match order:
+            case messages.Decode(tokens=None):
+                self._decode_on()
+            case messages.Prefill():
+                self._prefill_on()
+            case messages.Stop():
+                self._speaker.say(messages.Stopped())
+            case messages.Settle():
+                self._speaker.say(self._settle(order.max_s))
+            case messages.Whole():
+                self._speaker.say(self._whole())
+            case messages.Look():
+                self._speaker.say(self._looked())
+            case _:
+                self._timed(order)
+
+    def _timed(self, order: messages.Order) -> None:
+        """The orders that end by themselves, and say how long they took."""
+        if isinstance(order, messages.Generate):
+            time.sleep(_SETTLE_S)
+        began_s, cpu_began_s = time.perf_counter(), time.process_time()
+        match order:
+            case messages.Fill():
+                self._fill(order.tokens, order.chunk)
+            case messages.Decode():
+                self._decode(order)
+            case messages.Generate():
+                self._generate(order.tokens)
+            case messages.Trim():
+                self._llm.governor.trim(order.fraction)
+            case messages.Save():
+                llms.save_state(self._llm, order.path, self._setup.context_tokens)
+                _forget_pages(order.path)
+        seconds, cpu_s = time.perf_counter() - began_s, time.process_time() - cpu_began_s
+        self._speaker.say(messages.Done(seconds=seconds, cpu_s=cpu_s))
+
+    # -- the context ------------------------------------------------------------------------------------
+
+    def _fill_context(self) -> None:
+        base = self._setup.context_tokens
+        if not base:
+            return
+        tokens = prompt_tokens(self._llm, base + 1 + self._setup.prompt_tokens)
+        self._probe, self._prompt = tokens[base], tokens[base + 1 :]
+        if self._setup.state:
+            llms.load_state(self._llm, self._setup.variant, self._setup.state, tokens[:base])
+            _forget_pages(self._setup.state)
+        else:
+            self._read(tokens[:base], self._setup.batch_tokens)
+
+    def _read(self, tokens: Sequence[int], chunk: int) -> None:
+        """Decode `tokens` in chunks."""
+        for start in range(0, len(tokens), chunk):
+            self._speaker.say(messages.Progress(stage="prefill", done=start, total=len(tokens)))
+            part = tokens[start : start + chunk]
+            self._eval(list(part), said=True)
+        self._speaker.say(messages.Progress(stage="prefill", done=len(tokens), total=len(tokens)))
+
+    def _fill(self, count: int, chunk: int) -> None:
+        begin = int(self._llm.n_tokens)
+        self._read(prompt_tokens(self._llm, begin + count)[begin:], chunk)
+
+    def _eval(self, tokens: list[int], *, said: bool, since_s: float | None = None) -> float:
+        """Decode `tokens` at once; gives when it was done. Raises _Abandoned where nobody listens."""
+        if self._abandoned.is_set():
+            raise _Abandoned
+        since_s = time.monotonic() if since_s is None else since_s
+        self._llm.eval(tokens)
+        now_s = time.monotonic()
+        if said:
+            self._speaker.say(messages.Token(time_s=now_s, seconds=now_s - since_s, tokens=len(tokens)))
+        return now_s
+
+    def _digest(self) -> str:
+        """Of the logits after the context and the probe, which is taken out again by the next decode."""
+        self._llm.eval([self._probe])
+        self._llm.n_tokens = self._setup.context_tokens
+        return hashlib.sha256(llms.logits_of(self._llm).tobytes()).hexdigest()[:16]
+
+    # -- what goes on under pressure ----------------------------------------------------------------------
+
+    def _decode(self, order: messages.Decode) -> None:
+        """Greedy, and past any end of text: what is measured is the time, not the story."""
+        assert order.tokens is not None, "checked by the caller"
+        self._progress(order.stage, order.tokens)
+        began_s = last_s = time.monotonic()
+        for number in range(order.tokens):
+            if number == order.trim_at and llms.is_governed(self._setup.variant):
+                self._llm.governor.trim(0.5)
+                last_s = time.monotonic()
+            if self._pruner is not None and order.stage == "pressed":
+                self._prune(self._pruner.look(time.monotonic(), self._llm.n_tokens))
+            last_s = self._eval([llms.greedy(self._llm)], said=True, since_s=last_s)
+            if order.max_s is not None and last_s - began_s > order.max_s:
+                return
+
+    def _decode_on(self) -> None:
+        """Token after token until an order comes, and back to the end of the context in time."""
+        last_s = time.monotonic()
+        while self._orders.empty():
+            if self._llm.n_tokens >= self._setup.context_tokens + self._setup.decoded_tokens:
+                self._llm.n_tokens = self._setup.context_tokens  # the next decode takes out what comes after
+            last_s = self._eval([llms.greedy(self._llm)], said=True, since_s=last_s)
+
+    def _prefill_on(self) -> None:
+        """The same long prompt again and again after the context, until an order comes."""
+        last_s = time.monotonic()
+        while True:
+            self._llm.n_tokens = self._setup.context_tokens
+            for start in range(0, len(self._prompt), self._setup.batch_tokens):
+                if not self._orders.empty():
+                    return
+                chunk = self._prompt[start : start + self._setup.batch_tokens]
+                last_s = self._eval(chunk, said=True, since_s=last_s)
+
+    def _generate(self, tokens: int) -> None:
+        prompt = self._llm.input_ids[: self._setup.context_tokens].tolist()
+        request = self._llm.generate(prompt, temp=0.0)
+        decoded = sum(1 for _ in islice(request, tokens))
+        request.close()
+        if decoded != tokens:
+            raise PsiKvError(f"the model stopped after {decoded} of {tokens} tokens")
+
+    def _prune(self, cut: Cut | None) -> None:
+        """The reference method's whole answer to pressure: `n_tokens` stays, and with it the positions."""
+        if cut is None:
+            return
+        before = own_memory()
+        self._llm._ctx.kv_cache_seq_rm(0, cut.start, cut.stop)
+        after = own_memory()
+        self._removed += cut.stop - cut.start
+        returned = before.anonymous_bytes + before.swap_bytes - after.anonymous_bytes - after.swap_bytes
+        self._speaker.say(
+            messages.Pruned(
+                time_s=time.monotonic(),
+                cells=cut.stop - cut.start,
+                live_cells=self._cells().live,
+                bytes_returned=returned,
+            )
+        )
+
+    # -- afterwards -------------------------------------------------------------------------------------
+
+    def _settle(self, max_s: float) -> messages.Settled:
+        began_s = time.perf_counter()
+        if not llms.is_governed(self._setup.variant):
+            return messages.Settled(missing_cells=self._cells().lost, seconds=0.0, on_request=False)
+        while (cells := self._cells()).masked and time.perf_counter() - began_s < max_s:
+            self._progress("restore", int(self._llm.n_tokens), done=cells.live)
+            self._abandoned.wait(_LOOK_S)
+            if self._abandoned.is_set():
+                raise _Abandoned
+        on_request = cells.masked + cells.lost > 0
+        missing = llms.put_back(self._llm)
+        seconds = time.perf_counter() - began_s
+        return messages.Settled(missing_cells=missing, seconds=seconds, on_request=on_request)
+
+    def _whole(self) -> messages.Checked:
+        """Ask until everything is back: right after the pressure, the governor still holds."""
+        began_s = time.monotonic()
+        llms.cut(self._llm, self._setup.context_tokens)
+        digest = ""
+        missing = self._put_back()
+        while time.monotonic() - began_s < _WHOLE_TIMEOUT_S:
+            if not missing:
+                digest = self._digest()
+            missing = self._put_back()
+            if not missing and digest:  # nothing went while the digest was made
+                return messages.Checked(missing_cells=0, digest=digest, seconds=time.monotonic() - began_s)
+            time.sleep(_LOOK_S)
+        return messages.Checked(missing_cells=missing, digest="", seconds=time.monotonic() - began_s)
+
+    def _put_back(self) -> int:
+        return llms.put_back(self._llm) if llms.is_governed(self._setup.variant) else 0
+
+    # -- what is said -----------------------------------------------------------------------------------
+
+    def _cells(self) -> llms.Cells:
+        return llms.cells_of(self._llm, self._setup.variant, self._removed)
+
+    def _progress(self, stage: Stage, total: int, done: int = 0) -> None:
+        self._speaker.say(messages.Progress(stage=stage, done=done, total=total))
+
+    def _looked(self) -> messages.Looked:
+        cells = self._cells()
+        return messages.Looked(
+            memory=own_memory(),
+            live_cells=cells.live,
+            masked_cells=cells.masked,
+            lost_cells=cells.lost,
+            governor_cpu_s=_thread_cpu_s(),
+            turns=self._turns,
+            descriptors=sum(1 for _ in Path("/proc/self/fd").iterdir()),
+            threads=threading.active_count(),
+        )
+
+    def _on_event(self, event: Event) -> None:
+        self._speaker.say(messages.Governed(event=event, live_cells=self._cells().live))
+
+    def _on_turn(self) -> None:
+        self._turns += 1
+
+
+def _thread_cpu_s() -> float:
+    """Processor time of the governor's thread so far, by the kernel's own account; 0 without one.
+
+    /proc/[pid]/task/[tid]/schedstat counts nanoseconds; `stat` counts ticks of 10 ms.
+    """
+    for thread in threading.enumerate():
+        if thread.name == GOVERNOR_THREAD:
+            text = Path(f"/proc/self/task/{thread.native_id}/schedstat").read_text()
+            return int(text.split()[0]) / 1e9
+    return 0.0
+
+
+def _forget_pages(path: str) -> None:
+    """What was read or written through the page cache is charged to the cgroup, and is not wanted there."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fdatasync(descriptor)  # dirty pages cannot be dropped
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def main() -> int:
+    """Entry point of the process. A failure is said in one line; gives the exit status."""
+    speaker = Speaker()
+    try:
+        Worker(msgspec.json.decode(sys.argv[1], type=Setup), speaker).run()
+    except (_Abandoned, BrokenPipeError):
+        return 1
+    except PsiKvError as error:
+        speaker.say(messages.Failed(why=str(error), exit_status=error.exit_status))
+        return error.exit_status
+    except ModuleNotFoundError as error:
+        why = f"this needs {error.name}: pip install 'psi-kv-governor[llama]'"
+        speaker.say(messages.Failed(why=why, exit_status=PsiKvError.exit_status))
+        return PsiKvError.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""Real servers that somebody else wrote: how they are had, started, asked and measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from fcntl import LOCK_EX, flock
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from platformdirs import user_cache_path
+
+HERE = Path(__file__).parent
+PSI_KV = (sys.executable, "-m", "psi_kv_governor.cli")
+CACHE = user_cache_path("psi-kv") / "test-servers"
+_FETCH_S = 600
+_READY_S = 120
+_ANSWER_S = 240
+
+
+class Unavailable(Exception):
+    """A server can't be had here."""
+
+
+@contextmanager
+def _alone(name: str):
+    """The folder `name` of the cache, for one test run at a time."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / f"{name}.lock").open("w") as lock:
+        flock(lock, LOCK_EX)
+        yield CACHE / name
+
+
+def _run(command: Sequence[str], **options: Any) -> str:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_FETCH_S, check=False, **options
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"{command[0]}: {error}") from error
+    if done.returncode != 0:
+        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+        raise Unavailable(f"{Path(command[0]).name} {command[1]}: {' '.join(last)}")
+    return done.stdout
+
+
+def python_with_servers() -> Path:
+    """A Python with `xllamacpp` and what `llama_cpp.server` needs; `llama_cpp` is that of the tests.
+    Raises Unavailable."""
+    with _alone(f"python-{sys.version_info.major}.{sys.version_info.minor}") as folder:
+        python, ready = folder / "bin" / "python", folder / "ready"
+        ours = sysconfig.get_path("purelib")
+        if not ready.is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            _run([sys.executable, "-m", "venv", str(folder)])
+            pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            _run(
+                [
+                    *pip,
+                    "xllamacpp",
+                    "uvicorn",
+                    "fastapi",
+                    "sse-starlette",
+                    "starlette-context",
+                    "pydantic-settings",
+                    "PyYAML",
+                ]
+            )
+            ready.touch()
+        site = _run([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip()
+        (Path(site) / "of-the-tests.pth").write_text(ours)
+        return python
+
+
+def debian_server() -> list[str]:
+    """The command of Debian's llama-server, with the C library that it was built for. Raises Unavailable."""
+    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+        raise Unavailable("Debian's llama.cpp-tools: there is no apt here")
+    with _alone("debian") as folder:
+        root = folder / "root"
+        if not (folder / "ready").is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            _fetch_debs(folder)
+            root.mkdir()
+            for deb in sorted((folder / "var/cache/apt/archives").glob("*.deb")):
+                _run(["dpkg-deb", "-x", str(deb), str(root)])
+            (folder / "ready").touch()
+    libraries = next((root / "usr/lib").glob("*-linux-gnu"))
+    loader = next((root / "usr").glob("lib*/ld-linux*.so.*"), None) or next(libraries.glob("ld-linux*.so.*"))
+    # ggml looks for its backends beside the program that runs, which is the loader.
+    for backend in (libraries / "ggml").glob("*/libggml-*.so"):
+        if not (beside := loader.resolve().parent / backend.name).exists():
+            beside.symlink_to(backend)
+    folders = [
+        libraries,
+        *(part for part in libraries.glob("*") if part.is_dir() and any(part.glob("lib*.so*"))),
+    ]
+    path = ":".join(map(str, folders))
+    return [str(loader), "--library-path", path, str(root / "usr/bin/llama-server")]
+
+
+def _fetch_debs(folder: Path) -> None:
+    """Debian sid's packages into a root of their own: apt on this machine is not touched."""
+    key = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+    if not key.is_file():
+        raise Unavailable("Debian's llama.cpp-tools: Debian's keys are not installed")
+    for part in ("etc/apt", "var/lib/apt/lists/partial", "var/cache/apt/archives/partial", "var/lib/dpkg"):
+        (folder / part).mkdir(parents=True)
+    (folder / "var/lib/dpkg/status").touch()
+    (folder / "etc/apt/sources.list").write_text(
+        f"deb [signed-by={key}] http://deb.debian.org/debian sid main\n"
+    )
+    config = folder / "apt.conf"
+    # A mirror that is some weeks behind is fine here: the packages are checked by their sums.
+    config.write_text(
+        f'Dir "{folder}";\nDir::State::status "{folder}/var/lib/dpkg/status";\n'
+        f'Dir::Etc::sourcelist "{folder}/etc/apt/sources.list";\nDir::Etc::sourceparts "-";\n'
+        'Acquire::Check-Valid-Until "false";\nAPT::Sandbox::User "";\n'
+    )
+    environ = {**os.environ, "APT_CONFIG": str(config)}
+    _run(["apt-get", "--quiet", "update", "--error-on=any"], env=environ)
+    what = ["--yes", "--no-install-recommends", "--download-only", "llama.cpp-tools"]
+    _run(["apt-get", "--quiet", "install", *what], env=environ)
+
+
+class Answer(NamedTuple):
+    """One completion."""
+
+    text: str
+    logprobs: tuple[tuple[int, float], ...]
+    """Token and log probability of each token."""
+    prompt_n: int
+    """Tokens of the prompt that were decoded for it."""
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+class Server:
+    """A running server. Ends with the `with` block."""
+
+    def __init__(
+        self, command: Sequence[str], port: int, environ: Mapping[str, str] | None = None, **options: Any
+    ) -> None:
+        self.port = port
+        self.log = Path(options.pop("log"))
+        self._out = self.log.open("w")
+        self.process = subprocess.Popen(
+            command, env=dict(environ or os.environ), stdin=subprocess.DEVNULL, stdout=self._out,
+            stderr=subprocess.STDOUT, **options,
+        )  # fmt: skip
+        self.pid = self.process.pid
+
+    def __enter__(self) -> Server:
+        until = time.monotonic() + _READY_S
+        while time.monotonic() < until:
+            if self.process.poll() is not None:
+                break
+            try:
+                self.get("/v1/models")
+                return self
+            except (OSError, urllib.error.URLError):
+                time.sleep(0.1)
+        self.__exit__()
+        raise AssertionError(f"the server did not come up:\n{self.log.read_text()[-3000:]}")
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._out.close()
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=_ANSWER_S) as answer:
+            return json.load(answer)
+
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            json.dumps(body).encode(),
+            {"content-type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=_ANSWER_S) as answer:
+            return json.load(answer)
+
+    def complete(self, prompt: str, n_predict: int = 8) -> Answer:
+        told = self.post(
+            "/completion",
+            {"prompt": prompt, "n_predict": n_predict, "temperature": 0, "cache_prompt": True, "n_probs": 1},
+        )
+        probabilities = tuple((one["id"], one["logprob"]) for one in told["completion_probabilities"])
+        return Answer(told["content"], probabilities, told["timings"]["prompt_n"])
+
+
+def resident_bytes(pid: int) -> int:
+    """What the kernel counts for a process: anonymous memory and mapped files."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no VmRSS")
+
+
+def children_of(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for one in found for child in one.read_text().split()]
