@@ -27,6 +27,7 @@ from psi_kv_governor.policy import Policy, get_policy
 from psi_kv_governor.policy.planner import Planner
 from psi_kv_governor.pressure.neighbours import Neighbourhood
 from psi_kv_governor.pressure.reading import PressureSource, Reading
+from psi_kv_governor.refusing import Refusing
 from psi_kv_governor.sensor import Sensor
 from psi_kv_governor.status import Status
 from psi_kv_governor.status_socket import StatusSocket
@@ -84,12 +85,13 @@ class Governor:
         )
         self._acting = Acting(self._engine, self._planner, bus, self.config, clock)
         self._reading = Reading(time_s=clock(), interval_s=0.0)
+        self._refusing = Refusing(engine)
         self._reason = ""
         self._jitter = random.random() if jitter is None else jitter
         self._state = LawState(jitter=self._jitter)
         self._limit = Limit()
         self._ended = Ended()
-        self._closing = threading.RLock()
+        self._closing = threading.Lock()
         self._forked = False
         self._thread: threading.Thread | None = None
         self._sensor = Sensor(source, bus, neighbours, _processes(self._acting.caches))
@@ -199,17 +201,18 @@ class Governor:
 
     def start(self) -> None:
         """Act by itself from now on. Calling it again changes nothing."""
-        if self._thread is None and not self._ended:
-            # The thread knows the governor weakly: a model that is dropped without close() goes all the same.
-            self._thread = threading.Thread(
-                target=run,
-                args=(weakref.ref(self), self._sensor.bell, self._ended),
-                name="psi-kv-governor",
-                daemon=True,
-            )
-            self._thread.start()
-            if self.config.status_socket:
-                self._socket.start()
+        if self._thread is not None or self._ended:
+            return
+        if self.config.status_socket:
+            self._socket.start()
+        # The thread knows the governor weakly: a model that is dropped without close() goes all the same.
+        self._thread = threading.Thread(
+            target=run,
+            args=(weakref.ref(self), self._sensor.bell, self._ended),
+            name="psi-kv-governor",
+            daemon=True,
+        )
+        self._thread.start()
 
     def step(self) -> float:
         """One turn: read, decide, act. Gives the seconds until the next. Raises nothing."""
@@ -256,6 +259,8 @@ class Governor:
                 ModeChanged(time_s=reading.time_s, old=old, new=decision.mode, reason=decision.reason)
             )
         self._carry_out(decision, snapshot)
+        pressed = decision.mode in {Mode.TRIMMING, Mode.HOLDING} and self._state.quiet_since_s is None
+        self._refusing.turn(snapshot, pressed=pressed)
         self._sensor.tell_neighbours(cache, self._state)
 
     def _carry_out(self, decision: Decision, snapshot: Snapshot) -> None:
@@ -281,12 +286,16 @@ class Governor:
         self._worker.close()
 
     def _close(self, caller: threading.Thread) -> None:
-        with self._closing:
+        if not self._closing.acquire(blocking=False):
+            return  # somebody does it, who needs the other thread: the status socket may wait for a look
+        try:
             self._sensor.interrupt()
             if self._thread is not None and self._thread is not caller:
                 self._thread.join()
             self._socket.close()
             self._sensor.close()
+        finally:
+            self._closing.release()
 
     def after_fork(self) -> None:
         """In a forked child: threads did not come along, and locks may be held for ever by those that had
@@ -296,6 +305,7 @@ class Governor:
         self._thread = None
         self._worker.abandon()
         self._engine.after_fork()
+        self._closing = threading.Lock()
         self._acting.work = OwnWork()
 
     def __enter__(self) -> Governor:

@@ -56,7 +56,8 @@ def compiled(tmp_path) -> Callable[..., Path]:
         if shutil.which("cc") is None:
             pytest.skip("there is no C compiler")
         target = tmp_path / name
-        subprocess.run(["cc", "-x", "c", "-", "-o", str(target), *flags], input=source, text=True, check=True)
+        words = ("cc", "-x", "c", "-", "-x", "none", "-o")
+        subprocess.run([*words, str(target), *flags], input=source, text=True, check=True)
         return target
 
     return compile_

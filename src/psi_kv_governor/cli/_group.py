@@ -19,7 +19,6 @@ INTERRUPTED = 130
 
 _EXTRAS = {
     "llama_cpp": "llama",
-    "matplotlib": "plot",
     "prometheus_client": "metrics",
     "starlette": "dashboard",
     "uvicorn": "dashboard",

@@ -10,14 +10,14 @@ import subprocess
 import sys
 
 import pytest
-from bench_help import pens_of, swap_devices
 from click.testing import CliRunner
 
-from psi_kv_governor.bench import guardian
-from psi_kv_governor.bench.pen import Pen
-from psi_kv_governor.bench.script import MIB
 from psi_kv_governor.cli import demo
 from psi_kv_governor.cli._demo_view import figures, verdict
+from psi_kv_governor.sandbox import guardian
+from psi_kv_governor.sandbox.host import MIB
+from psi_kv_governor.sandbox.sandbox import Sandbox
+from sandbox_help import sandboxes_of, swap_devices
 from scene_results import scene_result as result
 
 ENV = {**os.environ, "PYTHONPATH": guardian.package_path()}
@@ -35,7 +35,7 @@ class TestChoice:
 
     def choose(self, monkeypatch, *, zram: bool, cgroup: bool, gentle: bool = False):
         answers = {"zram": (zram, "zram is missing: do this"), "none": (cgroup, "no right: run it as root")}
-        monkeypatch.setattr(Pen, "available", staticmethod(lambda swap="none": answers[swap]))
+        monkeypatch.setattr(Sandbox, "available", staticmethod(lambda swap="none": answers[swap]))
         return demo.choose_scene(dict(self.FIGURES), gentle)
 
     def test_with_zram_it_is_the_whole_scene(self, monkeypatch):
@@ -161,8 +161,8 @@ def test_interrupted_in_the_middle_it_cleans_up_and_ends_with_one_line(demo_mode
     for line in process.stderr:
         if b"filling the context" in line:
             break
-    pens = pens_of(process.pid)
-    assert pens
+    sandboxes = sandboxes_of(process.pid)
+    assert sandboxes
     devices = swap_devices() - before
     assert devices
     process.send_signal(number)
@@ -172,5 +172,5 @@ def test_interrupted_in_the_middle_it_cleans_up_and_ends_with_one_line(demo_mode
     last = errors.decode().strip().splitlines()[-1]
     assert last == ("psi-kv: interrupted" if number == signal.SIGINT else "psi-kv: error: terminated")
     assert "Traceback" not in errors.decode()
-    assert not any(pen.exists() for pen in pens)
+    assert not any(sandbox.exists() for sandbox in sandboxes)
     assert not devices & swap_devices()

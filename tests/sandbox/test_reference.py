@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psi_kv_governor.bench import worker
-from psi_kv_governor.bench.reference import POLL_S, THRESHOLD, Cut, MiddlePruner, read_avg10
 from psi_kv_governor.errors import BadInputError
+from psi_kv_governor.sandbox.reference import POLL_S, THRESHOLD, Cut, MiddlePruner, read_avg10
 
 PSI = "some avg10={} avg60=0.00 avg300=0.00 total=1\nfull avg10=99.00 avg60=0.00 avg300=0.00 total=1\n"
 
@@ -71,10 +70,3 @@ def test_first_and_last_tokens_never_go_and_none_goes_twice(tmp_path_factory, ke
             assert cut.stop == end - tail
             assert cut.stop - cut.start >= least
             gone = cut.stop
-
-
-def test_a_reference_without_its_settings_is_refused(capsys):
-    with pytest.raises(SystemExit) as caught:
-        worker.parse(["--variant", "reference", "--model", "x", "--context", "10", "--tokens", "1"])
-    assert caught.value.code == 2
-    assert "--pressure-file" in capsys.readouterr().err

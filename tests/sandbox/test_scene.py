@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import pytest
-from bench_help import leftovers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psi_kv_governor.bench import worker
-from psi_kv_governor.bench.scene import drop_file_cache, outside_room_bytes, run_scene
-from psi_kv_governor.bench.script import MIB, Happened, SceneOptions, StageChanged, Tick
 from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.events import Restored, Trimmed
+from psi_kv_governor.sandbox import worker
+from psi_kv_governor.sandbox.host import MIB, drop_file_cache
+from psi_kv_governor.sandbox.messages import Setup
+from psi_kv_governor.sandbox.scene import outside_bytes, run_scene
+from psi_kv_governor.sandbox.scene_options import Happened, SceneOptions, StageChanged, Tick
+from sandbox_help import leftovers
 
 SMALL = {"context_tokens": 96, "tokens": 8}
 
@@ -37,7 +39,7 @@ class TestGentle:
         assert list(dict.fromkeys(stages)) == ["load", "prefill", "calm", "pressed"]
         assert not any(isinstance(event, Happened) for event in events)
 
-    def test_governed_llama_is_trimmed_and_restored_by_hand(self, demo_model):
+    def test_governed_llama_is_trimmed_and_restored_on_request(self, demo_model):
         events = []
         options = SceneOptions(model=str(demo_model), gentle=True, context_tokens=640, tokens=8)
         result = run_scene("psi", options, events.append)
@@ -116,13 +118,15 @@ def test_options_that_may_be_nothing_may_not_be_less_or_no_number(name, value):
         SceneOptions(model="x", **{name: value})
 
 
-def test_outside_a_pen_the_neighbour_gets_no_more_than_a_quarter_of_what_is_available(tmp_path, demo_model):
+def test_outside_a_sandbox_the_neighbour_gets_no_more_than_a_quarter_of_what_is_available(
+    tmp_path, demo_model
+):
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text("MemTotal: 8000 kB\nMemAvailable: 4000 kB\n")
-    assert outside_room_bytes(tmp_path) == 1000 * 1024
-    assert outside_room_bytes(tmp_path / "nowhere") == 0
+    assert outside_bytes(tmp_path) == 1000 * 1024
+    assert outside_bytes(tmp_path / "nowhere") == 0
     too_much = SceneOptions(
-        model=str(demo_model), isolated=False, pressure_bytes=outside_room_bytes() + 64 * MIB, **SMALL
+        model=str(demo_model), isolated=False, pressure_bytes=outside_bytes() + 64 * MIB, **SMALL
     )
     with pytest.raises(BadInputError, match="a quarter of what is available"):
         run_scene("fixed", too_much)
@@ -144,10 +148,19 @@ def test_dropping_the_cache_of_a_file_leaves_the_file(tmp_path):
     assert path.read_bytes() == b"x" * 10_000
 
 
-@given(st.integers(1, 100_000), st.integers(1, 10_000))
-def test_a_context_has_room_for_everything_and_little_more(context_tokens, tokens):
-    wanted = context_tokens + worker.CALM_TOKENS + tokens
-    assert wanted < worker.context_cells(context_tokens, tokens) <= wanted + 256
+@given(st.integers(1, 100_000), st.integers(0, 10_000), st.integers(0, 4096))
+def test_a_context_has_cells_for_everything_and_few_more(context_tokens, decoded, prompt):
+    setup = Setup(
+        variant="fixed",
+        model="x",
+        context_tokens=context_tokens,
+        decoded_tokens=decoded,
+        prompt_tokens=prompt,
+    )
+    wanted = context_tokens + max(decoded, prompt)
+    cells = worker.context_cells(setup)
+    assert wanted < cells <= wanted + 256
+    assert cells % 256 == 0
 
 
 @given(st.integers(1, 2_000_000))

@@ -6,14 +6,14 @@ import os
 from pathlib import Path
 
 
-def pens_of(pid: int) -> list[Path]:
-    """Folders of the pens that process `pid` has made."""
-    return list(Path("/sys/fs/cgroup").glob(f"**/psi-kv-pen-{pid}-*"))
+def sandboxes_of(pid: int) -> list[Path]:
+    """Folders of the sandboxes that process `pid` has made."""
+    return list(Path("/sys/fs/cgroup").glob(f"**/psi-kv-sandbox-{pid}-*"))
 
 
-def pids_in(pens: list[Path]) -> set[int]:
-    """Processes in `pens`."""
-    return {int(word) for pen in pens for word in (pen / "cgroup.procs").read_text().split()}
+def pids_in(sandboxes: list[Path]) -> set[int]:
+    """Processes in `sandboxes`."""
+    return {int(word) for sandbox in sandboxes for word in (sandbox / "cgroup.procs").read_text().split()}
 
 
 def swap_devices() -> set[str]:
@@ -23,13 +23,13 @@ def swap_devices() -> set[str]:
 
 def leftovers() -> list[str]:
     """Pens and neighbours that this process started and that are still there."""
-    found = [str(path) for path in pens_of(os.getpid())]
+    found = [str(path) for path in sandboxes_of(os.getpid())]
     for process in Path("/proc").glob("[0-9]*"):
         try:
             words = (process / "cmdline").read_bytes().split(b"\0")
             parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-        if parent == os.getpid() and b"psi_kv_governor.bench" in b" ".join(words):
+        if parent == os.getpid() and b"psi_kv_governor.sandbox" in b" ".join(words):
             found.append(b" ".join(words).decode())
     return found

@@ -1,17 +1,10 @@
-"""Memory of a process, and percentiles."""
+"""Memory of a process."""
 
 from __future__ import annotations
 
-import math
 import os
 
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
-from psi_kv_governor.bench.sampling import percentile, sample
-
-NUMBERS = st.lists(st.floats(-1e6, 1e6), min_size=1)
+from psi_kv_governor.sandbox.process_memory import glance, own_memory, sample
 
 
 def test_this_process_is_seen_to_grow():
@@ -45,19 +38,14 @@ def test_the_kernel_s_kilobytes_are_turned_into_bytes(tmp_path):
     )  # fmt: skip
 
 
-@given(NUMBERS, st.floats(0, 1))
-def test_a_percentile_is_one_of_the_values_and_splits_them(values, share):
-    found = percentile(values, share)
-    assert found in values
-    assert sum(value <= found for value in values) >= share * len(values)
-    assert sum(value < found for value in values) < max(1, math.ceil(share * len(values)))
+def test_a_glance_sees_what_a_look_sees_to_some_pages():
+    held = bytearray(os.urandom(1 << 20) * 24)
+    quick, exact = glance(os.getpid()), own_memory()
+    assert abs(quick.resident_bytes - exact.resident_bytes) < 8 << 20
+    assert abs(quick.anonymous_bytes - exact.anonymous_bytes) < 8 << 20
+    assert quick.peak_bytes >= quick.resident_bytes
+    assert held
 
 
-def test_known_percentiles():
-    values = [float(number) for number in range(1, 101)]
-    assert (percentile(values, 0.5), percentile(values, 0.99), percentile(values, 1.0)) == (50.0, 99.0, 100.0)
-
-
-def test_no_values_have_no_percentile():
-    with pytest.raises(ValueError, match="no values"):
-        percentile([], 0.5)
+def test_a_glance_at_a_process_that_is_gone_is_none(tmp_path):
+    assert glance(1, root=tmp_path) is None

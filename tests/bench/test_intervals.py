@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psi_kv_governor.bench.trials.search import largest
-from psi_kv_governor.bench.trials.stats import starts_to_die, survives_up_to, wilson
+from psikv_bench.intervals import share_of
+from psikv_bench.oom_report import starts_to_die, survives_up_to
+from psikv_bench.scenes.capacity import largest
 
 
 @pytest.mark.parametrize(
@@ -21,23 +22,23 @@ from psi_kv_governor.bench.trials.stats import starts_to_die, survives_up_to, wi
     ],
 )
 def test_wilsons_interval_is_that_of_the_literature(hits, runs, low, high):
-    assert wilson(hits, runs) == pytest.approx((low, high), abs=5e-5)
+    found = share_of(hits, runs)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=5e-5)
 
 
 @given(st.integers(1, 2000).flatmap(lambda runs: st.tuples(st.integers(0, runs), st.just(runs))))
 def test_the_interval_holds_the_share_and_is_symmetric(counts):
     hits, runs = counts
-    low, high = wilson(hits, runs)
-    assert 0.0 <= low <= hits / runs <= high <= 1.0
-    other = wilson(runs - hits, runs)
-    assert (1 - other.high, 1 - other.low) == pytest.approx((low, high))
+    found, other = share_of(hits, runs), share_of(runs - hits, runs)
+    assert 0.0 <= found.low <= found.mean <= found.high <= 1.0
+    assert (1 - other.high, 1 - other.low) == pytest.approx((found.low, found.high))
 
 
 def test_without_runs_nothing_is_known_and_nonsense_is_refused():
-    assert wilson(0, 0) == (0.0, 1.0)
+    assert (share_of(0, 0).low, share_of(0, 0).high) == (0.0, 1.0)
     for hits, runs in ((1, 0), (-1, 5), (6, 5)):
         with pytest.raises(ValueError, match="is no count"):
-            wilson(hits, runs)
+            share_of(hits, runs)
 
 
 @pytest.mark.parametrize(
@@ -53,8 +54,9 @@ def test_without_runs_nothing_is_known_and_nonsense_is_refused():
 )
 def test_the_rates_where_it_begins_to_die(killed, first, last):
     """Rate 0 is as fast as it can, so above all others."""
-    assert starts_to_die(killed) == first
-    assert survives_up_to(killed) == last
+    found = {rate: share_of(*counts) for rate, counts in killed.items()}
+    assert starts_to_die(found) == first
+    assert survives_up_to(found) == last
 
 
 STEP = 256

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from psi_kv_governor.bench.cgroups import Group, Place, find_place
 from psi_kv_governor.errors import PsiKvError
+from psi_kv_governor.sandbox.cgroups import Group, Place, find_place
 
 V2 = "31 23 0:28 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n"
 V1 = "35 31 0:32 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
@@ -90,21 +90,21 @@ def test_hybrid_takes_both_hierarchies(tmp_path):
     write(tmp_path, "sys/fs/cgroup/unified/cgroup.procs")
     place = find_place(tmp_path)
     assert place.version == 1
-    group = Group(place=place, name="pen")
+    group = Group(place=place, name="sandbox")
     assert group.folders == [
-        tmp_path / "sys/fs/cgroup/memory/job/pen",
-        tmp_path / "sys/fs/cgroup/unified/pen",
+        tmp_path / "sys/fs/cgroup/memory/job/sandbox",
+        tmp_path / "sys/fs/cgroup/unified/sandbox",
     ]
-    assert group.unified == tmp_path / "sys/fs/cgroup/unified/pen"
+    assert group.unified == tmp_path / "sys/fs/cgroup/unified/sandbox"
 
 
 def test_v1_alone_has_no_place_for_stall(tmp_path):
     write(tmp_path, "proc/self/mountinfo", V1)
     write(tmp_path, "proc/self/cgroup", "4:memory:/\n")
     write(tmp_path, "sys/fs/cgroup/memory/cgroup.procs")
-    group = Group(place=find_place(tmp_path), name="pen")
+    group = Group(place=find_place(tmp_path), name="sandbox")
     assert group.unified is None
-    assert group.folders == [tmp_path / "sys/fs/cgroup/memory/pen"]
+    assert group.folders == [tmp_path / "sys/fs/cgroup/memory/sandbox"]
 
 
 def test_no_cgroups_at_all_say_what_to_do(tmp_path):

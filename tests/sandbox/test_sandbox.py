@@ -1,4 +1,4 @@
-"""The pen: limits hold inside it, and it goes away whatever happens to its parent."""
+"""The sandbox: limits hold inside it, and it goes away whatever happens to its parent."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from psi_kv_governor.bench import guardian, zram
-from psi_kv_governor.bench.pen import LEAST_BYTES, Pen
 from psi_kv_governor.errors import BadInputError, PsiKvError
+from psi_kv_governor.pressure.psi import PsiFile
+from psi_kv_governor.sandbox import guardian, zram
+from psi_kv_governor.sandbox.sandbox import LEAST_BYTES, Sandbox
 
 MIB = 1 << 20
 
@@ -25,16 +26,16 @@ FILL = (
     "sys.stdin.read()\n"
 )
 
-# Opens a pen with swap, starts a program in it, says what there is, and waits to be killed.
+# Opens a sandbox with swap, starts a program in it, says what there is, and waits to be killed.
 PARENT = """
 import json, sys, time
-from psi_kv_governor.bench.pen import Pen
-pen = Pen(64 << 20, swap="zram", swap_bytes=64 << 20)
-child = pen.popen(["sleep", "300"])
-while child.pid not in pen.group.pids():
+from psi_kv_governor.sandbox.sandbox import Sandbox
+sandbox = Sandbox(64 << 20, swap="zram", swap_bytes=64 << 20)
+child = sandbox.popen(["sleep", "300"])
+while child.pid not in sandbox.group.pids():
     time.sleep(0.01)
-print(json.dumps({"folders": [str(f) for f in pen.group.folders], "child": child.pid,
-                  "device": str(pen.swap_device), "guardian": pen._guardian.pid}), flush=True)
+print(json.dumps({"folders": [str(f) for f in sandbox.group.folders], "child": child.pid,
+                  "device": str(sandbox.swap_device), "guardian": sandbox._guardian.pid}), flush=True)
 time.sleep(300)
 """
 
@@ -43,8 +44,8 @@ def swaps() -> str:
     return Path("/proc/swaps").read_text()
 
 
-def interrupt(pen: Pen) -> None:
-    with pen:
+def interrupt(sandbox: Sandbox) -> None:
+    with sandbox:
         raise KeyboardInterrupt
 
 
@@ -65,7 +66,7 @@ def wait_until(condition, timeout_s: float = 20.0) -> bool:
 
 
 def gone(made: dict) -> bool:
-    """Whether nothing is left of the pen that PARENT described."""
+    """Whether nothing is left of the sandbox that PARENT described."""
     return (
         not any(Path(folder).exists() for folder in made["folders"])
         and not Path("/sys/block", Path(made["device"]).name).exists()
@@ -77,7 +78,7 @@ def gone(made: dict) -> bool:
 
 @pytest.fixture
 def parent():
-    """A process that has a pen, and what it says of it."""
+    """A process that has a sandbox, and what it says of it."""
     process = subprocess.Popen(
         [sys.executable, "-c", PARENT],
         stdout=subprocess.PIPE,
@@ -96,61 +97,63 @@ class TestLimit:
     pytestmark = pytest.mark.cgroup
 
     def test_a_program_runs_inside_and_is_counted(self):
-        with Pen(64 * MIB) as pen:
-            child = pen.popen(
+        with Sandbox(64 * MIB) as sandbox:
+            child = sandbox.popen(
                 [sys.executable, "-c", FILL, "20"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
             )
             assert child.stdout.readline() == b"20\n"
-            assert pen.group.pids() == [child.pid]
-            assert 20 * MIB < pen.group.usage_bytes() < 64 * MIB
-            assert pen.group.peak_bytes() >= pen.group.usage_bytes()
+            assert sandbox.group.pids() == [child.pid]
+            assert 20 * MIB < sandbox.group.usage_bytes() < 64 * MIB
+            assert sandbox.group.peak_bytes() >= sandbox.group.usage_bytes()
             child.communicate()
             assert child.returncode == 0
-            folders = pen.group.folders
+            folders = sandbox.group.folders
         assert not any(folder.exists() for folder in folders)
 
     def test_more_than_the_limit_is_killed_and_counted(self):
-        with Pen(64 * MIB) as pen:
-            child = pen.popen([sys.executable, "-c", FILL, "100"], stdin=subprocess.DEVNULL)
+        with Sandbox(64 * MIB) as sandbox:
+            child = sandbox.popen([sys.executable, "-c", FILL, "100"], stdin=subprocess.DEVNULL)
             assert child.wait(20) == -signal.SIGKILL
-            assert pen.group.oom_kills() == 1
-            assert pen.group.peak_bytes() <= 64 * MIB
+            assert sandbox.group.oom_kills() == 1
+            assert sandbox.group.peak_bytes() <= 64 * MIB
 
     def test_it_closes_on_programs_that_run_on(self):
-        with Pen(64 * MIB) as pen:
-            folders = pen.group.folders
-            child = pen.popen(["sh", "-c", "trap '' TERM INT; sleep 300 & sleep 300"])
-            assert wait_until(lambda: len(pen.group.pids()) >= 2)
-            pids = pen.group.pids()
+        with Sandbox(64 * MIB) as sandbox:
+            folders = sandbox.group.folders
+            child = sandbox.popen(["sh", "-c", "trap '' TERM INT; sleep 300 & sleep 300"])
+            assert wait_until(lambda: len(sandbox.group.pids()) >= 2)
+            pids = sandbox.group.pids()
         assert child.returncode == -signal.SIGKILL
         assert not any(alive(pid) for pid in pids)
         assert not any(folder.exists() for folder in folders)
-        pen.close()
+        sandbox.close()
 
     def test_an_exception_inside_is_passed_on_and_the_pen_removed(self):
-        pen = Pen(64 * MIB)
-        folders = pen.group.folders
+        sandbox = Sandbox(64 * MIB)
+        folders = sandbox.group.folders
         with pytest.raises(KeyboardInterrupt):
-            interrupt(pen)
+            interrupt(sandbox)
         assert not any(folder.exists() for folder in folders)
 
     def test_two_pens_are_apart(self):
-        with Pen(64 * MIB) as one, Pen(64 * MIB) as two:
+        with Sandbox(64 * MIB) as one, Sandbox(64 * MIB) as two:
             child = one.popen(["sleep", "300"])
             assert wait_until(lambda: one.group.pids() == [child.pid])
             assert two.group.pids() == []
 
     def test_a_guardian_that_was_killed_is_stood_in_for(self):
-        with Pen(64 * MIB) as pen:
-            folders = pen.group.folders
-            pen._guardian.kill()
+        with Sandbox(64 * MIB) as sandbox:
+            folders = sandbox.group.folders
+            sandbox._guardian.kill()
         assert not any(folder.exists() for folder in folders)
 
     def test_without_swap_it_may_not_use_that_of_the_machine(self):
-        with Pen(64 * MIB) as pen:
-            assert pen.swap_device is None
+        with Sandbox(64 * MIB) as sandbox:
+            assert sandbox.swap_device is None
             limits = {"memory.memsw.limit_in_bytes": 64 * MIB, "memory.swap.max": 0, "memory.swappiness": 0}
-            found = {name: pen.group.memory / name for name in limits if (pen.group.memory / name).exists()}
+            found = {
+                name: sandbox.group.memory / name for name in limits if (sandbox.group.memory / name).exists()
+            }
             assert {name: int(file.read_text()) for name, file in found.items()} == {
                 name: limits[name] for name in found
             }
@@ -160,54 +163,53 @@ class TestSwap:
     pytestmark = pytest.mark.swap
 
     def test_more_than_the_limit_is_swapped_and_the_stall_counted(self):
-        with Pen(48 * MIB, swap="zram", swap_bytes=96 * MIB) as pen:
-            assert str(pen.swap_device) in swaps()
-            child = pen.popen(
+        with Sandbox(48 * MIB, swap="zram", swap_bytes=96 * MIB) as sandbox:
+            assert str(sandbox.swap_device) in swaps()
+            child = sandbox.popen(
                 [sys.executable, "-c", FILL, "80"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
             )
             output, _ = child.communicate(timeout=30)
             assert (child.returncode, output) == (0, b"80\n")
-            assert pen.group.oom_kills() == 0
-            if pen.pressure_file is not None and pen.pressure_file.exists():
-                assert pen.stall().some_us > 0
-            device = pen.swap_device
+            assert sandbox.group.oom_kills() == 0
+            if sandbox.pressure_file is not None and sandbox.pressure_file.exists():
+                psi = PsiFile(sandbox.pressure_file)
+                assert psi.read().some_us > 0
+                psi.close()
+            device = sandbox.swap_device
         assert str(device) not in swaps()
         assert not Path("/sys/block", device.name).exists()
 
     def test_the_own_cgroup_is_discovered_inside(self):
-        with Pen(96 * MIB, swap="zram", swap_bytes=64 * MIB) as pen:
+        with Sandbox(96 * MIB, swap="zram", swap_bytes=64 * MIB) as sandbox:
             code = (
                 "from psi_kv_governor.pressure import discover\n"
                 "source = discover().source\n"
                 "print(source.name, source.read().limit_bytes, sep='\\n')\n"
             )
-            child = pen.popen(
+            child = sandbox.popen(
                 [sys.executable, "-c", code],
                 stdout=subprocess.PIPE,
                 env={**os.environ, "PYTHONPATH": guardian.package_path()},
             )
             name, limit = child.communicate(timeout=30)[0].decode().split()
             assert int(limit) == 96 * MIB
-            if pen.pressure_file is not None and pen.pressure_file.exists():
-                assert name == str(pen.pressure_file)
+            if sandbox.pressure_file is not None and sandbox.pressure_file.exists():
+                assert name == str(sandbox.pressure_file)
 
     def test_stall_inside_is_read_as_a_share(self):
-        from psi_kv_governor.pressure.cgroup import Cgroup, OwnCgroups
         from psi_kv_governor.pressure.headroom import HeadroomReader
         from psi_kv_governor.pressure.machine import MachineSource
-        from psi_kv_governor.pressure.psi import PsiFile
 
-        with Pen(48 * MIB, swap="zram", swap_bytes=128 * MIB) as pen:
-            if pen.pressure_file is None or not pen.pressure_file.exists():
+        with Sandbox(48 * MIB, swap="zram", swap_bytes=128 * MIB) as sandbox:
+            if sandbox.pressure_file is None or not sandbox.pressure_file.exists():
                 pytest.skip("this kernel keeps no PSI for cgroups: boot with psi=1")
-            version = pen.group.place.version
-            own = Cgroup(version, pen.group.memory, pen.group.memory)
-            cgroups = OwnCgroups(own, None) if version == 2 else OwnCgroups(None, own)
-            source = MachineSource(PsiFile(pen.pressure_file), HeadroomReader(cgroups), "pen")
+            source = MachineSource(
+                PsiFile(sandbox.pressure_file), HeadroomReader(sandbox.own_cgroups()), "sandbox"
+            )
             calm = source.read()
             assert calm.limit_bytes == 48 * MIB
-            command = [sys.executable, "-m", "psi_kv_governor.bench.load", "--mib", "90"]
-            pen.popen(
+            command = [sys.executable, "-m", "psi_kv_governor.sandbox.load", "--mib", "90"]
+            sandbox.popen(
                 command,
                 stdout=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": guardian.package_path()},
@@ -244,12 +246,12 @@ def test_sizes_that_make_no_sense_are_refused():
         {"limit_bytes": 64 * MIB, "swap": "disk", "swap_bytes": 64 * MIB},
     ):
         with pytest.raises(BadInputError, match="is not usable"):
-            Pen(**options)
+            Sandbox(**options)
 
 
 def test_a_pen_that_the_machine_could_not_fill_is_refused():
     with pytest.raises(PsiKvError, match="close other programs"):
-        Pen(1 << 50)
+        Sandbox(1 << 50)
 
 
 def test_no_zram_says_what_to_do(tmp_path, monkeypatch):

@@ -8,11 +8,10 @@ import time
 
 import pytest
 
-from psi_kv_governor.bench import load
-from psi_kv_governor.bench.children import Child, Children
-from psi_kv_governor.bench.pen import Pen
-from psi_kv_governor.bench.scene import drop_file_cache
-from psi_kv_governor.bench.script import MIB
+from psi_kv_governor.sandbox import load
+from psi_kv_governor.sandbox.children import Child, Children
+from psi_kv_governor.sandbox.host import MIB, drop_file_cache
+from psi_kv_governor.sandbox.sandbox import Sandbox
 
 pytestmark = [
     pytest.mark.llama,
@@ -93,8 +92,8 @@ def hear(children: Children, victim: Child, seconds: float) -> list[bytes]:
 def test_whatever_a_neighbour_does_the_context_is_there_at_the_end(demo_model):
     drop_file_cache(demo_model)
     with (
-        Pen(LIMIT_BYTES, swap="zram", swap_bytes=2 * LIMIT_BYTES) as pen,
-        Children(pen.popen) as children,
+        Sandbox(LIMIT_BYTES, swap="zram", swap_bytes=2 * LIMIT_BYTES) as sandbox,
+        Children(sandbox.popen) as children,
     ):
         victim = children.start([sys.executable, "-c", VICTIM, str(demo_model)])
         while b"ready" not in hear(children, victim, 0.5):
@@ -107,7 +106,7 @@ def test_whatever_a_neighbour_does_the_context_is_there_at_the_end(demo_model):
             answered.append(hear(children, victim, 4.0).count(b"token"))
             children.end(attacker)
             hear(children, victim, 2.5)  # just long enough for some of it to be restored
-        victim.say("end")
+        victim.send(b"end")
         told: list[bytes] = []
         ended = False
         while not ended:

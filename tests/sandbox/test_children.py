@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from psi_kv_governor.bench.children import Child, Children
+from psi_kv_governor.sandbox.children import Child, Children
 
 
 def start(code: str) -> Child:
@@ -41,9 +41,9 @@ def test_lines_are_heard_whole_however_they_are_cut():
 def test_a_child_hears_what_it_is_told():
     with Children(subprocess.Popen) as children:
         child = children.start([sys.executable, "-c", "print(input().upper())"])
-        child.say("go")
+        child.send(b"go")
         assert heard(children) == [b"GO", None]
-        child.say("nobody listens any more")
+        child.send(b"nobody listens any more")
 
 
 def test_the_last_line_of_its_complaint_is_kept():
@@ -55,7 +55,7 @@ def test_the_last_line_of_its_complaint_is_kept():
 
 
 def test_a_child_that_ignores_sigterm_is_killed(monkeypatch):
-    monkeypatch.setattr("psi_kv_governor.bench.children._END_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("psi_kv_governor.sandbox.children._END_TIMEOUT_S", 0.2)
     child = start(
         "import signal, time\nsignal.signal(15, signal.SIG_IGN)\nprint(1, flush=True)\ntime.sleep(300)"
     )
