@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.psi-kv-ready
-EXTRAS := llama,plot,dev
+EXTRAS := llama,dev
 
 .DEFAULT_GOAL := help
 # transformers and torch live in environments of their own: 1.6 GB that llama.cpp has no need of. Two of them,
@@ -34,14 +34,14 @@ $(BIN)/python:
 	  || { echo "make: $(PYTHON) has no venv: install it, e.g. 'apt install python3-venv'" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(READY): pyproject.toml | $(BIN)/python
+$(READY): pyproject.toml benchmarks/pyproject.toml | $(BIN)/python
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 \
 	  || { echo "make: $(VENV) has no pip: remove the folder and run make again" >&2; exit 1; }
 	@$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("llama_cpp") is None)' || { \
 	  command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || test -n "$${CXX-}" \
 	    || { echo "make: there is no C++ compiler: install one, e.g. 'apt install g++'" >&2; exit 1; }; \
 	  echo "make: the first set-up compiles llama-cpp-python, which takes 3 to 8 minutes; pip keeps the result"; }
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[$(EXTRAS)]' \
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[$(EXTRAS)]' --editable ./benchmarks \
 	  | { grep --line-buffered -v '^Requirement already satisfied' || true; }
 	@touch $@
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from psi_kv_governor.bench.messages import Variant
-from psi_kv_governor.bench.pressure.result import Run
-from psi_kv_governor.bench.script import MIB, Moment, SceneResult, Shares
+from psi_kv_governor.sandbox.host import MIB
+from psi_kv_governor.sandbox.messages import Variant
+from psi_kv_governor.sandbox.result import Moment, SceneResult
+from psi_kv_governor.sandbox.watch import Shares
+from psikv_bench.pressure.figures import Run
 
 
 def scene_result(variant: Variant, **changes: Any) -> SceneResult:
@@ -32,7 +34,7 @@ def scene_result(variant: Variant, **changes: Any) -> SceneResult:
         "restored": None,
         "missing_cells": 0,
         "restore_s": 0.0,
-        "restored_by_hand": False,
+        "restored_on_request": False,
         "killed": False,
         "neighbour_killed": False,
         "neighbour_bytes_per_s": 1e9,

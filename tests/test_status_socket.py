@@ -14,11 +14,11 @@ import weakref
 from pathlib import Path
 
 import pytest
-from psi_kv_governor.engine.simulated import SimulatedEngine, SimulatedStore
 
 from fakes import FakeSource
 from psi_kv_governor import socket_place, status_socket
 from psi_kv_governor.config import GovernorConfig
+from psi_kv_governor.engines.simulated import CELL_BYTES, SimulatedEngine
 from psi_kv_governor.governor import Governor
 from psi_kv_governor.status_socket import StatusSocket
 
@@ -38,12 +38,11 @@ def runtime(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def governor():
-    engine = SimulatedEngine(4096)
-    engine.grow(3000)
-    # Without a status socket of its own, whatever the default is.
-    with_own = "status_socket" in GovernorConfig.__struct_fields__
-    config = GovernorConfig(cooldown_s=0.0, **({"status_socket": False} if with_own else {}))
-    made = Governor(engine, source=FakeSource(tick_s=0.5), store=SimulatedStore(1 << 30), config=config)
+    engine = SimulatedEngine()
+    engine.add_cache(4096).sequence(0).running = True
+    engine.decode(3000)
+    config = GovernorConfig(cooldown_s=0.0, status_socket=False)
+    made = Governor(engine, source=FakeSource(tick_s=0.5), config=config, name="my program")
     yield made
     made.close()
 
@@ -95,6 +94,7 @@ def client(opened):
 def test_who_connects_is_told_who_speaks_and_then_how_things_stand(client, governor):
     hello = client.next()
     assert (hello["psi_kv_status"], hello["pid"]) == (status_socket.VERSION, os.getpid())
+    assert hello["name"] == "my program"
     assert hello["config"]["cooldown_s"] == 0.0
     update = client.next()
     assert update["status"]["live_cells"] == 3000
@@ -104,14 +104,14 @@ def test_who_connects_is_told_who_speaks_and_then_how_things_stand(client, gover
     update = client.next()
     while not update["events"]:
         update = client.next()
-    assert update["status"]["spilled_cells"] > 0
-    assert [event["event"] for event in update["events"]] == ["ModeChanged", "Trimmed"]
+    assert update["status"]["masked_cells"] > 0
+    assert [event["event"] for event in update["events"]] == ["CacheOpened", "ModeChanged", "Trimmed"]
 
 
 def test_a_new_client_is_told_the_last_events_once(opened, governor):
-    for stall in (0.6, 0.05) * 30:
-        governor._sensor.source.stall = stall
-        governor.step()
+    for _ in range(status_socket.KEPT_EVENTS):
+        governor.trim(0.1)
+        governor.restore()
     client = Lines(opened.path)
     client.next()
     first, second = client.next(), client.next()
@@ -210,18 +210,104 @@ def test_a_slow_client_gets_whole_lines_and_every_event(opened, governor, monkey
     file = slow.makefile("rb")
     events = []
     until(lambda: events.extend(json.loads(file.readline()).get("events", [])) or events)
-    assert [event["event"] for event in events] == ["ModeChanged", "Trimmed"]
+    assert [event["event"] for event in events] == ["CacheOpened", "ModeChanged", "Trimmed"]
     file.close()
     slow.close()
 
 
-def test_a_client_that_talks_or_hangs_up_is_let_go(opened, client):
+def test_a_client_that_hangs_up_or_talks_without_an_end_is_let_go(opened, client):
     client.next()
     talker, hasty = Lines(opened.path), Lines(opened.path)
     hasty.close()
-    talker.connection.send(b"GET / HTTP/1.0\r\n\r\n")
+    talker.connection.send(b"x" * (status_socket.MOST_COMMAND_BYTES + 1))
     until(lambda: client.next() and len(opened._server._clients) == 1)
     talker.close()
+
+
+# -- commands ----------------------------------------------------------------------------------------------
+
+
+def ask(client: Lines, command: dict | bytes) -> dict:
+    line = command if isinstance(command, bytes) else json.dumps({"psi_kv_command": 1, **command}).encode()
+    client.connection.sendall(line + b"\n")
+    while (answer := client.next()).get("says") != "answer":
+        pass
+    return answer
+
+
+def test_a_command_is_carried_out_and_answered(client, governor):
+    trimmed = ask(client, {"do": "trim", "fraction": 0.5})
+    assert trimmed["error"] == ""
+    assert trimmed["result"]["masked"] == governor.status().masked_cells > 0
+    assert ask(client, {"do": "restore"})["result"]["cells"] == trimmed["result"]["masked"]
+    assert ask(client, {"do": "park", "sequence": 0})["result"]["cells"] == 3000
+    assert governor.status().resident_bytes == 0
+    assert ask(client, {"do": "unpark"})["result"]["bytes_back"] == 3000 * CELL_BYTES
+    assert ask(client, {"do": "limit", "n_bytes": 5000})["result"] is None
+    assert governor.status().limit_bytes == 5000
+    ask(client, {"do": "limit", "share": 0.5})
+    assert governor.status().limit == 0.5
+    ask(client, {"do": "limit"})
+    assert governor.status().limit is None
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ({"do": "explode"}, "explode"),
+        ({"do": "trim", "fraction": 2.0}, "a fraction of 2.0 is not usable"),
+        ({"do": "trim", "fraction": "much"}, "fraction"),
+        ({"do": "trim", "cells": 5}, "cells"),
+        ({"do": "limit", "share": 0.5, "n_bytes": 5}, "give one of them"),
+        ({"psi_kv_command": 9, "do": "trim"}, "version 9 of the commands is not known here"),
+        (b'{"do": "trim"}', "psi_kv_command"),
+        (b"GET / HTTP/1.0", "no command"),
+        (b"[" * 4000, "no command"),
+        (b"", "no command"),
+        (b"\xff\x00", "no command"),
+    ],
+    ids=str,
+)
+def test_what_is_no_command_gets_one_line_that_says_so_and_changes_nothing(client, governor, command, told):
+    answer = ask(client, command)
+    assert told in answer["error"]
+    assert "\n" not in answer["error"]
+    assert answer["result"] is None
+    assert governor.status().live_cells == 3000
+    assert ask(client, {"do": "restore"})["error"] == ""  # the connection is still good
+
+
+def test_commands_sent_at_once_are_answered_in_their_order(client):
+    lines = [{"psi_kv_command": 1, "do": do} for do in ("trim", "restore", "explode", "trim")]
+    client.connection.sendall(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+    answers: list[dict] = []
+    while len(answers) < 4:
+        line = client.next()
+        answers += [line] if line.get("says") == "answer" else []
+    assert [bool(answer["error"]) for answer in answers] == [False, False, True, False]
+    assert answers[1]["result"]["bytes_back"] > 0
+
+
+def test_while_a_command_takes_its_time_the_others_are_told_on(opened, governor, client, monkeypatch):
+    go_on = threading.Event()
+    monkeypatch.setattr(governor, "trim", lambda fraction: go_on.wait(10) and None)
+    busy = Lines(opened.path)
+    busy.next()
+    busy.connection.sendall(b'{"psi_kv_command": 1, "do": "trim"}\n')
+    client.next()
+    for _ in range(3):
+        assert client.next()["says"] == "update"
+    go_on.set()
+    while busy.next().get("says") != "answer":
+        pass
+    busy.close()
+
+
+def test_an_engine_that_fails_is_told_to_who_asked(client, governor, monkeypatch):
+    monkeypatch.setattr(governor, "trim", lambda fraction: 1 / 0)
+    assert "ZeroDivisionError" in ask(client, {"do": "trim"})["error"]
+    governor.engine.close()
+    assert "closed" in ask(client, {"do": "restore"})["error"]
 
 
 def test_with_nobody_connected_it_does_not_look_at_the_governor(opened, governor, monkeypatch):
@@ -246,8 +332,8 @@ def test_closing_it_removes_the_socket_and_sends_everybody_away(opened, client):
 
 
 def test_a_governor_that_is_only_dropped_goes_with_its_socket(runtime):
-    engine = SimulatedEngine(64)
-    made = Governor(engine, source=FakeSource(), store=SimulatedStore(1))
+    engine = SimulatedEngine()
+    made = Governor(engine, source=FakeSource())
     made.looked_at = StatusSocket(made)  # as the governor itself holds it
     made.looked_at.start()
     path, gone = made.looked_at.path, weakref.ref(made)

@@ -267,7 +267,7 @@ def _read(path: Path, head: bytes, kind: Any) -> Iterator[Any]:
         raise BadInputError(f"{path} was begun with other options: give the same ones, or another --out-dir")
     for number, line in enumerate(rest, 2):
         try:
-            yield msgspec.json.decode(line, type=kind, dec_hook=_decoded)
+            yield decoded(line, kind)
         except msgspec.DecodeError as error:
             raise BadInputError(f"line {number} of {path} is damaged: {error}") from error
 
@@ -277,13 +277,18 @@ def encoded(value: Any) -> bytes:
     return msgspec.json.encode(value, enc_hook=_listed)
 
 
+def decoded(data: bytes | msgspec.Raw, kind: Any) -> Any:
+    """Back from JSON. Raises msgspec.DecodeError."""
+    return msgspec.json.decode(data, type=kind, dec_hook=_array)
+
+
 def _listed(value: object) -> object:
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     raise NotImplementedError(f"{type(value)} can't be kept")
 
 
-def _decoded(kind: type, value: object) -> object:
+def _array(kind: type, value: object) -> object:
     if getattr(kind, "__origin__", kind) is np.ndarray and isinstance(value, list):
         return np.asarray(value, dtype=np.float64)
     raise NotImplementedError(f"{kind} can't be read back")

@@ -27,6 +27,7 @@ from psi_kv_governor.policy import Policy, get_policy
 from psi_kv_governor.policy.planner import Planner
 from psi_kv_governor.pressure.neighbours import Neighbourhood
 from psi_kv_governor.pressure.reading import PressureSource, Reading
+from psi_kv_governor.refusing import Refusing
 from psi_kv_governor.sensor import Sensor
 from psi_kv_governor.status import Status
 from psi_kv_governor.status_socket import StatusSocket
@@ -84,6 +85,7 @@ class Governor:
         )
         self._acting = Acting(self._engine, self._planner, bus, self.config, clock)
         self._reading = Reading(time_s=clock(), interval_s=0.0)
+        self._refusing = Refusing(engine)
         self._reason = ""
         self._jitter = random.random() if jitter is None else jitter
         self._state = LawState(jitter=self._jitter)
@@ -257,6 +259,8 @@ class Governor:
                 ModeChanged(time_s=reading.time_s, old=old, new=decision.mode, reason=decision.reason)
             )
         self._carry_out(decision, snapshot)
+        pressed = decision.mode in {Mode.TRIMMING, Mode.HOLDING} and self._state.quiet_since_s is None
+        self._refusing.turn(snapshot, pressed=pressed)
         self._sensor.tell_neighbours(cache, self._state)
 
     def _carry_out(self, decision: Decision, snapshot: Snapshot) -> None:

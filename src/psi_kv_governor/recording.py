@@ -57,6 +57,7 @@ class Recorder:
         self.path = path
         self.turns = 0
         self.problem = ""
+        self._names: dict[str, str] = {}
         try:
             # O_EXCL: a trace is evidence, and is not overwritten. 0600: when a context grew is private.
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -70,12 +71,37 @@ class Recorder:
 
     def __call__(self, turn: Turn) -> None:
         """Take down one turn."""
-        source = _CGROUP_PATH.sub("…/", turn.reading.source)
-        if source != turn.reading.source:
-            reading = msgspec.structs.replace(turn.reading, source=source)
-            turn = msgspec.structs.replace(turn, reading=reading)
-        if self._write(turn):
+        if self._write(self._without_names(turn)):
             self.turns += 1
+
+    def _without_names(self, turn: Turn) -> Turn:
+        """`turn` with a number for each cgroup, the same throughout the file: the law only compares them, and
+        repeats them in its reasons."""
+        reading = turn.reading
+        for level in reading.levels:
+            if level.name.startswith("/") and level.name not in self._names:
+                self._names[level.name] = f"/cgroup-{len(self._names) + 1}"
+        reason = turn.decision.reason
+        for name in sorted(self._names, key=len, reverse=True):  # the name of a parent begins that of a child
+            reason = reason.replace(name, self._names[name])
+        return msgspec.structs.replace(
+            turn,
+            reading=msgspec.structs.replace(
+                reading,
+                source=_CGROUP_PATH.sub("…/", reading.source),
+                levels=tuple(
+                    msgspec.structs.replace(level, name=self._names.get(level.name, level.name))
+                    for level in reading.levels
+                ),
+                neighbours=tuple(
+                    msgspec.structs.replace(
+                        one, levels=tuple(self._names.get(name, name) for name in one.levels)
+                    )
+                    for one in reading.neighbours
+                ),
+            ),
+            decision=msgspec.structs.replace(turn.decision, reason=reason),
+        )
 
     def _write(self, line: msgspec.Struct) -> bool:
         if self._file.closed:
@@ -209,9 +235,10 @@ def unknown_key(raw: object, kind: type[msgspec.Struct]) -> str:
     for name, value in raw.items():
         if name not in fields:
             return str(name)
-        inner = next((part for part in (fields[name], *get_args(fields[name])) if _is_struct(part)), None)
-        if inner is not None and (found := unknown_key(value, inner)):
-            return f"{name}.{found}"
+        inner = next((one for one in (fields[name], *get_args(fields[name])) if _is_struct(one)), None)
+        for part in value if isinstance(value, list) else [value]:
+            if inner is not None and (found := unknown_key(part, inner)):
+                return f"{name}.{found}"
     return ""
 
 

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-
 from psi_kv_governor.bench.fidelity.intervals import mean_of, share_of
 from psi_kv_governor.bench.fidelity.metrics import Reference, log_softmax
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from psi_kv_governor.bench.fidelity import likelihood, plots, retrieval, spike, targets
 from psi_kv_governor.bench.fidelity.contenders import contenders, needs
 from psi_kv_governor.bench.fidelity.intervals import Interval, Share
@@ -18,6 +17,7 @@ from psi_kv_governor.bench.fidelity.metrics import Compared
 from psi_kv_governor.bench.fidelity.plan import Options, plan
 from psi_kv_governor.bench.fidelity.results import Likelihood, Retrieval, Speed, Spike
 from psi_kv_governor.bench.fidelity.tasks import Counts
+
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.errors import BadInputError, BlobCorruptError
 from psi_kv_governor.store.base import BlobTag

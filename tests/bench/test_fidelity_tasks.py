@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from psi_kv_governor.bench.fidelity import texts
 from psi_kv_governor.bench.fidelity.conversation import (
     CHOICES,
@@ -17,6 +16,7 @@ from psi_kv_governor.bench.fidelity.conversation import (
     stem_of,
 )
 from psi_kv_governor.bench.fidelity.tasks import ABOUT, Counts, depths, facts, questions
+
 from psi_kv_governor.errors import BadInputError
 
 COUNTS = st.builds(Counts, needles=st.integers(0, 12), keys=st.integers(0, 6), chains=st.integers(0, 5))

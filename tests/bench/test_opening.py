@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-
 from psi_kv_governor.bench import opening
+
 from psi_kv_governor.errors import BadInputError
 
 PLAN = opening.Plan(repeats=1, part_tokens=128, small_ctx=512, large_ctx=8192)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-
 from psi_kv_governor.bench import overhead
 from psi_kv_governor.bench.overhead import CalmWatch, Turn, in_turns
 from psi_kv_governor.bench.record import Options
+
 from psi_kv_governor.control.decision import Mode
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.events import ModeChanged, Trimmed

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import pytest
-
 from psi_kv_governor.bench import policy_cost
 from psi_kv_governor.bench.record import Options
 

@@ -11,10 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from psi_kv_governor.bench.pen import Pen
-from psi_kv_governor.bench.pressure import setting
-from psi_kv_governor.bench.pressure.options import VARIANTS, PressureOptions, turns
-from psi_kv_governor.bench.pressure.setting import (
+from psi_kv_governor.errors import BadInputError, PsiKvError
+from psi_kv_governor.sandbox.host import MIB
+from psi_kv_governor.sandbox.messages import VARIANTS
+from psi_kv_governor.sandbox.sandbox import Sandbox
+from psi_kv_governor.sandbox.scene_options import CALM_TOKENS
+from psikv_bench.options import chosen as chosen_options
+from psikv_bench.pressure import setting
+from psikv_bench.pressure.setting import (
+    PressureOptions,
+    Size,
     choose_isolation,
     choose_setting,
     is_judged,
@@ -22,17 +28,14 @@ from psi_kv_governor.bench.pressure.setting import (
     mapped_by_others,
     remarks,
     scene_of,
+    turns,
 )
-from psi_kv_governor.bench.pressure.sizing import Size
-from psi_kv_governor.bench.script import MIB
-from psi_kv_governor.bench.worker import CALM_TOKENS
-from psi_kv_governor.errors import BadInputError, PsiKvError
 
 SIZE = Size(resident_bytes=265 * MIB, weights_bytes=94 * MIB, cell_bytes=23_040)
 
 
 def options(**given) -> PressureOptions:
-    return PressureOptions(model="model.gguf", **given)
+    return chosen_options(PressureOptions(model="model.gguf"), given)
 
 
 class TestOptions:
@@ -45,7 +48,7 @@ class TestOptions:
             ({"pressure_warmup_s": float("nan")}, "--pressure-warmup-s nan"),
             ({"variant_cooldown_s": float("inf")}, "--variant-cooldown-s inf"),
             ({"memory_limit_mib": 1}, "--memory-limit-mib 1"),
-            ({"ctx_size": 100}, "--ctx-size 100 has no room"),
+            ({"ctx_size": 100}, "--ctx-size 100 is too small"),
             ({"prompt_tokens": 4090}, "--prompt-tokens 4090"),
             ({"keep": 2000, "tail": 3000}, "protect all of the prompt"),
             ({"variants": ()}, "--variants"),
@@ -104,7 +107,7 @@ class TestLimit:
         assert resident_bytes < limit
         assert limit < (weights + mib) * MIB + cell * cells + other * MIB / 4
 
-    def test_the_demo_model_s_limit_leaves_the_governor_room_and_plain_llama_none(self):
+    def test_the_demo_model_s_limit_leaves_the_governor_something_and_plain_llama_none(self):
         free = limit_for(SIZE, options()) - 250 * MIB - SIZE.weights_bytes
         cache = 4096 * SIZE.cell_bytes
         assert 0.2 * cache + 16 * MIB < free < cache
@@ -115,10 +118,10 @@ class TestLimit:
 
 @pytest.fixture
 def machine(monkeypatch):
-    """What pens this machine can make, by the swap that is asked for."""
+    """What sandboxes this machine can make, by the swap that is asked for."""
     able = {"zram": (True, ""), "none": (True, ""), "host": (False, "this machine has no swap of its own")}
-    monkeypatch.setattr(Pen, "available", staticmethod(lambda swap="none": able[swap]))
-    monkeypatch.setattr(setting, "size_of", lambda model, cells, threads: SIZE)
+    monkeypatch.setattr(Sandbox, "available", staticmethod(lambda swap="none": able[swap]))
+    monkeypatch.setattr(setting, "size_of", lambda *_: SIZE)
     return able
 
 
@@ -144,7 +147,7 @@ class TestSetting:
 
     def test_auto_does_without_a_cgroup_and_says_so(self, machine, monkeypatch):
         machine["none"] = machine["zram"] = (False, "no right: run it as root")
-        monkeypatch.setattr(setting, "outside_room_bytes", lambda: 100 * MIB)
+        monkeypatch.setattr(setting, "outside_bytes", lambda: 100 * MIB)
         chosen = choose_setting(options())
         assert (chosen.isolate, chosen.limit_bytes, chosen.swap) == ("host", None, None)
         assert chosen.pressure_bytes == 100 * MIB

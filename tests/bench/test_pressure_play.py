@@ -7,7 +7,6 @@ import io
 import json
 
 import pytest
-
 from psi_kv_governor.bench.pen import Pen
 from psi_kv_governor.bench.pressure import report
 from psi_kv_governor.bench.pressure.options import PressureOptions
@@ -15,6 +14,7 @@ from psi_kv_governor.bench.pressure.play import Benchmark
 from psi_kv_governor.bench.pressure.result import Run
 from psi_kv_governor.bench.pressure.setting import choose_setting
 from psi_kv_governor.bench.script import MIB
+
 from psi_kv_governor.errors import PsiKvError
 from scene_results import moment, scene_result
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 from bench_help import pens_of, pids_in, swap_devices
-
 from psi_kv_governor.bench import guardian
 from psi_kv_governor.bench.pressure.sizing import size_of
 from psi_kv_governor.bench.scene import run_scene
 from psi_kv_governor.bench.script import MIB, SceneOptions, StageChanged
+
 from psi_kv_governor.errors import PsiKvError
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/pressure_bench.py"

@@ -8,7 +8,6 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from psi_kv_governor.bench.record import (
     Asked,
     Options,
@@ -20,6 +19,7 @@ from psi_kv_governor.bench.record import (
     machine,
     save,
 )
+
 from psi_kv_governor.errors import BadInputError, PsiKvError
 
 NUMBERS = st.lists(st.floats(-1e9, 1e9), min_size=1)

@@ -9,8 +9,6 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from trials_help import MIB, onset, probe, trial
-
 from psi_kv_governor.bench.record import Options, Recorder, check_folder
 from psi_kv_governor.bench.trials import capacity_bench, keep, latency_bench, oom_report, plots
 from psi_kv_governor.bench.trials.capacity import too_slow
@@ -20,6 +18,8 @@ from psi_kv_governor.bench.trials.keep import TrialsReport
 from psi_kv_governor.bench.trials.latency_plan import near
 from psi_kv_governor.bench.trials.messages import Token, Turned
 from psi_kv_governor.bench.trials.oom_plan import OomOptions, Trial, rate_words, remaining, schedule
+from trials_help import MIB, onset, probe, trial
+
 from psi_kv_governor.errors import BadInputError, PsiKvError
 
 PLAN = Plan(bench="oom", model="any.gguf", model_bytes=100, options=OomOptions())

@@ -12,7 +12,6 @@ from pathlib import Path
 import msgspec
 import pytest
 from bench_help import leftovers, pens_of, pids_in
-
 from psi_kv_governor.bench import guardian
 from psi_kv_governor.bench.record import Options
 from psi_kv_governor.bench.script import MIB
@@ -20,6 +19,7 @@ from psi_kv_governor.bench.trials import capacity_bench, latency_bench, oom_benc
 from psi_kv_governor.bench.trials.capacity_plan import CapacityOptions
 from psi_kv_governor.bench.trials.latency_plan import LatencyOptions
 from psi_kv_governor.bench.trials.oom_plan import OomOptions
+
 from psi_kv_governor.errors import BadInputError, PsiKvError
 
 pytestmark = [pytest.mark.llama, pytest.mark.cgroup, pytest.mark.slow]

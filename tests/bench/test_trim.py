@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-
 from psi_kv_governor.bench import trim
 from psi_kv_governor.bench.record import Options
 from psi_kv_governor.bench.twins import Twins, anonymous_bytes, differing
+
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.policy.base import Range
 

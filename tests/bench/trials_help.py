@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from psi_kv_governor.bench.trials.capacity_plan import Probe
-from psi_kv_governor.bench.trials.latency_plan import Near, Onset
-from psi_kv_governor.bench.trials.oom_plan import Trial
-from psi_kv_governor.bench.trials.sizing import Sizes
-from psi_kv_governor.bench.trials.watch import Look
+from psi_kv_governor.sandbox.process_memory import Sample
+from psi_kv_governor.sandbox.watch import Look, Pressure
+from psikv_bench.oom_report import Trial
+from psikv_bench.reaction_report import Reaction
+from psikv_bench.scenes.capacity import Probe
+from psikv_bench.trials.series import Near
+from psikv_bench.trials.sizing import Sizes
 
 MIB = 1 << 20
 
@@ -47,7 +49,7 @@ def probe(variant="psi", length=1024, ending="survived", **changed) -> Probe:
         "token_s": [0.05, 0.1] if ending == "survived" else [],
         "peak_bytes": 190 * MIB,
         "live_cells": length,
-        "spilled_cells": 0,
+        "masked_cells": 0,
         "lost_cells": 0,
         "returned_bytes": 0,
         "trims": 0,
@@ -56,7 +58,7 @@ def probe(variant="psi", length=1024, ending="survived", **changed) -> Probe:
     return Probe(variant=variant, length=length, ending=ending, **{**fields, **changed})
 
 
-def onset(mode="decode", **changed) -> Onset:
+def onset(mode="decode", **changed) -> Reaction:
     """A governed onset: a sign after 0.3 s, bytes back 0.1 s later, and no poller that noticed."""
     fields = {
         "number": 1,
@@ -76,16 +78,16 @@ def onset(mode="decode", **changed) -> Onset:
         "near": Near(calm=[0.02], trim=[0.1], restore=[0.08], pressed=[0.03]),
         "watch_share": 0.02,
     }
-    return Onset(mode=mode, **{**fields, **changed})
+    return Reaction(mode=mode, **{**fields, **changed})
 
 
 def look(time_s, some_us=0, avg10=0.0, headroom_bytes=100 * MIB, anonymous_bytes=100 * MIB) -> Look:
-    """A look at a calm pen."""
+    """A look at a calm cgroup."""
+    memory = Sample(resident_bytes=0, anonymous_bytes=anonymous_bytes, swap_bytes=0, peak_bytes=0)
     return Look(
         time_s=time_s,
-        some_us=some_us,
-        full_us=0,
-        avg10=avg10,
+        inside=Pressure(some_us, 0, avg10),
+        outside=None,
         headroom_bytes=headroom_bytes,
-        anonymous_bytes=anonymous_bytes,
+        memory=memory,
     )

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from psi_kv_governor import cli, model
-from psi_kv_governor.sandbox.sandbox import Sandbox
+from psi_kv_governor.bench.pen import Sandbox
 from psi_kv_governor.bench.pressure import play, preflight, setting
 from psi_kv_governor.bench.pressure.sizing import Size
 from psi_kv_governor.bench.script import MIB

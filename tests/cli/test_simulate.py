@@ -13,9 +13,10 @@ from click.testing import CliRunner, Result
 
 import psi_kv_governor
 from psi_kv_governor.cli import main
-from psi_kv_governor.pressure.reading import Reading
+from psi_kv_governor.pressure.reading import one_level
 from psi_kv_governor.pressure.trace import write_trace
 from psi_kv_governor.simulation import SCENARIOS
+from psi_kv_governor.simulation.matrix import MATRIX
 
 PACKAGES = str(Path(psi_kv_governor.__file__).parents[1])
 
@@ -45,7 +46,7 @@ def trace(tmp_path) -> Path:
     path = tmp_path / "evening.trace"
     stalls = [0.0, 0.0, 0.6, 0.6, 0.6, *[0.0] * 9]
     write_trace(
-        path, [Reading(time_s=70.0 + i, interval_s=1.0, some=some, full=0.0) for i, some in enumerate(stalls)]
+        path, [one_level(time_s=70.0 + i, interval_s=1.0, some=some) for i, some in enumerate(stalls)]
     )
     return path
 
@@ -118,6 +119,16 @@ def test_settings_change_what_happens():
     assert held["min_live_share"] >= 0.9
 
 
+def test_the_matrix_is_a_table_in_markdown_or_json():
+    table = invoke("--matrix", "--seconds", "2")
+    assert table.exit_code == 0, table.output
+    lines = table.stdout.splitlines()
+    assert len(lines) == 2 + 2 * len(MATRIX)
+    assert {line.count("|") for line in lines} == {8}
+    rows = as_json("--matrix", "--seconds", "2")["machines"]
+    assert [row["state"] for row in rows[:2]] == ["calm", "busy"]
+
+
 # -- traces ------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +184,7 @@ def test_without_matplotlib_a_plot_is_refused_at_once_and_all_else_works(monkeyp
         (["--policy", "windw"], "unknown policy 'windw': did you mean window?"),
         (["--set", "hihg=0.2"], "unknown setting 'hihg'"),
         (["--set", "high"], "--set high says no value: give KEY=VALUE"),
-        (["--set", "high=nan"], "high = nan is not usable"),
+        (["--set", "high=nan"], "is not usable: Expected float > 0.0"),
         (["--set", "low=0.5"], "it must not be above high"),
         (["--config", "none.toml"], "cannot read the configuration none.toml"),
         (["--seconds", "nan"], "cannot simulate nan seconds"),
@@ -182,6 +193,7 @@ def test_without_matplotlib_a_plot_is_refused_at_once_and_all_else_works(monkeyp
         (["--seed", "x"], "--seed"),
         (["--trace", "none.trace"], "cannot read the trace none.trace"),
         (["--trace", "x", "--scenario", "calm"], "not both"),
+        (["--matrix", "--scenario", "calm"], "--matrix has its own machines"),
         (["--plot", "no/such/folder/x.png", "--seconds", "2"], "cannot write the plot no/such/folder/x.png"),
         (["--plto", "x.png"], "--plot"),
     ],

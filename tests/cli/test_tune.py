@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import psi_kv_governor
-from psi_kv_governor.bench import tuning_scene
+from psi_kv_governor.sandbox import tuning_scene
 from psi_kv_governor.sandbox.sandbox import Sandbox
 from psi_kv_governor.cli import main
 from psi_kv_governor.cli import tune as command
@@ -164,12 +164,12 @@ def test_without_a_pen_only_the_calm_part_is_done_and_it_says_why(tmp_path, monk
 
 def test_a_scene_that_fails_is_no_reason_to_give_up(monkeypatch):
     def fail(swap, told):
-        raise PsiKvError("the pen may take 320 MiB and 100 MiB are available")
+        raise PsiKvError("the sandbox may take 320 MiB and 100 MiB are available")
 
     monkeypatch.setattr(tuning_scene, "play", fail)
     result = tune("--dry-run")
     assert result.exit_code == 0
-    assert "no scene was played: the pen may take 320 MiB" in result.stderr
+    assert "no scene was played: the sandbox may take 320 MiB" in result.stderr
 
 
 def test_a_machine_that_tells_nothing_is_one_line(monkeypatch):
@@ -236,9 +236,9 @@ def test_without_swap_nobody_is_killed(monkeypatch):
     killed = []
     close = Sandbox.close
 
-    def closing(pen: Sandbox) -> None:
-        killed.append(pen.group.oom_kills())
-        close(pen)
+    def closing(sandbox: Sandbox) -> None:
+        killed.append(sandbox.group.oom_kills())
+        close(sandbox)
 
     monkeypatch.setattr(Sandbox, "close", closing)
     (fast,) = tuning_scene.play("none", lambda words: None)

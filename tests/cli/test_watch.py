@@ -18,8 +18,7 @@ from fakes import FakeSource
 from psi_kv_governor import socket_place
 from psi_kv_governor.cli import main
 from psi_kv_governor.cli._watch_view import WatchView, cells_bar, sparkline
-from psi_kv_governor.config import GovernorConfig
-from psi_kv_governor.engine.simulated import SimulatedEngine, SimulatedStore
+from psi_kv_governor.engines.simulated import SimulatedEngine
 from psi_kv_governor.governor import Governor
 from psi_kv_governor.socket_place import Found
 from psi_kv_governor.status_socket import StatusSocket, Update
@@ -36,12 +35,13 @@ GOVERNED = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from fakes import FakeSource
-from psi_kv_governor.engine.simulated import SimulatedEngine, SimulatedStore
+from psi_kv_governor.engines.simulated import SimulatedEngine
 from psi_kv_governor.governor import Governor
 from psi_kv_governor.status_socket import StatusSocket
-engine = SimulatedEngine(4096)
-engine.grow(3000)
-governor = Governor(engine, source=FakeSource(0.6, tick_s=0.5), store=SimulatedStore(1 << 30))
+engine = SimulatedEngine()
+engine.add_cache(4096).sequence(0).running = True
+engine.decode(3000)
+governor = Governor(engine, source=FakeSource(0.6, tick_s=0.5), name="my program")
 opened = StatusSocket(governor)
 opened.start()
 governor.step()
@@ -61,19 +61,19 @@ def runtime(tmp_path, monkeypatch) -> Path:
     for name in list(os.environ):
         if name.startswith("PSI_KV_"):
             monkeypatch.delenv(name)
-    monkeypatch.setenv("PSI_KV_STATUS_SOCKET", "false") if _has_setting() else None
+    monkeypatch.setenv("PSI_KV_STATUS_SOCKET", "false")
     return folder
-
-
-def _has_setting() -> bool:
-    return "status_socket" in GovernorConfig.__struct_fields__
 
 
 @pytest.fixture
 def governor():
-    engine = SimulatedEngine(4096)
-    engine.grow(3000)
-    made = Governor(engine, source=FakeSource(0.6, tick_s=0.5), store=SimulatedStore(1 << 30))
+    engine = SimulatedEngine()
+    engine.add_cache(4096).sequence(0).running = True
+    engine.decode(3000)
+    engine.decode(400, sequence=3)
+    engine.caches[1].sequence(3).running = False
+    engine.save(5 << 20)
+    made = Governor(engine, source=FakeSource(0.6, tick_s=0.5), name="my program")
     yield made
     made.close()
 
@@ -111,10 +111,20 @@ def test_once_shows_how_it_stands(opened, governor):
     assert result.exit_code == 0, result.output
     status = governor.status()
     assert f"{status.live_cells:,} live" in result.stdout
-    assert f"{status.spilled_cells:,} spilled" in result.stdout
+    assert f"{status.masked_cells:,} masked" in result.stdout
     assert "trimming" in result.stdout
     assert "gave up" in result.stdout
     assert "a fake machine" in result.stdout
+
+
+def test_every_cache_and_sequence_is_shown(opened, governor):
+    governor.park()
+    shown = watch("--once").stdout
+    assert f"simulated cache 1 of process {os.getpid()}: 4,096 cells" in shown
+    assert "   0 running" in shown
+    assert "   3 idle" in shown
+    assert "400 live (400 parked), 0 masked" in shown
+    assert "1 saved states, 5.0 MiB; 5.0 MiB of it parked" in shown
 
 
 def test_json_is_an_update_a_line(opened, governor):
@@ -122,7 +132,7 @@ def test_json_is_an_update_a_line(opened, governor):
     (line,) = watch("--json", "--once").stdout.splitlines()
     update = json.loads(line)
     assert update["status"]["mode"] == "trimming"
-    assert [event["event"] for event in update["events"]] == ["ModeChanged", "Trimmed"]
+    assert [event["event"] for event in update["events"]] == ["CacheOpened", "ModeChanged", "Trimmed"]
 
 
 def test_it_follows_a_process_until_it_ends():
@@ -132,11 +142,12 @@ def test_it_follows_a_process_until_it_ends():
     watcher = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
     )
-    assert "trimming: stall 60%" in watcher.stdout.readline()
+    lines = iter(watcher.stdout.readline, "")
+    assert any("trimming: " in line and "stall 60%" in line for line in lines)
     process.communicate("end\n", timeout=30)
     out, err = watcher.communicate(timeout=30)
     assert watcher.returncode == 0
-    assert "cells live" in out
+    assert " live, " in out
     assert f"process {process.pid} has ended" in err
 
 
@@ -185,9 +196,11 @@ def test_the_curve_shows_the_most_of_each_second(governor):
 
 def test_anything_that_is_away_shows_in_the_bar(governor):
     governor.step()
-    bar = cells_bar(governor.status()).plain
-    assert set(bar) == {"█", "▒"}
-    assert 39 <= len(bar) <= 41
+    governor.trim(0.5)
+    running, idle = governor.status().caches[0].sequences
+    assert set(cells_bar(running, 0).plain) == {"█", "▒"}
+    assert set(cells_bar(idle, idle.live_cells // 2).plain) == {"█", "▓"}
+    assert 15 <= len(cells_bar(running, 0).plain) <= 17
 
 
 # -- which process -----------------------------------------------------------------------------------------
@@ -204,7 +217,7 @@ def test_no_governed_process_is_one_line_that_says_what_to_do():
 def test_another_pid_names_those_that_there_are(opened):
     result = watch("1")
     assert result.exit_code == 1
-    assert f"process 1 is not a governed one of this user: there are {os.getpid()}" in result.stderr
+    assert f"1 is not a governed process of this user: there are {os.getpid()}" in result.stderr
 
 
 def test_several_are_listed_unless_a_pid_is_given(opened, monkeypatch):
@@ -228,7 +241,78 @@ def test_a_process_with_two_models_is_one_process(opened, governor):
 
 
 def test_a_process_of_another_version_is_told_so(opened, monkeypatch):
-    monkeypatch.setattr("psi_kv_governor.cli.watch.VERSION", 9)
+    monkeypatch.setattr("psi_kv_governor.cli._governed.VERSION", 9)
     result = watch("--once")
     assert result.exit_code == 1
     assert "another version" in result.stderr
+
+
+# -- status, limit, park and unpark ------------------------------------------------------------------------
+
+
+def run(*args: str) -> Result:
+    return CliRunner().invoke(main, list(args))
+
+
+def test_status_shows_every_governed_process_or_one(opened, governor):
+    result = run("status")
+    assert result.exit_code == 0, result.output
+    assert f"{os.getpid()} my program  calm: " in result.stdout
+    assert "limit: none" in result.stdout
+    assert "   3 idle" in result.stdout
+    assert run("status", "my program").stdout == run("status", str(os.getpid())).stdout != ""
+    (line,) = run("status", "--json").stdout.splitlines()
+    assert json.loads(line)["status"]["live_cells"] == 3400
+
+
+@pytest.mark.parametrize(
+    ("amount", "share", "n_bytes"),
+    [
+        ("2GiB", None, 2 << 30),
+        ("1.5 gib", None, 3 << 29),
+        ("300M", None, 300 << 20),
+        ("0.5", 0.5, None),
+        ("1", 1.0, None),
+        ("0", 0.0, None),
+        ("none", None, None),
+    ],
+)
+def test_a_limit_is_bytes_a_share_or_none(opened, governor, amount, share, n_bytes):
+    governor.limit(0.9)
+    result = run("limit", str(os.getpid()), amount)
+    assert result.exit_code == 0, result.output
+    assert (governor.status().limit, governor.status().limit_bytes) == (share, n_bytes)
+
+
+@pytest.mark.parametrize("amount", ["2", "-1", "nan", "much", "5 apples", "", "GiB"])
+def test_a_limit_that_makes_no_sense_is_refused_in_one_line(opened, governor, amount):
+    result = run("limit", "--", str(os.getpid()), amount)
+    assert result.exit_code == 2
+    assert "is not usable: give 2GiB, a share from 0 to 1, or none" in result.stderr
+    assert governor.status().limit is None
+
+
+def test_park_and_unpark_say_what_they_did(opened, governor):
+    parked = run("park", "my program")
+    assert parked.exit_code == 0, parked.output
+    assert "psi-kv park: 400 cells, 13.8 MiB returned" in parked.stdout
+    assert governor.status().parked_bytes > 0
+    assert "psi-kv unpark: 400 cells, 8.8 MiB back in memory" in run("unpark", "my program").stdout
+    one = run("park", str(os.getpid()), "--sequence", "0")
+    assert "3,000 cells" in one.stdout
+    assert "there is no sequence 9: there are 0, 3" in run("park", "my program", "--sequence", "9").stdout
+
+
+@pytest.mark.parametrize("args", [["limit", "nobody", "none"], ["park", "nobody"], ["status", "nobody"]])
+def test_a_process_that_is_not_there_is_one_line(opened, args):
+    result = run(*args)
+    assert result.exit_code == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert f"nobody is not a governed process of this user: there are {os.getpid()}" in result.stderr
+
+
+def test_what_the_process_refuses_is_told(opened, governor):
+    governor.engine.close()
+    result = run("park", str(os.getpid()))
+    assert result.exit_code == 1
+    assert "the simulated engine is closed" in result.stderr

@@ -11,7 +11,11 @@ from pathlib import Path
 
 import pytest
 from servers import PSI_KV, Unavailable, debian_server, python_with_servers
+from service_help import paper
 
+from fakes import FakeSource
+from psi_kv_governor.engines.simulated import SimulatedEngine
+from psi_kv_governor.governor import Governor
 from psi_kv_governor.residence import find_place
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -52,7 +56,8 @@ def compiled(tmp_path) -> Callable[..., Path]:
         if shutil.which("cc") is None:
             pytest.skip("there is no C compiler")
         target = tmp_path / name
-        subprocess.run(["cc", "-x", "c", "-", "-o", str(target), *flags], input=source, text=True, check=True)
+        words = ("cc", "-x", "c", "-", "-x", "none", "-o")
+        subprocess.run([*words, str(target), *flags], input=source, text=True, check=True)
         return target
 
     return compile_
@@ -85,3 +90,25 @@ def server_command(request, demo_model) -> Callable[[int], list[str]]:
 @pytest.fixture
 def python() -> str:
     return sys.executable
+
+
+@pytest.fixture
+def machine() -> Iterator[tuple[Governor, SimulatedEngine, FakeSource]]:
+    made = paper()
+    yield made
+    made[0].close()
+
+
+@pytest.fixture
+def governor(machine) -> Governor:
+    return machine[0]
+
+
+@pytest.fixture
+def engine(machine) -> SimulatedEngine:
+    return machine[1]
+
+
+@pytest.fixture
+def source(machine) -> FakeSource:
+    return machine[2]

@@ -32,7 +32,7 @@ def started(*program: str, **options) -> subprocess.Popen[str]:
     )
 
 
-# -- status ----------------------------------------------------------------------------------------------------
+# -- status ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", [0, 1, 7, 255])
@@ -56,7 +56,7 @@ def test_a_program_without_llama_cpp_runs_as_it_is_and_that_is_said_once(run):
     assert "psi-kv doctor -- echo" in done.stderr
 
 
-# -- signals ---------------------------------------------------------------------------------------------------
+# -- signals --------------------------------------------------------------------------------------------
 
 WAITS = """
 import signal, sys, os
@@ -136,7 +136,7 @@ def test_the_program_has_no_descriptors_of_ours(run):
     assert run(*look, stdin=subprocess.DEVNULL).stdout == alone.stdout
 
 
-# -- the first process of a container, and a service ---------------------------------------------------------------
+# -- the first process of a container, and a service ----------------------------------------------------
 
 
 @pytest.fixture
@@ -161,7 +161,12 @@ if os.fork() == 0:
 os.wait()
 deadline = time.monotonic() + 30
 while time.monotonic() < deadline:
-    states = [open(f"/proc/{p}/stat").read().rsplit(")", 1)[1].split()[0] for p in os.listdir("/proc") if p.isdigit()]
+    states = []
+    for p in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            states.append(open(f"/proc/{p}/stat").read().rsplit(")", 1)[1].split()[0])
+        except OSError:
+            pass  # reaped meanwhile
     if "Z" not in states: break
     time.sleep(0.05)
 print(os.getppid(), "Z" in states)
@@ -184,7 +189,7 @@ def test_the_service_manager_is_told(tmp_path, run):
         assert [manager.recv(100) for _ in range(2)] == [b"READY=1", b"STOPPING=1"]
 
 
-# -- what can't be started -------------------------------------------------------------------------------------------
+# -- what can't be started ------------------------------------------------------------------------------
 
 
 def _one_line(done: subprocess.CompletedProcess[str], status: int, what: str) -> None:
@@ -233,7 +238,7 @@ def test_a_policy_that_does_not_exist_is_said_before_anything_is_started(run, tm
     assert not (tmp_path / "started").exists()
 
 
-# -- with less than everything ------------------------------------------------------------------------------------------
+# -- with less than everything --------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
@@ -294,7 +299,7 @@ def test_a_dry_run_starts_nothing(run, tmp_path):
     assert not (tmp_path / "made").exists()
 
 
-# -- beside other libraries, and with many children -----------------------------------------------------------------------
+# -- beside other libraries, and with many children -----------------------------------------------------
 
 WRAPS = """
 #define _GNU_SOURCE

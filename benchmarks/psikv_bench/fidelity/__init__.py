@@ -1,1 +1,1 @@
-"""How well a model still answers when part of its context is given up: policies against the full cache."""
+"""What is lost when a part of the context is given up: the parts of the fidelity scene."""

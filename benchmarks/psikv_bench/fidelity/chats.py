@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from psi_kv_governor.errors import BadInputError, PsiKvError
+from psi_kv_governor.events import Event, Trimmed
+from psi_kv_governor.policy import Policy
+from psi_kv_governor.pressure.reading import Reading
 from psikv_bench.fidelity.contenders import FULL
-from psikv_bench.fidelity.conversation import Chat, Message, Told, chat, renderer, stem_of
-from psikv_bench.fidelity.intervals import share_of
+from psikv_bench.fidelity.conversation import Chat, Message, Planted, chat, renderer, stem_of
 from psikv_bench.fidelity.likelihood import Tick, policies
-from psikv_bench.fidelity.memory_store import MemoryStore
 from psikv_bench.fidelity.plan import Plan
 from psikv_bench.fidelity.results import Conversation
 from psikv_bench.fidelity.subject import Subject
-
-from psi_kv_governor.errors import BadInputError, PsiKvError
-from psi_kv_governor.events import Event, Trimmed
-from psi_kv_governor.governor import Governor
-from psi_kv_governor.policy import Policy
-from psi_kv_governor.pressure.reading import Reading
+from psikv_bench.intervals import share_of
 
 _TURNS_UNDER_PRESSURE = 4
 """The share is given up over so many turns."""
@@ -67,18 +63,13 @@ class Script:
 
     opening: list[int]
     turns: list[list[int]]
-    asked: list[tuple[Told, list[int]]]
+    asked: list[tuple[Planted, list[int]]]
 
     @property
     def length(self) -> int:
         """Tokens of the chat with its longest question."""
         read = len(self.opening) + sum(map(len, self.turns))
         return read + max(len(stem) for _, stem in self.asked)
-
-
-def steps(plan: Plan) -> int:
-    """How often `measure` ticks."""
-    return 1 + len(plan.shares) * sum(len(one.policies) for one in plan.compared)
 
 
 def measure(subject: Subject, plan: Plan, number: int, tick: Tick) -> list[Talk]:
@@ -119,7 +110,7 @@ def _script(subject: Subject, spoken: Chat, length: int) -> Script:
     script = Script(
         opening=subject.tokens(ends[first]),
         turns=[subject.tokens(part) for part in parts],
-        asked=[(fact, subject.tokens(stem_of(render, messages, fact))) for fact in spoken.told],
+        asked=[(fact, subject.tokens(stem_of(render, messages, fact))) for fact in spoken.planted],
     )
     if script.length > subject.n_ctx:
         raise BadInputError(
@@ -131,51 +122,35 @@ def _script(subject: Subject, spoken: Chat, length: int) -> Script:
 
 def _under_pressure(subject: Subject, script: Script, policy: Policy, share: float) -> Talk:
     mark = subject.mark()
-    with _governor(subject, policy) as (governor, trims):
-        for number, turn in enumerate(script.turns, 1):
-            goal = share * number / len(script.turns)
-            for _ in range(_READINGS):
-                if _given_up(subject) >= goal:
-                    break
-                governor.step()
-            else:
-                raise PsiKvError(f"the governor gave up {_given_up(subject):.0%} and not {goal:.0%}")
-            subject.read(turn)
-        talk = Talk(policy.name, share, _given_up(subject), len(trims), _answers(subject, script))
-        subject.back_to(mark)
-        subject.restore()  # before the governor closes its store
-    return talk
-
-
-@contextmanager
-def _governor(subject: Subject, policy: Policy) -> Iterator[tuple[Governor, list[Trimmed]]]:
-    """A governor of its own, moved step by step; and the trims that it tells of."""
     trims: list[Trimmed] = []
 
     def note(event: Event) -> None:
         if isinstance(event, Trimmed):
             trims.append(event)
 
-    governor = Governor(
-        subject.engine, source=ScriptedPressure(), policy=policy, store=MemoryStore(), config=subject.config
-    )
-    governor.subscribe(note)
-    try:
-        yield governor, trims
-    finally:
-        governor.close()
-
-
-def _given_up(subject: Subject) -> float:
-    ledger = subject.engine.ledger
-    return ledger.holes() / len(ledger)
+    with subject.governed(policy, ScriptedPressure()) as governor:
+        governor.subscribe(note)
+        for number, turn in enumerate(script.turns, 1):
+            goal = share * number / len(script.turns)
+            for _ in range(_READINGS):
+                if subject.missing_share() >= goal:
+                    break
+                governor.step()
+            else:
+                raise PsiKvError(f"the governor gave up {subject.missing_share():.0%} and not {goal:.0%}")
+            subject.read(turn)
+        answers = _answers(subject, script)
+        talk = Talk(policy.name, share, subject.missing_share(), len(trims), answers)
+        subject.back_to(mark)
+        subject.unmask()  # before the governor is closed
+    return talk
 
 
 def _answers(subject: Subject, script: Script) -> list[bool]:
     return [_right(subject, fact, stem) for fact, stem in script.asked]
 
 
-def _right(subject: Subject, fact: Told, stem: Sequence[int]) -> bool:
+def _right(subject: Subject, fact: Planted, stem: Sequence[int]) -> bool:
     """Whether the first token of the right answer is more probable than those of the other choices."""
     mark = subject.mark()
     logits = subject.logits(stem)[-1]
@@ -194,7 +169,7 @@ def summed(talks: Sequence[Talk]) -> list[Conversation]:
             share=share,
             given_up=sum(talk.given_up for talk in group) / len(group),
             trims=sum(talk.trims for talk in group) / len(group),
-            right=share_of([right for talk in group for right in talk.right]),
+            right=share_of(sum(sum(talk.right) for talk in group), sum(len(talk.right) for talk in group)),
         )
         for (policy, share), group in groups.items()
     ]

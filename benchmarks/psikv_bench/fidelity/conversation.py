@@ -1,4 +1,4 @@
-"""The chat of part 4: facts told early, chatter after, questions at the end. Synthetic, seeded."""
+"""The chat of part 4: facts said early, chatter after, questions at the end. Synthetic, seeded."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from psikv_bench.fidelity.texts import read_text
-
 from psi_kv_governor.errors import BadInputError
+from psikv_bench.fidelity.texts import read_text
 
 Message = dict[str, str]
 Render = Callable[[Sequence[Message]], str]
@@ -38,7 +37,7 @@ _CHARACTERS_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
-class Told:
+class Planted:
     """A fact, and what to choose its answer from."""
 
     stem: str
@@ -50,7 +49,7 @@ class Told:
 class Chat:
     """Turns of a user message and its answer each: first those with the facts, then the chatter."""
 
-    told: list[Told]
+    planted: list[Planted]
     early: list[list[Message]]
     late: list[list[Message]]
 
@@ -61,18 +60,18 @@ class Chat:
 
 
 def chat(seed: int, text: str, length: int = 2048) -> Chat:
-    """A chat of about `length` tokens whose chatter is made of the text called `text`; the facts are told in
+    """A chat of about `length` tokens whose chatter is made of the text called `text`; the facts are said in
     its first turns, with a turn of chatter after each. Raises BadInputError for an unknown text."""
     rng = random.Random(seed)
-    told = [Told(stem, rng.choice(choices), choices) for stem, choices in rng.sample(_FACTS, FACTS)]
+    planted = [Planted(stem, rng.choice(choices), choices) for stem, choices in rng.sample(_FACTS, FACTS)]
     chatter = _chatter(read_text(text), length * _CHARACTERS_PER_TOKEN // _TURNS)
     early = []
-    for fact in told:
+    for fact in planted:
         early += [_telling(fact), chatter.pop(0)]
-    return Chat(told, early, chatter)
+    return Chat(planted, early, chatter)
 
 
-def _telling(fact: Told) -> list[Message]:
+def _telling(fact: Planted) -> list[Message]:
     sentence = f"{fact.stem} {fact.answer}."
     return _turn(f"Please remember this: {sentence[0].lower()}{sentence[1:]}", f"I will. {sentence}")
 
@@ -88,7 +87,7 @@ def _turn(user: str, assistant: str) -> list[Message]:
     return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
 
 
-def asking(fact: Told) -> list[Message]:
+def asking(fact: Planted) -> list[Message]:
     """The question for `fact`, with the beginning of its answer."""
     return _turn(QUESTION, fact.stem)
 
@@ -117,7 +116,7 @@ def _plain(messages: Sequence[Message]) -> str:
     return "".join(f"{names[message['role']]}{message['content']}\n\n" for message in messages)
 
 
-def stem_of(render: Render, before: Sequence[Message], fact: Told) -> str:
+def stem_of(render: Render, before: Sequence[Message], fact: Planted) -> str:
     """The text of the question after the messages `before`, up to where its answer begins.
 
     Raises BadInputError where the template does not let a chat be continued.

@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from psi_kv_governor.errors import BadInputError
+from psi_kv_governor.policy import Policy
 from psikv_bench.fidelity.contenders import FULL
-from psikv_bench.fidelity.intervals import Interval, mean_of
 from psikv_bench.fidelity.metrics import Compared, PerToken, Reference
 from psikv_bench.fidelity.plan import Plan
 from psikv_bench.fidelity.results import Gradual, Likelihood
 from psikv_bench.fidelity.subject import Subject
 from psikv_bench.fidelity.texts import read_text
-from psi_kv_governor.bench.twins import differing
-
-from psi_kv_governor.errors import BadInputError
-from psi_kv_governor.policy import Policy
+from psikv_bench.intervals import Interval, mean_of
+from psikv_bench.model import Logits, differing
 
 ONE_CELL = "one cell"
 """The control in the place of a policy: a single cell is given up, in the middle of the context."""
@@ -27,7 +27,7 @@ BETWEEN_TOKENS = 32
 """Decoded after each step: a second or two of an answer on a small machine."""
 
 Tick = Callable[[str], None]
-"""Told what comes next; called once a step."""
+"""Hears what comes next."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,6 @@ class Measured:
     differing_logits: int = 0
 
 
-def steps(plan: Plan) -> int:
-    """How often `measure` ticks at most."""
-    return 1 + _seeds(plan) * len(plan.shares)
-
-
 def measure(subject: Subject, plan: Plan, name: str, ctx: int, tick: Tick) -> Measured:
     """Read the text called `name` to `ctx` tokens, and let each policy give up each share.
 
@@ -67,11 +62,8 @@ def measure(subject: Subject, plan: Plan, name: str, ctx: int, tick: Tick) -> Me
             return Measured()
         raise BadInputError(f"the text {name!r} has {len(tokens)} tokens, too few for a context of {ctx}")
     tick(f"{name}: reading to {ctx:,} tokens")
-    subject.load(tokens[:ctx])
-    following, mark = tokens[ctx : ctx + plan.continuation + 1], subject.mark()
-    full = subject.logits(following[:-1])
-    subject.back_to(mark)
-    reference = Reference(full, following[1:])
+    following, full, reference = _read(subject, plan, tokens, ctx)
+    mark = subject.mark()
     runs = [
         Run(name, ctx, FULL, 0.0, reference.compare(full)),
         _control(subject, name, following, reference),
@@ -93,8 +85,17 @@ def _control(subject: Subject, name: str, following: list[int], reference: Refer
     subject.trim_cell(ctx // 2)
     seen = reference.compare(subject.logits(following[:-1]))
     subject.back_to(mark)
-    subject.restore()
+    subject.unmask()
     return Run(name, ctx, ONE_CELL, 0.0, seen)
+
+
+def _read(subject: Subject, plan: Plan, tokens: list[int], ctx: int) -> tuple[list[int], Logits, Reference]:
+    """Read `ctx` of `tokens`; gives what follows, with the full cache's logits and distributions on it."""
+    subject.load(tokens[:ctx])
+    following, mark = tokens[ctx : ctx + plan.continuation + 1], subject.mark()
+    full = subject.logits(following[:-1])
+    subject.back_to(mark)
+    return following, full, Reference(full, following[1:])
 
 
 def control(subject: Subject, plan: Plan, tick: Tick) -> Likelihood:
@@ -102,11 +103,7 @@ def control(subject: Subject, plan: Plan, tick: Tick) -> Likelihood:
     name, ctx = plan.texts[0], plan.ctx[0]
     tick(f"{name}: reading to {ctx:,} tokens")
     tokens = subject.opening + subject.tokens(read_text(name))
-    subject.load(tokens[:ctx])
-    following, mark = tokens[ctx : ctx + plan.continuation + 1], subject.mark()
-    full = subject.logits(following[:-1])
-    subject.back_to(mark)
-    reference = Reference(full, following[1:])
+    following, full, reference = _read(subject, plan, tokens, ctx)
     run = _control(subject, name, following, reference)
     return line([run], {(name, ctx): reference.compare(full)}, plan.seed, text=name, ctx=ctx)
 
@@ -115,10 +112,6 @@ def policies(plan: Plan) -> Iterator[Policy]:
     """Every contender under each of its seeds."""
     for one in plan.compared:
         yield from one.policies
-
-
-def _seeds(plan: Plan) -> int:
-    return sum(len(one.policies) for one in plan.compared)
 
 
 # -- summing up --------------------------------------------------------------------------------------------
@@ -171,11 +164,6 @@ Steps = tuple[str, PerToken, PerToken]
 """(policy, at once, in steps): divergence in nats a token, shape (tokens,)."""
 
 
-def gradual_steps(plan: Plan) -> int:
-    """How often `measure_gradual` ticks."""
-    return 1 + _seeds(plan)
-
-
 def measure_gradual(subject: Subject, plan: Plan, name: str, tick: Tick) -> list[Steps]:
     """Five trims with tokens in between against one at their end.
 
@@ -206,7 +194,7 @@ def measure_gradual(subject: Subject, plan: Plan, name: str, tick: Tick) -> list
             subject.read(part)
         in_steps = reference.compare(subject.logits(following[:-1])).kl
         subject.back_to(mark)
-        subject.restore()
+        subject.unmask()
         found.append((policy.name, at_once[policy], in_steps))
     return found
 

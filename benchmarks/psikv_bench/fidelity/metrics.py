@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-Logits = npt.NDArray[np.float32]
-"""Shape (tokens, vocabulary)."""
+from psikv_bench.model import Logits
+
 PerToken = npt.NDArray[np.float64]
 """One value a token of the continuation, shape (tokens,)."""
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from typing import Annotated, Literal
 
 import msgspec
-from psikv_bench.fidelity import texts
-from psikv_bench.fidelity.contenders import Contender, contenders
-from psikv_bench.fidelity.subject import CacheType
-from psikv_bench.fidelity.tasks import Counts
-from psikv_bench.fidelity.weights import Weights
+from msgspec import Meta
 
 from psi_kv_governor._nearest import unknown
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.errors import BadInputError
 from psi_kv_governor.policy import all_policies
+from psikv_bench.fidelity import texts
+from psikv_bench.fidelity.contenders import Contender, contenders
+from psikv_bench.fidelity.tasks import Counts
+from psikv_bench.options import Options
+
+CacheType = Literal["f16", "q8_0", "q4_0"]
+Part = Annotated[float, Meta(gt=0, lt=1)]
+Count = Annotated[int, Meta(ge=1)]
 
 PARTS = {
     "texts": "distributions and perplexity over texts",
@@ -31,21 +35,27 @@ SPARE_CELLS = 512
 """Beyond the longest context: its continuation, questions, and what llama.cpp pads."""
 
 
-class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """As they are given. None or empty leaves the choice to the form, quick or full."""
+class FidelityOptions(Options, frozen=True, kw_only=True):
+    """As they are given. Empty leaves the choice to the form, quick or full."""
 
-    model: Path
-    quick: bool = False
-    policies: tuple[str, ...] = ()
-    shares: tuple[float, ...] = ()
-    ctx: tuple[int, ...] = ()
-    texts: tuple[str, ...] = ()
-    seed: int = 0
-    threads: int | None = None
-    cache: CacheType = "f16"
-    weights: Weights | None = None
-    only: tuple[str, ...] = ()
-    """Parts; empty for all."""
+    policies: Annotated[tuple[str, ...], Meta(description="Which; random always joins in [all].")] = ()
+    shares: Annotated[tuple[Part, ...], Meta(description="Given up, 0 to 1 [0.25,0.5,0.75].")] = ()
+    ctx: Annotated[tuple[Count, ...], Meta(description="Lengths of the context [2048,4096,6144].")] = ()
+    texts: Annotated[tuple[str, ...], Meta(description="By name [all that this Python has].")] = ()
+    seed: Annotated[int, Meta(ge=0, description="Of random, and of what is hidden.")] = 0
+    cache: Annotated[CacheType, Meta(description="Type of the cells.")] = "f16"
+    weights: Annotated[str, Meta(description="f32 or file, for the distributions [f32 up to 512 MiB].")] = ""
+    only: Annotated[
+        tuple[str, ...],
+        Meta(description="Parts: texts,steps,noise,spike,facts,chats,speed; put into FOLDER's report."),
+    ] = ()
+
+    def check(self) -> None:
+        for name in self.only:
+            if name not in PARTS:
+                raise BadInputError(unknown("part", name, PARTS))
+        if self.weights not in {"", "f32", "file"}:
+            raise BadInputError(f"--weights {self.weights} is not usable: give f32 or file")
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,21 +99,17 @@ QUICK_POLICIES = ("window", "keydiff", "attention", "hybrid")
 _COUNTS = (Counts(needles=8, keys=4), Counts(needles=8, chains=2))
 
 
-def plan(options: Options, config: GovernorConfig) -> Plan:
+def plan(options: FidelityOptions, config: GovernorConfig, *, quick: bool) -> Plan:
     """The plan for `options`. Raises BadInputError for what can't be measured."""
-    quick = options.quick
     shares = sorted({*(options.shares or (0.25, 0.5, 0.75))})
     lengths = sorted({*(options.ctx or ((2048,) if quick else (2048, 4096, 6144)))})
-    _check(shares, lengths, options.seed, config)
+    _check(shares, lengths, config)
     names = options.policies or (
         tuple(dict.fromkeys((config.policy, *QUICK_POLICIES))) if quick else tuple(all_policies())
     )
     read = options.texts or (("reference",) if quick else tuple(texts.available()))
     for name in read:
         texts.read_text(name)
-    for name in options.only:
-        if name not in PARTS:
-            raise BadInputError(unknown("part", name, PARTS))
     return Plan(
         compared=contenders(names, seed=options.seed, seeds=2 if quick else 3),
         shares=shares,
@@ -123,14 +129,7 @@ def plan(options: Options, config: GovernorConfig) -> Plan:
     )
 
 
-def _check(shares: list[float], lengths: list[int], seed: int, config: GovernorConfig) -> None:
-    for share in shares:
-        if not 0.0 < share < 1.0:  # also refuses NaN
-            raise BadInputError(
-                f"a share of {share:g} is not usable: give shares of the context between 0 and 1"
-            )
-    if seed < 0:
-        raise BadInputError(f"a seed of {seed} is not usable: give 0 or more")
+def _check(shares: list[float], lengths: list[int], config: GovernorConfig) -> None:
     protected = config.sink_cells + config.window_cells
     least = math.ceil((protected + 2 * config.block_cells) / (1.0 - shares[-1]))
     if lengths[0] < least:

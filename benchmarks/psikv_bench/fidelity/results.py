@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 import msgspec
-from psikv_bench.fidelity.intervals import Interval, Share
+
 from psikv_bench.fidelity.weights import Weights
-from psi_kv_governor.bench.record import Figure, Header
+from psikv_bench.intervals import Interval, Share
+from psikv_bench.record import Header
 
 When = Literal["known", "later"]
 """Whether the question was in the context before cells were given up (as in SnapKV), or came after."""
@@ -136,31 +137,22 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
     trimmed_s: list[float]
 
 
-class FidelityReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole of it. `figures` are the targets."""
+class Rows(msgspec.Struct, frozen=True, kw_only=True):
+    """All that was found, as numbers."""
 
-    header: Header
-    added: dict[str, Header]
-    """By part: the later runs (`--only`) that measured it anew, where it is not from the first."""
-    passed: bool
-    unfinished: str
-    """What is missing and why; empty when all was measured."""
-    figures: list[Figure]
     setting: Setting
-    likelihood: list[Likelihood]
-    noise: Likelihood | None
+    added: dict[str, Header] = {}
+    """By part: the later runs (`--only`) that measured it anew, where it is not from the first."""
+    likelihood: list[Likelihood] = []
+    noise: Likelihood | None = None
     """With the weights as the file has them: one cell given up, first text and length."""
-    gradual: list[Gradual]
-    tasks: list[Task]
-    retrieval: list[Retrieval]
-    conversation: list[Conversation]
-    spikes: list[Spike]
-    speed: Speed | None
-    trims_between_exact: int
+    gradual: list[Gradual] = []
+    tasks: list[Task] = []
+    retrieval: list[Retrieval] = []
+    conversation: list[Conversation] = []
+    spikes: list[Spike] = []
+    speed: Speed | None = None
+    trims_between_exact: int = 0
     """Trims, each with its restore, after which the full cache's logits were the same bits as before."""
-    differing_logits: int
+    differing_logits: int = 0
     """Logits of the full cache that were not: 0."""
-
-    def to_json(self) -> bytes:
-        """Indented, for files that are read and compared."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"

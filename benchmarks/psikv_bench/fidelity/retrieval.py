@@ -11,17 +11,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from psi_kv_governor.errors import BadInputError
 from psikv_bench.fidelity.contenders import FULL
-from psikv_bench.fidelity.intervals import Share, share_of
 from psikv_bench.fidelity.likelihood import Tick, policies
-from psikv_bench.fidelity.metrics import Logits
 from psikv_bench.fidelity.plan import Plan
 from psikv_bench.fidelity.results import Retrieval, Task, When
 from psikv_bench.fidelity.subject import Subject
 from psikv_bench.fidelity.tasks import ABOUT, Fact, Question, depths, facts, questions
 from psikv_bench.fidelity.texts import read_text
-
-from psi_kv_governor.errors import BadInputError
+from psikv_bench.intervals import Share, share_of
+from psikv_bench.model import Logits
 
 ABLE = 0.8
 """Least share of a task's questions that the full cache has to answer: below it, a policy could only lose
@@ -125,11 +124,6 @@ def _common(left: list[int], right: list[int]) -> list[int]:
 # -- with the full cache -----------------------------------------------------------------------------------
 
 
-def screen_steps(plan: Plan) -> int:
-    """How often `screen` ticks."""
-    return plan.haystacks
-
-
 def screen(subject: Subject, plan: Plan, tick: Tick) -> list[Outcome]:
     """Every question with the full cache."""
     found = []
@@ -145,7 +139,7 @@ def tasks(screened: Sequence[Outcome]) -> list[Task]:
     table = []
     for name, about in ABOUT.items():
         if right := [outcome.right for outcome in screened if outcome.task == name]:
-            full = share_of(right)
+            full = share_of(sum(right), len(right))
             table.append(Task(name=name, about=about, full=full, able=full.mean >= ABLE))
     return table
 
@@ -162,13 +156,6 @@ def _ask(
 
 
 # -- with trimmed ones -------------------------------------------------------------------------------------
-
-
-def steps(plan: Plan, number: int) -> int:
-    """How often `measure` ticks at most."""
-    counts = plan.counts[number % len(plan.counts)]
-    asked = counts.needles + counts.keys + 2 * counts.chains
-    return 1 + len(plan.shares) * sum(len(one.policies) for one in plan.compared) + asked
 
 
 def measure(subject: Subject, plan: Plan, number: int, able: frozenset[str], tick: Tick) -> list[Outcome]:
@@ -218,7 +205,7 @@ def summed(outcomes: Sequence[Outcome]) -> list[Retrieval]:
             when=when,
             policy=policy,
             share=share,
-            all=share_of([outcome.right for outcome in group]),
+            all=share_of(sum(outcome.right for outcome in group), len(group)),
             by_depth=_by_depth(group),
         )
         for (task, when, policy, share), group in groups.items()
@@ -227,7 +214,7 @@ def summed(outcomes: Sequence[Outcome]) -> list[Retrieval]:
 
 def _by_depth(group: Sequence[Outcome]) -> dict[str, Share]:
     return {
-        third: share_of(right)
+        third: share_of(sum(right), len(right))
         for third in THIRDS
         if (right := [outcome.right for outcome in group if outcome.third == third])
     }

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import time
 
+from psi_kv_governor.policy import Policy, get_policy
 from psikv_bench.fidelity.likelihood import Tick
 from psikv_bench.fidelity.plan import Plan
 from psikv_bench.fidelity.results import Speed
 from psikv_bench.fidelity.subject import Subject
 from psikv_bench.fidelity.texts import read_text
 
-from psi_kv_governor.policy import Policy, get_policy
-
 SHARE = 0.5
 _TURN_TOKENS = 8
 _SETTLE_S = 0.05
 """libgomp's idle threads spin for about 8 ms; after this none does."""
-
-
-def steps(plan: Plan) -> int:
-    """How often `measure` ticks."""
-    return 1 + plan.speed_turns
 
 
 def measure(subject: Subject, plan: Plan, tick: Tick) -> Speed:

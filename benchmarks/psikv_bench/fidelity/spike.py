@@ -1,21 +1,18 @@
-"""Part 5: a greedy answer before, during and after a spike of pressure, over the disk store."""
+"""Part 5: a greedy answer before, during and after a spike of pressure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
+
+from psi_kv_governor.policy import Policy
 from psikv_bench.fidelity.likelihood import Tick
-from psikv_bench.fidelity.metrics import Logits
 from psikv_bench.fidelity.plan import Plan
 from psikv_bench.fidelity.results import Spike
 from psikv_bench.fidelity.subject import Subject
 from psikv_bench.fidelity.texts import read_text
-from psi_kv_governor.bench.twins import differing
-
-from psi_kv_governor.config import load_config
-from psi_kv_governor.policy import Policy
-from psi_kv_governor.store import Store, open_store
+from psikv_bench.model import Logits, differing
 
 
 @dataclass(frozen=True)
@@ -26,43 +23,28 @@ class Answer:
     logits: Logits
 
 
-def steps(plan: Plan) -> int:
-    """How often `measure` ticks."""
-    return 1 + len(plan.shares) * len(plan.compared)
-
-
 def measure(subject: Subject, plan: Plan, tick: Tick) -> list[Spike]:
     """The first text is read once; then each policy (random under its first seed) goes through the spike."""
     name, ctx = plan.texts[0], plan.ctx[0]
-    store = open_store(load_config(None, {}, store="disk"))
-    assert store is not None, "a disk store was asked for"
-    try:
-        tick(f"{name}: reading to {ctx:,} tokens")
-        *context, probe = (subject.opening + subject.tokens(read_text(name)))[: ctx + 1]
-        subject.load(context)
-        never = _answer(subject, probe, plan.spike_tokens)
-        found = []
-        for share in plan.shares:
-            for one in plan.compared:
-                tick(f"a spike: {one.name} gives up {share:.0%} to the disk")
-                policy = one.policies[0]
-                found.append(
-                    _spike(subject, plan, policy, share=share, probe=probe, never=never, store=store)
-                )
-        return found
-    finally:
-        store.close()
+    tick(f"{name}: reading to {ctx:,} tokens")
+    *context, probe = (subject.opening + subject.tokens(read_text(name)))[: ctx + 1]
+    subject.load(context)
+    never = _answer(subject, probe, plan.spike_tokens)
+    found = []
+    for share in plan.shares:
+        for one in plan.compared:
+            tick(f"a spike: {one.name} gives up {share:.0%}")
+            found.append(_spike(subject, plan, one.policies[0], share=share, probe=probe, never=never))
+    return found
 
 
-def _spike(
-    subject: Subject, plan: Plan, policy: Policy, *, share: float, probe: int, never: Answer, store: Store
-) -> Spike:
+def _spike(subject: Subject, plan: Plan, policy: Policy, *, share: float, probe: int, never: Answer) -> Spike:
     mark = subject.mark()
-    subject.trim(policy, subject.cells(share), store)
+    subject.trim(policy, subject.cells(share))
     under = _answer(subject, probe, plan.spike_tokens)
     # The prefix counts: what was said under pressure was decoded without a part of it, and is forgotten.
     subject.back_to(mark)
-    subject.restore()
+    subject.unmask()
     after = _answer(subject, probe, plan.spike_tokens)
     subject.back_to(mark)
     return Spike(

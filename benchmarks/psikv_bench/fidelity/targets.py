@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from psikv_bench.fidelity.contenders import RANDOM
-from psikv_bench.fidelity.intervals import Share
 from psikv_bench.fidelity.results import Likelihood, Retrieval, Speed, Spike, When
-from psi_kv_governor.bench.record import Asked, Figure, figure
+from psikv_bench.figures import Asked, Figure, figure
+from psikv_bench.intervals import Share
 
 HALF, QUARTER, MOST = 0.5, 0.25, 0.75
 OVER_RANDOM = Asked("<=", 0.5, "max")
@@ -70,7 +70,7 @@ def _is_needle(line: Retrieval) -> bool:
 
 def _over(kept: Share, window: Share) -> float:
     """How many times as many; a window that kept none counts as if it had kept one."""
-    return kept.mean / (max(window.right, 1) / window.trials)
+    return kept.mean / (max(window.hits, 1) / window.trials)
 
 
 def exact_figures(spikes: Sequence[Spike], differing_logits: int | None) -> Iterator[Figure]:
@@ -91,21 +91,3 @@ def speed_figures(speed: Speed | None) -> Iterator[Figure]:
         ratios = [trimmed / full for full, trimmed in zip(speed.full_s, speed.trimmed_s, strict=True)]
         name = f"time of a token after {HALF:.0%} over the full cache's"
         yield figure(name, "x", ratios, FASTER, case=f"{speed.policy}, {speed.ctx:,} tokens")
-
-
-def judged(found: Figure) -> float:
-    """The statistic that is held against what was asked; the median where nothing was."""
-    value: float = getattr(found, found.asked.statistic if found.asked else "median")
-    return value
-
-
-def told(value: float, unit: str) -> str:
-    """A value for people: percent for shares, whole numbers for what is counted."""
-    if unit == "share":
-        return f"{value:.1%}"
-    return f"{value:,.0f}" if unit in {"logits", "tokens"} else f"{value:.2f}{unit}"
-
-
-def asked_words(found: Figure) -> str:
-    """What was asked, in words; empty where nothing was."""
-    return f"{found.asked.sign} {told(found.asked.bound, found.unit)}" if found.asked else ""

@@ -113,7 +113,7 @@ def _report(
     )
     title = of_runs.scene_words(options, setting, recorder.model.name)
     report = recorder.report(
-        found,
+        [one for one in found if one.asked or one.case == of_runs.RATIOS],  # the rest is in the tables
         [options.threads or 1],
         options={"setting": setting},
         interrupted=interrupted,

@@ -17,7 +17,12 @@ from psi_kv_governor.errors import BadInputError, PsiKvError
 INTERRUPTED = 130
 """128 + SIGINT, as shells count."""
 
-_EXTRAS = {"llama_cpp": "llama", "matplotlib": "plot"}
+_EXTRAS = {
+    "llama_cpp": "llama",
+    "prometheus_client": "metrics",
+    "starlette": "dashboard",
+    "uvicorn": "dashboard",
+}
 """Packages that only an extra brings, by the name they are imported under."""
 
 

@@ -31,7 +31,7 @@ MIB = 1 << 20
 HISTORY = 60
 """Columns of a curve: a minute, a column a second."""
 EVENT_LINES = 12
-BAR_COLUMNS = 24
+BAR_COLUMNS = 16
 MOST_SEQUENCES = 16
 """Of one cache; how many more there are is said."""
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -138,15 +138,16 @@ def cache_lines(status: Status, now_s: float) -> Iterator[Text]:
 def _sequence_line(cache: CacheState, sequence: SequenceState, now_s: float) -> Text:
     parked = sequence.parked_bytes // cache.cell_bytes if cache.cell_bytes else 0
     state = "running" if sequence.running else f"idle {max(0.0, now_s - sequence.last_used_s):.0f} s"
-    words = _cells(sequence.live_cells, sequence.masked_cells, sequence.lost_cells)
+    words = _cells(sequence.live_cells, sequence.masked_cells, sequence.lost_cells, parked)
     line = Text(f"  {sequence.id:>4} {state:<10} ", no_wrap=True, overflow="ellipsis")
     line.append(cells_bar(sequence, parked))
-    line.append(f" {words}" + (f", {parked:,} of the live ones parked" if parked else ""))
+    line.append(f" {words}")
     return line
 
 
-def _cells(live: int, masked: int, lost: int) -> str:
-    return f"{live:,} live, {masked:,} masked, {lost:,} lost"
+def _cells(live: int, masked: int, lost: int, parked: int = 0) -> str:
+    away = f" ({parked:,} parked)" if parked else ""
+    return f"{live:,} live{away}, {masked:,} masked, {lost:,} lost"
 
 
 def _mib(n_bytes: int) -> str:

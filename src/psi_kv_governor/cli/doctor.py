@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -12,6 +13,7 @@ from rich.text import Text
 from psi_kv_governor.cli._group import example
 from psi_kv_governor.config import load_config
 from psi_kv_governor.preflight import Check, run_checks
+from psi_kv_governor.service.reach import check_program
 
 _SIGNS = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "bold red")}
 
@@ -19,22 +21,32 @@ _SIGNS = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", 
 @click.command(
     "doctor",
     short_help="Check what this machine has, and what is missing.",
-    epilog=example("psi-kv doctor", "psi-kv doctor --model llama-8b.gguf --json"),
+    epilog=example(
+        "psi-kv doctor",
+        "psi-kv doctor --model llama-8b.gguf --json",
+        "psi-kv doctor -- llama-server",
+    ),
 )
 @click.option(
     "-m", "--model", type=click.Path(path_type=Path), metavar="PATH", help="A GGUF file. [demo model]"
 )
 @click.option("--config", "file", type=click.Path(path_type=Path), metavar="FILE", help="A psi-kv.toml.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.argument("program", required=False)
 @click.pass_context
-def command(ctx: click.Context, model: Path | None, file: Path | None, as_json: bool) -> None:
+def command(
+    ctx: click.Context, model: Path | None, file: Path | None, as_json: bool, program: str | None
+) -> None:
     """Check everything that the governor stands on: one line each, with what to do when it is missing.
+
+    With PROGRAM: what `psi-kv exec -- PROGRAM` would reach of it, and why not the rest.
 
     Exit status 1 when something failed; a warning means that it works, with less.
     """
     console = Console(soft_wrap=True)
     checks = []
-    for check in run_checks(load_config(file, default_file=True), model):
+    asked = [check_program(program, os.environ)] if program is not None else None
+    for check in asked or run_checks(load_config(file, default_file=True), model):
         checks.append(check)
         if not as_json:
             _show(console, check)

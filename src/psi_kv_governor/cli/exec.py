@@ -47,6 +47,10 @@ if TYPE_CHECKING:
     type=click.IntRange(min=1),
     help="Govern again a program of psi-kv exec, whose governor was killed.",
 )
+@click.option(
+    "--metrics", metavar="[HOST:]PORT", help="Serve figures for Prometheus [off; this machine alone]."
+)
+@click.option("--dashboard", metavar="[HOST:]PORT", help="Serve a page to look at and to act by [off].")
 @click.option("--dry-run", is_flag=True, help="Say what would be started and reached, and start nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: as JSON.")
 @click.argument("program", nargs=-1, type=click.UNPROCESSED)
@@ -58,6 +62,8 @@ def command(  # noqa: PLR0917
     given: tuple[str, ...],
     file: Path | None,
     pid: int | None,
+    metrics: str | None,
+    dashboard: str | None,
     dry_run: bool,
     as_json: bool,
     program: tuple[str, ...],
@@ -73,6 +79,7 @@ def command(  # noqa: PLR0917
     overrides: dict[str, Any] = {**settings_given("--set", given)}
     with HeldSignals() as held:  # before numpy is imported, which starts threads
         from psi_kv_governor.service import exec as service
+        from psi_kv_governor.service.beside import asked_for
 
         config = load_config(file, default_file=True, place=place, backing=backing, **overrides)
         if pid is not None:
@@ -81,7 +88,7 @@ def command(  # noqa: PLR0917
         if dry_run:
             _show(service.prepare(program, config, os.environ), as_json)
             return
-        status = service.run(program, config, held)
+        status = service.run(program, config, held, beside=asked_for(metrics, dashboard))
         held.forget()
     ctx.exit(end_as(status))
 

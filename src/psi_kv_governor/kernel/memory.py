@@ -20,10 +20,11 @@ import numpy.typing as npt
 
 PAGE_BYTES = mmap.PAGESIZE
 
-READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
-ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
-PRIVATE = mmap.MAP_PRIVATE | 0x4000
-SHARED = mmap.MAP_SHARED
+# By number: Windows, where this is imported too, has no such names.
+READ_WRITE = 1 | 2  # PROT_READ | PROT_WRITE
+ANONYMOUS = 0x02 | 0x20 | 0x4000  # MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
+PRIVATE = 0x02 | 0x4000
+SHARED = 0x01  # MAP_SHARED
 FIXED = 0x10  # MAP_FIXED, <asm-generic/mman-common.h>
 
 NORMAL = 0  # MADV_NORMAL

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -81,6 +82,9 @@ def find_place(
     Where `setting` names a folder, that one or none. Else the first usable of: the service manager's cache
     and state folders, the user's cache, TMPDIR, /var/tmp, /tmp.
     """
+    if sys.platform != "linux":
+        why = f"files that the kernel can take pages from are known on Linux, and not on {sys.platform}"
+        return Search(place=None, refused=(Refusal(name="system", folder=setting, why=why),))
     refused: list[Refusal] = []
     environ = os.environ if environ is None else environ
     candidates = [(setting, "the setting place")] if setting else list(_candidates(environ))

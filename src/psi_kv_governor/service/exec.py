@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import socket
 import sys
@@ -16,6 +17,7 @@ from psi_kv_governor.engines.llama.library import agent_path
 from psi_kv_governor.engines.llama.process import Chosen, choose
 from psi_kv_governor.errors import BadInputError, EngineError
 from psi_kv_governor.governor import Governor
+from psi_kv_governor.service.beside import Beside
 from psi_kv_governor.service.program import HeldSignals, Program, find_program
 from psi_kv_governor.service.reach import Level, Reach, reach_of
 from psi_kv_governor.service.systemd import notify
@@ -93,8 +95,9 @@ def run(
     held: HeldSignals,
     *,
     environ: Mapping[str, str] | None = None,
+    beside: Sequence[Beside] = (),
 ) -> int:
-    """Run `command` to its end under a governor; gives its wait status.
+    """Run `command` to its end under a governor, with `beside` it; gives its wait status.
 
     Raises CannotStartError where it can't be started. Whatever else goes wrong is said in one line, and the
     program runs as it would without us.
@@ -126,6 +129,8 @@ def run(
             ending.callback(_harmless, fleet.close)
             ending.callback(_harmless, governor.close)
             _harmless(governor.start)
+            for one in beside:  # now that signals are the program's: no thread of theirs may take one
+                _harmless(functools.partial(_start_beside, one, governor, ending))
             notify("READY=1")
             status = program.wait()
             notify("STOPPING=1")
@@ -143,6 +148,13 @@ def _harmless(action: Callable[[], None]) -> None:
         action()
     except Exception as error:
         _say(f"the governor failed, and the program runs on: {error}")
+
+
+def _start_beside(one: Beside, governor: Governor, ending: contextlib.ExitStack) -> None:
+    try:
+        ending.callback(_harmless, one.start(governor).close)
+    except OSError as error:
+        _say(f"no {one.name} at {one.address}: {error.strerror or error}")
 
 
 def attach(pid: int, config: GovernorConfig, held: HeldSignals) -> None:

@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ from typing import Any
 import msgspec
 from elftools.common.exceptions import ELFError  # reads ELF files: the maintained library for it
 from elftools.elf.elffile import ELFFile
+
+from psi_kv_governor.preflight import Check, State
+from psi_kv_governor.service.program import find_program
 
 _HOOKED = "llama_decode"
 """Whoever exports it is a llama.cpp that the agent can stand before."""
@@ -39,6 +42,14 @@ class Level(str, Enum):
     """Nothing: it runs as without us."""
 
 
+_MEANINGS = {
+    Level.FULL: "caches, slots and saved states are governed",
+    Level.LATER: "governed as soon as it opens a llama.cpp",
+    Level.CHILDREN: "only what it starts is governed",
+    Level.NONE: "runs ungoverned",
+}
+
+
 class Reach(msgspec.Struct, frozen=True, kw_only=True):
     """What is reached of a program."""
 
@@ -47,6 +58,15 @@ class Reach(msgspec.Struct, frozen=True, kw_only=True):
     """Where its llama.cpp is, or why it is not reached, in a clause."""
     remedy: str = ""
     """What to do; empty where nothing has to be done."""
+
+
+def check_program(name: str, environ: Mapping[str, str]) -> Check:
+    """What `psi-kv exec -- NAME` would reach, as a line of the doctor. Raises CannotStartError."""
+    reach = reach_of(find_program(name, environ))
+    state: State = (
+        "ok" if reach.level in {Level.FULL, Level.LATER} else "fail" if reach.level is Level.NONE else "warn"
+    )
+    return Check("program", state, f"{_MEANINGS[reach.level]}: {reach.how}", reach.remedy)
 
 
 def reach_of(path: Path) -> Reach:
@@ -91,20 +111,17 @@ def _of_elf(path: Path, elf: Any) -> Reach:
             level=Level.CHILDREN, how="a Go program: it is not looked into, and what it starts is reached"
         )
     if not loader:
-        built_in = _traces(path)
-        return Reach(
-            level=Level.CHILDREN,
-            how="it is linked statically, so no library can be put before "
-            + (
-                "its llama.cpp (demand paging alone, by hooks of libc, is not built)"
-                if built_in
-                else "anything"
-            ),
-            remedy="take a build with shared libraries (-DBUILD_SHARED_LIBS=ON)" if built_in else "",
-        )
-    library = next(filter(_exports, _libraries(path, loader)), None)
+        return _of_static(path)
+    found, missing = _libraries(path, loader)
+    library = next(filter(_exports, found), None)
     if library is not None:
         return _of_library(library)
+    if missing:
+        return Reach(
+            level=Level.NONE,
+            how=f"the loader does not find {missing[0]}, so it will not start",
+            remedy="install it, or name its folder in LD_LIBRARY_PATH",
+        )
     return _of_program(path)
 
 
@@ -120,6 +137,18 @@ def _of_program(path: Path) -> Reach:
     if path.name.startswith(("python", "pypy")):
         return _of_python(path)
     return Reach(level=Level.LATER, how="no llama.cpp in it; one that it opens or starts later is reached")
+
+
+def _of_static(path: Path) -> Reach:
+    if path.name.startswith("ld-"):
+        return Reach(level=Level.LATER, how="the loader itself: what it is told to load is reached")
+    built_in = _traces(path)
+    return Reach(
+        level=Level.CHILDREN,
+        how="it is linked statically, so no library can be put before "
+        + ("its llama.cpp (demand paging alone, by hooks of libc, is not built)" if built_in else "anything"),
+        remedy="take a build with shared libraries (-DBUILD_SHARED_LIBS=ON)" if built_in else "",
+    )
 
 
 def _of_library(library: Path) -> Reach:
@@ -142,11 +171,8 @@ def _of_python(path: Path) -> Reach:
     """A Python interpreter: what its packages bring."""
     found = [
         library
-        for pattern in (
-            "lib*/python3*/site-packages/llama_cpp/lib/libllama.so",
-            "lib*/python3*/site-packages/xllamacpp/*.so",
-        )
-        for library in path.parent.parent.glob(pattern)
+        for pattern in ("llama_cpp/lib/libllama.so", "xllamacpp/*.so")
+        for library in path.parent.parent.glob(f"lib/python3*/site-packages/{pattern}")
         if _exports(library)
     ]
     what = f": here {', '.join(map(str, found))}" if found else ", whatever package brings it"
@@ -187,20 +213,21 @@ def _own_kind() -> bytes:
     return head[4:6] + head[18:20]
 
 
-def _libraries(path: Path, loader: str) -> Iterator[Path]:
-    """What the loader would load with it, in its order."""
+def _libraries(path: Path, loader: str) -> tuple[list[Path], list[str]]:
+    """What the loader would load with it, in its order, and what it does not find."""
     environ = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    environ["LD_TRACE_LOADED_OBJECTS"] = "1"  # it lists, and starts nothing
     try:
         listed = subprocess.run(
-            [loader, "--list", str(path)],
+            [loader, str(path)],
             capture_output=True, text=True, timeout=_LISTING_S, check=False, env=environ,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
-        return
-    for line in listed.stdout.splitlines():
-        library = line.split("=>")[-1].split("(")[0].strip()
-        if library.startswith("/"):
-            yield Path(library)
+        return [], []
+    lines = [line.partition("=>") for line in listed.stdout.splitlines()]
+    missing = [name.strip() for name, _, where in lines if "not found" in where]
+    found = [(where or name).split("(")[0].strip() for name, _, where in lines]
+    return [Path(one) for one in found if one.startswith("/")], missing
 
 
 def _exports(library: Path) -> bool:

@@ -60,7 +60,7 @@ def play(config: GovernorConfig, turns: Sequence[Turn], recorded: GovernorConfig
     if capacity > MOST_CELLS:
         raise BadInputError(f"a context of {capacity} cells can't be played: {MOST_CELLS} are the most")
     clock = Clock()
-    engine = SimulatedEngine(clock=clock, spend=clock.spend)
+    engine = SimulatedEngine(clock=clock)  # no time is spent: what work took is in the readings already
     sequence = engine.add_cache(max(1, capacity), cell_bytes=cell_bytes).sequence(0)
     source = TraceSource([turn.reading for turn in turns])
     governor = Governor(engine, source=source, config=config, clock=clock, jitter=turns[0].jitter)

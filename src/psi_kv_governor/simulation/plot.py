@@ -32,7 +32,7 @@ def check_plotting() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise BadInputError("plotting needs matplotlib: pip install 'psi-kv-governor[plot]'") from None
+        raise BadInputError("plotting needs matplotlib: pip install matplotlib") from None
 
 
 def save_plot(path: Path, runs: Sequence[tuple[Outcome, Track]], config: GovernorConfig) -> None:

@@ -260,9 +260,9 @@ class LlamaEngine:
             and all(s.id == step.sequence or s.parked == s.cells for s in region.sequences)
         )
 
-    def collect(self, kinds: frozenset[Kind]) -> None:
-        """See Engine."""
-        s = Sampling()
+    def collect(self, kinds: frozenset[Kind], sampling: Sampling | None = None) -> None:
+        """See Engine. How attention is sampled holds for caches whose first graph has not run yet."""
+        s = sampling or Sampling()
         every = s.every if kinds & {"attention", "last_used"} else 0
         self.client.ask(Op.COLLECT, ranges=((every, s.window), (s.near, s.layers), (s.half_life, 0)))
 

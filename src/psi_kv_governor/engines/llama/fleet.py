@@ -113,6 +113,7 @@ class Fleet:
         self._members: dict[int, _Member] = {}
         self._next = 1
         self._kinds: frozenset[Kind] = frozenset()
+        self._refuses = False
         self._lock = threading.Lock()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(f"\0{self.name}")
@@ -158,9 +159,10 @@ class Fleet:
             member = _Member(self._next, pid, transport, engine)
             self._next += 1
             self._members[member.number] = member
-            kinds = self._kinds
+            kinds, refuses = self._kinds, self._refuses
         with contextlib.suppress(EngineError):
             engine.collect(kinds)
+            engine.refuse_blobs(refuses)
         self._opened(pid)
 
     def _gone(self, member: _Member) -> None:
@@ -259,7 +261,9 @@ class Fleet:
         return member.engine.evidence(cache & ((1 << _ID_BITS) - 1), sequence)
 
     def refuse_blobs(self, refuse: bool) -> None:
-        """See LlamaEngine."""
+        """See LlamaEngine. Also of those who connect later."""
+        with self._lock:
+            self._refuses = refuse
         for member in self._all():
             with contextlib.suppress(EngineError):
                 member.engine.refuse_blobs(refuse)

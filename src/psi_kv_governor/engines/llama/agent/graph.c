@@ -404,9 +404,6 @@ void graph_before(struct lib * lib, ggml_backend_sched_t sched, struct ggml_cgra
         if (index && index->data && (index->type == TYPE_I64 || index->type == TYPE_I32)) {
             note_rows(region, index, positions);
             copy_rows(region, index);
-            if (region->sampler && !region->writes_all) {
-                sampler_written(region->sampler, region->write_rows, region->n_write_rows);
-            }
         } else {
             region->writes_all = true;
         }
@@ -443,7 +440,6 @@ void graph_before(struct lib * lib, ggml_backend_sched_t sched, struct ggml_cgra
             region->masks = usable;
             strcpy(region->why_no_mask, usable ? "" : "its attention takes no mask that can be written");
         }
-        due = due || (region->sampler && sampler_due(region->sampler));
         bool again = !usable || region->n_masked == 0;
         for (int j = 0; j < n_done; j++) {
             again = again || done[j] == mask;
@@ -460,6 +456,10 @@ void graph_before(struct lib * lib, ggml_backend_sched_t sched, struct ggml_cgra
         }
         if (agent.sample_every > 0 && region->cells && !region->sampler && region->masks) {
             choose_layers(region);
+        }
+        if (region->sampler && !region->writes_all) {
+            sampler_written(region->sampler, region->write_rows, region->n_write_rows);
+            due = due || sampler_due(region->sampler);
         }
     }
     chained = (struct chained){.lib = lib};

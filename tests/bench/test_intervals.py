@@ -1,0 +1,101 @@
+"""Intervals, the rate at which runs begin to die, and the search for the largest that passes."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from psikv_bench.intervals import share_of
+from psikv_bench.oom_report import starts_to_die, survives_up_to
+from psikv_bench.scenes.capacity import largest
+
+
+@pytest.mark.parametrize(
+    ("hits", "runs", "low", "high"),
+    [
+        # Newcombe, Statistics in Medicine 17 (1998), table I, method 3.
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilsons_interval_is_that_of_the_literature(hits, runs, low, high):
+    found = share_of(hits, runs)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=5e-5)
+
+
+@given(st.integers(1, 2000).flatmap(lambda runs: st.tuples(st.integers(0, runs), st.just(runs))))
+def test_the_interval_holds_the_share_and_is_symmetric(counts):
+    hits, runs = counts
+    found, other = share_of(hits, runs), share_of(runs - hits, runs)
+    assert 0.0 <= found.low <= found.mean <= found.high <= 1.0
+    assert (1 - other.high, 1 - other.low) == pytest.approx((found.low, found.high))
+
+
+def test_without_runs_nothing_is_known_and_nonsense_is_refused():
+    assert (share_of(0, 0).low, share_of(0, 0).high) == (0.0, 1.0)
+    for hits, runs in ((1, 0), (-1, 5), (6, 5)):
+        with pytest.raises(ValueError, match="is no count"):
+            share_of(hits, runs)
+
+
+@pytest.mark.parametrize(
+    ("killed", "first", "last"),
+    [
+        ({10.0: (0, 9), 100.0: (2, 9), 0.0: (9, 9)}, 100.0, 10.0),
+        ({10.0: (0, 9), 0.0: (1, 9), 800.0: (0, 9)}, 0.0, 800.0),
+        ({10.0: (1, 9), 25.0: (0, 9)}, 10.0, None),
+        ({10.0: (0, 9), 0.0: (0, 9)}, None, 0.0),
+        ({10.0: (0, 0), 50.0: (0, 3)}, None, 50.0),
+        ({}, None, None),
+    ],
+)
+def test_the_rates_where_it_begins_to_die(killed, first, last):
+    """Rate 0 is as fast as it can, so above all others."""
+    found = {rate: share_of(*counts) for rate, counts in killed.items()}
+    assert starts_to_die(found) == first
+    assert survives_up_to(found) == last
+
+
+STEP = 256
+
+
+@given(
+    limit=st.integers(0, 200).map(lambda steps: steps * STEP),
+    start=st.integers(1, 50_000),
+    most=st.integers(1, 150).map(lambda steps: steps * STEP),
+    resolution=st.sampled_from([1.0001, 1.15, 2.0]),
+)
+def test_the_search_finds_the_largest_to_its_resolution_and_tests_nothing_twice(
+    limit, start, most, resolution
+):
+    tested = []
+
+    def passes(size):
+        tested.append(size)
+        return size <= limit
+
+    found = largest(passes, start, step=STEP, most=most, resolution=resolution)
+    assert len(set(tested)) == len(tested) <= 20
+    assert all(size % STEP == 0 and STEP <= size <= most for size in tested)
+    truth = min(limit, most)
+    assert found.best <= truth
+    if found.best:
+        assert truth < max(found.best * resolution, found.best + STEP) or truth == found.best
+        assert found.best in tested
+    else:
+        assert truth == 0 or found.failed == STEP
+    if found.failed is not None:
+        assert found.failed in tested
+        assert found.failed > limit
+
+
+def test_a_search_that_starts_too_high_goes_down():
+    tested = []
+    found = largest(
+        lambda size: tested.append(size) or size <= 512, 4096, step=STEP, most=8192, resolution=1.15
+    )
+    assert found == (512, 768)
+    assert tested[:4] == [4096, 2048, 1024, 512]

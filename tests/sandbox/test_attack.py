@@ -1,0 +1,129 @@
+"""A neighbour that attacks at will, for real: floor, budget and context hold, and the answers keep coming."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import pytest
+
+from psi_kv_governor.sandbox import load
+from psi_kv_governor.sandbox.children import Child, Children
+from psi_kv_governor.sandbox.host import MIB, drop_file_cache
+from psi_kv_governor.sandbox.sandbox import Sandbox
+
+pytestmark = [
+    pytest.mark.llama,
+    pytest.mark.cgroup,
+    pytest.mark.swap,
+    pytest.mark.slow,
+    pytest.mark.timeout(200),
+]
+
+LIMIT_BYTES = 300 * MIB
+ATTACKS = 3
+
+VICTIM = """
+import hashlib, json, pydoc_data.topics, select, sys, time
+import numpy as np
+from psi_kv_governor import GovernedLlama
+from psi_kv_governor.config import GovernorConfig
+from psi_kv_governor.events import ModeChanged, Trimmed
+from psi_kv_governor.ledger import LIVE, LOST
+from psi_kv_governor.policy.base import Range
+
+config = GovernorConfig(quiet_s=1.0)
+llm = GovernedLlama(sys.argv[1], n_ctx=4096, n_threads=1, n_threads_batch=2, verbose=False, config=config)
+engine, governor = llm._engine, llm.governor
+text = "".join(pydoc_data.topics.topics.values())[:12000]
+prompt = llm.tokenize(text.encode())[:1500]
+llm.eval(prompt)
+
+def rows(position):
+    cell = int(engine.track.map.cells(Range(position, position + 1))[0])
+    return hashlib.sha256(b"".join(engine._rows.copy(cell))).hexdigest()
+
+before = [rows(p) for p in range(len(prompt))]
+trims, reasons = [], []
+def hear(event):
+    if isinstance(event, Trimmed):
+        trims.append((event.time_s, event.cells, event.spilled, len(engine.ledger)))
+    if isinstance(event, ModeChanged):
+        reasons.append((event.old.value, event.new.value, event.reason))
+governor.subscribe(hear)
+print("ready", flush=True)
+tokens, least, lost = 0, 1.0, set()
+while not select.select([sys.stdin], [], [], 0)[0] and llm.n_tokens < 4000:
+    llm.eval([int(np.asarray(llm._ctx.get_logits_ith(-1)[: llm.n_vocab()]).argmax())])
+    tokens += 1
+    with engine.at_safe_point():
+        live, total = engine.ledger.count(LIVE), len(engine.ledger)
+        lost |= {p for run in engine.ledger.ranges(LOST) for p in range(*run)}
+    assert live >= max(config.floor_cells, config.floor_share * total), (live, total)
+    least = min(least, live / total)
+    print("token", flush=True)
+end = time.monotonic() + 60
+while engine.ledger.holes() > engine.ledger.count(LOST) and time.monotonic() < end:
+    time.sleep(0.1)
+kept = [p for p in range(len(prompt)) if p not in lost]
+print(json.dumps({
+    "tokens": tokens, "least": least, "trims": trims, "reasons": reasons, "lost": len(lost),
+    "spilled_now": engine.ledger.holes() - engine.ledger.count(LOST),
+    "changed": sum(rows(p) != before[p] for p in kept), "kept": len(kept),
+    "missing_after": llm.make_whole(),
+}), flush=True)
+llm.close()
+"""
+
+
+def hear(children: Children, victim: Child, seconds: float) -> list[bytes]:
+    """What the victim says in so many seconds."""
+    said: list[bytes] = []
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        for child, line in children.hear(left):
+            if child is victim:
+                assert line is not None, victim.complaint()
+                said.append(line)
+    return said
+
+
+def test_whatever_a_neighbour_does_the_context_is_there_at_the_end(demo_model):
+    drop_file_cache(demo_model)
+    with (
+        Sandbox(LIMIT_BYTES, swap="zram", swap_bytes=2 * LIMIT_BYTES) as sandbox,
+        Children(sandbox.popen) as children,
+    ):
+        victim = children.start([sys.executable, "-c", VICTIM, str(demo_model)])
+        while b"ready" not in hear(children, victim, 0.5):
+            pass
+        answered = []
+        for _ in range(ATTACKS):
+            attacker = children.start(
+                [sys.executable, "-m", load.__name__, "--mib", "260", "--step-mib", "65", "--pause-s", "0.01"]
+            )
+            answered.append(hear(children, victim, 4.0).count(b"token"))
+            children.end(attacker)
+            hear(children, victim, 2.5)  # just long enough for some of it to be restored
+        victim.send(b"end")
+        told: list[bytes] = []
+        ended = False
+        while not ended:
+            for child, line in children.hear(120.0):
+                if child is victim:
+                    ended = line is None
+                    told += [] if line is None else [line]
+        assert told[-1].startswith(b"{"), victim.complaint()
+    found = json.loads(told[-1])
+    assert all(answered), answered
+    assert found["trims"], found["reasons"]
+    for _, cells, _, total in found["trims"]:
+        assert cells <= 0.8 * total
+    for at_s, _, _, total in found["trims"]:
+        assert sum(c for t, c, _, _ in found["trims"] if at_s - 60 <= t <= at_s) <= 2 * total
+    assert found["spilled_now"] == 0
+    assert (found["changed"], found["kept"]) == (0, 1500 - found["lost"])
+    assert found["missing_after"] == 0
+    assert all(old != new and reason for old, new, reason in found["reasons"])
+    assert {"trimming", "restoring"} <= {new for _, new, _ in found["reasons"]}

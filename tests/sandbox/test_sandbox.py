@@ -1,0 +1,259 @@
+"""The sandbox: limits hold inside it, and it goes away whatever happens to its parent."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from psi_kv_governor.errors import BadInputError, PsiKvError
+from psi_kv_governor.pressure.psi import PsiFile
+from psi_kv_governor.sandbox import guardian, zram
+from psi_kv_governor.sandbox.sandbox import LEAST_BYTES, Sandbox
+
+MIB = 1 << 20
+
+FILL = (
+    "import os, sys\n"
+    "taken = [os.urandom(1 << 20) for _ in range(int(sys.argv[1]))]\n"
+    "print(len(taken), flush=True)\n"
+    "sys.stdin.read()\n"
+)
+
+# Opens a sandbox with swap, starts a program in it, says what there is, and waits to be killed.
+PARENT = """
+import json, sys, time
+from psi_kv_governor.sandbox.sandbox import Sandbox
+sandbox = Sandbox(64 << 20, swap="zram", swap_bytes=64 << 20)
+child = sandbox.popen(["sleep", "300"])
+while child.pid not in sandbox.group.pids():
+    time.sleep(0.01)
+print(json.dumps({"folders": [str(f) for f in sandbox.group.folders], "child": child.pid,
+                  "device": str(sandbox.swap_device), "guardian": sandbox._guardian.pid}), flush=True)
+time.sleep(300)
+"""
+
+
+def swaps() -> str:
+    return Path("/proc/swaps").read_text()
+
+
+def interrupt(sandbox: Sandbox) -> None:
+    with sandbox:
+        raise KeyboardInterrupt
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition, timeout_s: float = 20.0) -> bool:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline_s:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def gone(made: dict) -> bool:
+    """Whether nothing is left of the sandbox that PARENT described."""
+    return (
+        not any(Path(folder).exists() for folder in made["folders"])
+        and not Path("/sys/block", Path(made["device"]).name).exists()
+        and made["device"] not in swaps()
+        and not alive(made["child"])
+        and not alive(made["guardian"])
+    )
+
+
+@pytest.fixture
+def parent():
+    """A process that has a sandbox, and what it says of it."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PARENT],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": guardian.package_path()},
+    )
+    made = json.loads(process.stdout.readline())
+    assert not gone(made)
+    yield process, made
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert wait_until(lambda: gone(made)), f"left behind: {made}"
+
+
+class TestLimit:
+    pytestmark = pytest.mark.cgroup
+
+    def test_a_program_runs_inside_and_is_counted(self):
+        with Sandbox(64 * MIB) as sandbox:
+            child = sandbox.popen(
+                [sys.executable, "-c", FILL, "20"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+            assert child.stdout.readline() == b"20\n"
+            assert sandbox.group.pids() == [child.pid]
+            assert 20 * MIB < sandbox.group.usage_bytes() < 64 * MIB
+            assert sandbox.group.peak_bytes() >= sandbox.group.usage_bytes()
+            child.communicate()
+            assert child.returncode == 0
+            folders = sandbox.group.folders
+        assert not any(folder.exists() for folder in folders)
+
+    def test_more_than_the_limit_is_killed_and_counted(self):
+        with Sandbox(64 * MIB) as sandbox:
+            child = sandbox.popen([sys.executable, "-c", FILL, "100"], stdin=subprocess.DEVNULL)
+            assert child.wait(20) == -signal.SIGKILL
+            assert sandbox.group.oom_kills() == 1
+            assert sandbox.group.peak_bytes() <= 64 * MIB
+
+    def test_it_closes_on_programs_that_run_on(self):
+        with Sandbox(64 * MIB) as sandbox:
+            folders = sandbox.group.folders
+            child = sandbox.popen(["sh", "-c", "trap '' TERM INT; sleep 300 & sleep 300"])
+            assert wait_until(lambda: len(sandbox.group.pids()) >= 2)
+            pids = sandbox.group.pids()
+        assert child.returncode == -signal.SIGKILL
+        assert not any(alive(pid) for pid in pids)
+        assert not any(folder.exists() for folder in folders)
+        sandbox.close()
+
+    def test_an_exception_inside_is_passed_on_and_the_pen_removed(self):
+        sandbox = Sandbox(64 * MIB)
+        folders = sandbox.group.folders
+        with pytest.raises(KeyboardInterrupt):
+            interrupt(sandbox)
+        assert not any(folder.exists() for folder in folders)
+
+    def test_two_pens_are_apart(self):
+        with Sandbox(64 * MIB) as one, Sandbox(64 * MIB) as two:
+            child = one.popen(["sleep", "300"])
+            assert wait_until(lambda: one.group.pids() == [child.pid])
+            assert two.group.pids() == []
+
+    def test_a_guardian_that_was_killed_is_stood_in_for(self):
+        with Sandbox(64 * MIB) as sandbox:
+            folders = sandbox.group.folders
+            sandbox._guardian.kill()
+        assert not any(folder.exists() for folder in folders)
+
+    def test_without_swap_it_may_not_use_that_of_the_machine(self):
+        with Sandbox(64 * MIB) as sandbox:
+            assert sandbox.swap_device is None
+            limits = {"memory.memsw.limit_in_bytes": 64 * MIB, "memory.swap.max": 0, "memory.swappiness": 0}
+            found = {
+                name: sandbox.group.memory / name for name in limits if (sandbox.group.memory / name).exists()
+            }
+            assert {name: int(file.read_text()) for name, file in found.items()} == {
+                name: limits[name] for name in found
+            }
+
+
+class TestSwap:
+    pytestmark = pytest.mark.swap
+
+    def test_more_than_the_limit_is_swapped_and_the_stall_counted(self):
+        with Sandbox(48 * MIB, swap="zram", swap_bytes=96 * MIB) as sandbox:
+            assert str(sandbox.swap_device) in swaps()
+            child = sandbox.popen(
+                [sys.executable, "-c", FILL, "80"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+            )
+            output, _ = child.communicate(timeout=30)
+            assert (child.returncode, output) == (0, b"80\n")
+            assert sandbox.group.oom_kills() == 0
+            if sandbox.pressure_file is not None and sandbox.pressure_file.exists():
+                psi = PsiFile(sandbox.pressure_file)
+                assert psi.read().some_us > 0
+                psi.close()
+            device = sandbox.swap_device
+        assert str(device) not in swaps()
+        assert not Path("/sys/block", device.name).exists()
+
+    def test_the_own_cgroup_is_discovered_inside(self):
+        with Sandbox(96 * MIB, swap="zram", swap_bytes=64 * MIB) as sandbox:
+            code = (
+                "from psi_kv_governor.pressure import discover\n"
+                "source = discover().source\n"
+                "print(source.name, source.read().limit_bytes, sep='\\n')\n"
+            )
+            child = sandbox.popen(
+                [sys.executable, "-c", code],
+                stdout=subprocess.PIPE,
+                env={**os.environ, "PYTHONPATH": guardian.package_path()},
+            )
+            name, limit = child.communicate(timeout=30)[0].decode().split()
+            assert int(limit) == 96 * MIB
+            if sandbox.pressure_file is not None and sandbox.pressure_file.exists():
+                assert name == str(sandbox.pressure_file)
+
+    def test_stall_inside_is_read_as_a_share(self):
+        from psi_kv_governor.pressure.headroom import HeadroomReader
+        from psi_kv_governor.pressure.machine import MachineSource
+
+        with Sandbox(48 * MIB, swap="zram", swap_bytes=128 * MIB) as sandbox:
+            if sandbox.pressure_file is None or not sandbox.pressure_file.exists():
+                pytest.skip("this kernel keeps no PSI for cgroups: boot with psi=1")
+            source = MachineSource(
+                PsiFile(sandbox.pressure_file), HeadroomReader(sandbox.own_cgroups()), "sandbox"
+            )
+            calm = source.read()
+            assert calm.limit_bytes == 48 * MIB
+            command = [sys.executable, "-m", "psi_kv_governor.sandbox.load", "--mib", "90"]
+            sandbox.popen(
+                command,
+                stdout=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": guardian.package_path()},
+            )
+            time.sleep(1.0)
+            pressed = source.read()
+            assert 0.1 < pressed.some <= 1.0
+            assert pressed.headroom_bytes < 16 * MIB
+            source.close()
+
+    @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+    def test_a_killed_parent_leaves_nothing(self, parent, number):
+        process, made = parent
+        process.send_signal(number)
+        assert process.wait(10) == -number
+        assert wait_until(lambda: gone(made))
+
+    def test_a_parent_killed_with_its_guardian_signalled_leaves_nothing(self, parent):
+        """What a terminal or a service manager sends to everything; only SIGKILL would stop the guardian."""
+        process, made = parent
+        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+            os.kill(made["guardian"], number)
+        assert not gone(made)
+        process.kill()
+        assert wait_until(lambda: gone(made))
+
+
+def test_sizes_that_make_no_sense_are_refused():
+    for options in (
+        {"limit_bytes": LEAST_BYTES - 1},
+        {"limit_bytes": -1},
+        {"limit_bytes": 64 * MIB, "swap_bytes": 64 * MIB},
+        {"limit_bytes": 64 * MIB, "swap": "zram", "swap_bytes": 0},
+        {"limit_bytes": 64 * MIB, "swap": "disk", "swap_bytes": 64 * MIB},
+    ):
+        with pytest.raises(BadInputError, match="is not usable"):
+            Sandbox(**options)
+
+
+def test_a_pen_that_the_machine_could_not_fill_is_refused():
+    with pytest.raises(PsiKvError, match="close other programs"):
+        Sandbox(1 << 50)
+
+
+def test_no_zram_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(zram, "CONTROL", tmp_path / "none")
+    assert "modprobe zram" in zram.why_not()

@@ -1,0 +1,35 @@
+"""What the tests of the benches share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def sandboxes_of(pid: int) -> list[Path]:
+    """Folders of the sandboxes that process `pid` has made."""
+    return list(Path("/sys/fs/cgroup").glob(f"**/psi-kv-sandbox-{pid}-*"))
+
+
+def pids_in(sandboxes: list[Path]) -> set[int]:
+    """Processes in `sandboxes`."""
+    return {int(word) for sandbox in sandboxes for word in (sandbox / "cgroup.procs").read_text().split()}
+
+
+def swap_devices() -> set[str]:
+    """What the machine swaps to."""
+    return {line.split()[0] for line in Path("/proc/swaps").read_text().splitlines()[1:]}
+
+
+def leftovers() -> list[str]:
+    """Pens and neighbours that this process started and that are still there."""
+    found = [str(path) for path in sandboxes_of(os.getpid())]
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        if parent == os.getpid() and b"psi_kv_governor.sandbox" in b" ".join(words):
+            found.append(b" ".join(words).decode())
+    return found
