@@ -87,7 +87,7 @@ class Acting:
         n_bytes = round(fraction * self._planner.holdings(snapshot).trimmable_bytes)
         if n_bytes <= 0:
             return Result(problem=self._planner.why_nothing(snapshot))
-        result = self._apply(self._planner.trim(snapshot, n_bytes, deadline_s=math.inf))
+        result = self._apply(self._planner.trim(snapshot, n_bytes))
         self._tell_trimmed(result, "by hand")
         return result
 
@@ -110,12 +110,13 @@ class Acting:
         return total
 
     def park(self, sequence: int | None, pid: int | None) -> Result:
-        """Park each sequence that is not being decoded, or this one, and the saved states."""
+        """Park each sequence that is not being decoded and the saved states; or this sequence, which is read
+        back at once if it is being decoded."""
         snapshot = self._engine.snapshot()
         chosen, problem = _chosen(snapshot, sequence, pid)
-        idle = [(cache, one) for cache, one in chosen if not one.running]
+        idle = [(cache, one) for cache, one in chosen if sequence is not None or not one.running]
         if chosen and not idle:
-            problem = "what is being decoded would be read back at once"
+            problem = "all of it is being decoded, and would be read back at once"
         steps = [Step(verb=Verb.PARK, cache=cache.id, sequence=one.id) for cache, one in idle]
         if sequence is None and (blobs := self._planner.park_blobs(snapshot)) is not None:
             there = {cache.id for cache in snapshot.caches if pid in {None, cache.pid}}

@@ -143,8 +143,8 @@ class Governor:
         return self._undisturbed(lambda: self._acting.restore_all(max_bytes))
 
     def park(self, sequence: int | None = None, *, pid: int | None = None) -> Result:
-        """Park every sequence that is not being decoded, or this one; and the saved states. Of all processes
-        or of `pid` alone. No fidelity is lost: who decodes it reads it back. Raises EngineError."""
+        """Park every sequence that is not being decoded and the saved states, or this sequence alone. Of all
+        processes or of `pid`. No fidelity is lost: who decodes it reads it back. Raises EngineError."""
         return self._undisturbed(lambda: self._acting.park(sequence, pid))
 
     def unpark(self, sequence: int | None = None, *, pid: int | None = None) -> Result:

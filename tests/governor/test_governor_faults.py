@@ -290,7 +290,7 @@ def test_a_policy_that_fails_is_said_once_and_memory_goes_all_the_same(open_gove
 # -- how long, and how much --------------------------------------------------------------------------------
 
 
-def test_a_trim_ends_after_half_a_second_and_one_by_hand_takes_its_time(
+def test_an_urgent_trim_ends_after_half_a_second_and_one_by_hand_takes_its_time(
     open_governor, source, engine, monkeypatch
 ):
     plans = plans_of(engine, monkeypatch)
