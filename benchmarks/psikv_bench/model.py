@@ -264,7 +264,7 @@ class _Shared:
         return msgspec.structs.replace(snapshot, caches=caches)
 
     def apply(self, plan: Plan) -> Result:
-        """See Engine. Without a deadline for what goes: that is measured, and not how slow this machine is."""
+        """See Engine. Without a deadline for what goes: that is measured, and not this machine."""
         gives = all(step.verb is Verb.MASK for step in plan.steps)
         return self._context.engine.apply(
             msgspec.structs.replace(plan, deadline_s=math.inf) if gives else plan

@@ -152,7 +152,7 @@ class Recorder(Generic[_S]):
         """
         if self.folder is not None and (self.folder / RESULT).exists() and not self._resume:
             raise BadInputError(
-                f"{self.folder} holds a report already: go on with it with --resume, or give another --out-dir"
+                f"{self.folder} holds a report already: go on with --resume, or give another --out-dir"
             )
         size = self.model.stat().st_size
         head = encoded({"bench": self.bench, "model": self.model.name, "model_bytes": size, "options": plan})
