@@ -10,9 +10,9 @@ import socket
 from pathlib import Path
 
 import pytest
+from psi_kv_governor.bench.cgroups import find_place, make_group, remove_group
 from sensing_help import Watched, as_nobody, in_own_process, lasted_s, v2_group
 
-from psi_kv_governor.bench.cgroups import find_place, make_group, remove_group
 from psi_kv_governor.errors import BadInputError, SourceLostError
 from psi_kv_governor.pressure import machine as machine_module
 from psi_kv_governor.pressure import waker as waker_module

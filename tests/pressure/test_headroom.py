@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from psi_kv_governor.bench.pen import Pen
+
 from psi_kv_governor.pressure.cgroup import Cgroup, OwnCgroups, find_cgroups
 from psi_kv_governor.pressure.headroom import HeadroomReader, machine_headroom
 from psi_kv_governor.store.mounts import memory_backed

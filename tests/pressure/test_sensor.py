@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from psi_kv_governor.bench.pen import Pen
 from sensing_help import Watched, lasted_s
 
 from fakes import FakeSource
 from psi_kv_governor import sensor as sensor_module
-from psi_kv_governor.bench.pen import Pen
 from psi_kv_governor.bus import Bus
 from psi_kv_governor.events import Degraded
 from psi_kv_governor.pressure.bell import Bell
