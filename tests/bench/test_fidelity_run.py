@@ -17,7 +17,8 @@ from psi_kv_governor.cli import main
 from psi_kv_governor.errors import BadInputError
 from psikv_bench.fidelity.plan import PARTS, FidelityOptions
 from psikv_bench.fidelity.results import Rows
-from psikv_bench.record import RESULT, Recorder, Report, encoded
+from psikv_bench.journal import encoded
+from psikv_bench.record import RESULT, Recorder, Report
 from psikv_bench.scenes.fidelity import recorded, run
 
 pytestmark = pytest.mark.llama

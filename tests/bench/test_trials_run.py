@@ -24,7 +24,7 @@ from sandbox_help import leftovers, pids_in, sandboxes_of
 MIB = 1 << 20
 
 
-def ran(scene, model, options, folder=None, say=say_nothing, resume=False):
+def ran(scene, model, options, folder=None, say=say_nothing, *, resume=False):
     options = msgspec.structs.replace(options, model=str(model))
     return scene.SCENE.run(
         Recorder(scene.__name__.rpartition(".")[2], options, folder=folder, resume=resume, say=say)
@@ -48,7 +48,7 @@ def _nothing_is_left():
 
 def test_a_fixed_cache_is_killed_and_a_governed_one_is_not_in_twenty_runs(demo_model, tmp_path):
     said: list[str] = []
-    begun = ran(oom, demo_model, OOM, tmp_path, told.append)
+    begun = ran(oom, demo_model, OOM, tmp_path, lambda doing, **_: said.append(doing))
     assert sum(row["killed"]["trials"] for row in begun.rows) == 2
     assert any("decoding the context once" in word for word in said)
     lines = (tmp_path / "journal.jsonl").read_bytes()

@@ -10,7 +10,6 @@ import socket
 from pathlib import Path
 
 import pytest
-from psi_kv_governor.bench.cgroups import find_place, make_group, remove_group
 from sensing_help import Watched, as_nobody, in_own_process, lasted_s, v2_group
 
 from psi_kv_governor.errors import BadInputError, SourceLostError
@@ -24,6 +23,7 @@ from psi_kv_governor.pressure.machine import MachineSource
 from psi_kv_governor.pressure.psi import PsiFile
 from psi_kv_governor.pressure.waker import PLAIN_TRIGGER, QUICK_TRIGGER, PsiTrigger, arm
 from psi_kv_governor.pressure.waking import find_waker
+from psi_kv_governor.sandbox.cgroups import find_place, make_group, remove_group
 
 OWN, MACHINE = "sys/fs/cgroup/app/memory.pressure", "proc/pressure/memory"
 WHOLE = Path("/proc/pressure/memory")

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from psi_kv_governor.bench.pen import Pen
 
 from psi_kv_governor.pressure.cgroup import Cgroup, OwnCgroups, find_cgroups
 from psi_kv_governor.pressure.headroom import HeadroomReader, machine_headroom
+from psi_kv_governor.sandbox.sandbox import Sandbox
 from psi_kv_governor.store.mounts import memory_backed
 
 MIB = 1 << 20
@@ -230,11 +230,11 @@ def test_the_kernel_s_own_count_of_weights_that_are_mapped(tmp_path):
     """Written, they are room; mapped and used they are not, although the kernel still has them inactive."""
     if memory_backed(tmp_path):
         pytest.skip("the folder of the tests is in memory: set --basetemp to one on a disk")
-    with Pen(128 * MIB) as pen:
-        own = Cgroup(pen.group.place.version, pen.group.memory, pen.group.memory)
+    with Sandbox(128 * MIB) as sandbox:
+        own = Cgroup(sandbox.group.place.version, sandbox.group.memory, sandbox.group.memory)
         reader = HeadroomReader(OwnCgroups(own, None) if own.version == 2 else OwnCgroups(None, own))
         command = [sys.executable, "-c", MAPS, str(tmp_path / "weights")]
-        child = pen.popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        child = sandbox.popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert child.stdout.readline() == b"written\n"
         written = reader.read()
         child.stdin.write(b"\n")

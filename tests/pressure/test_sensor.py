@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-from psi_kv_governor.bench.pen import Pen
 from sensing_help import Watched, lasted_s
 
 from fakes import FakeSource
@@ -20,6 +19,7 @@ from psi_kv_governor.events import Degraded
 from psi_kv_governor.pressure.bell import Bell
 from psi_kv_governor.pressure.waker import arm
 from psi_kv_governor.pressure.waking import Waking
+from psi_kv_governor.sandbox.sandbox import Sandbox
 from psi_kv_governor.sensor import Sensor
 
 OWN, MACHINE = "sys/fs/cgroup/app/memory.pressure", "proc/pressure/memory"
@@ -70,16 +70,16 @@ while True:
 
 @pytest.mark.swap
 def test_a_trigger_of_the_kernel_ends_the_sleep_when_there_is_stall():
-    with Pen(48 << 20, swap="zram", swap_bytes=128 << 20) as pen:
-        if pen.pressure_file is None or not pen.pressure_file.exists():
+    with Sandbox(48 << 20, swap="zram", swap_bytes=128 << 20) as sandbox:
+        if sandbox.pressure_file is None or not sandbox.pressure_file.exists():
             pytest.skip("this kernel keeps no PSI for cgroups: boot with psi=1")
         bell = Bell()
-        bell.watch(arm(pen.pressure_file))
+        bell.watch(arm(sandbox.pressure_file))
         assert lasted_s(lambda: bell.wait(0.1)) >= 0.1
-        pen.popen([sys.executable, "-c", LOAD])
+        sandbox.popen([sys.executable, "-c", LOAD])
         assert lasted_s(lambda: bell.wait(30.0)) < 15.0
         assert bell.lost == ""
-        assert pen.stall().some_us > 0
+        assert sandbox.stall().some_us > 0
         bell.close()
 
 

@@ -15,7 +15,8 @@ from psi_kv_governor.sandbox.host import MIB
 from psi_kv_governor.sandbox.sandbox import Sandbox
 from psi_kv_governor.sandbox.scene import outside_bytes
 from psi_kv_governor.store.mounts import memory_backed
-from psikv_bench.pressure.setting import PressureOptions, Setting, choose_setting, mapped_by_others
+from psikv_bench.pressure.options import PressureOptions
+from psikv_bench.pressure.setting import Setting, choose_setting, mapped_by_others
 from psikv_bench.record import RESULT
 
 
