@@ -11,17 +11,10 @@ from hypothesis import strategies as st
 
 from psi_kv_governor.errors import BadInputError, PsiKvError
 from psikv_bench.figures import Asked, figure
+from psikv_bench.journal import Journal
+from psikv_bench.machine import command_line, machine
 from psikv_bench.options import Options, chosen
-from psikv_bench.record import (
-    RESULT,
-    Journal,
-    Recorder,
-    Report,
-    check_folder,
-    command_line,
-    machine,
-    write,
-)
+from psikv_bench.record import RESULT, Recorder, Report, check_folder, write
 
 NUMBERS = st.lists(st.floats(-1e9, 1e9), min_size=1)
 

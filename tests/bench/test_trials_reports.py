@@ -12,8 +12,8 @@ from trials_help import MIB, onset, probe, trial
 
 from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.sandbox.messages import Token, Turned
-from psikv_bench import oom_report, reaction_report
-from psikv_bench.oom_report import rate_words
+from psikv_bench import capacity_report, oom_report, reaction_report
+from psikv_bench.oom_trial import rate_words
 from psikv_bench.options import chosen
 from psikv_bench.record import Recorder
 from psikv_bench.scenes import capacity
@@ -108,11 +108,11 @@ class TestCapacity:
             probe("psi", 4096, live_cells=1024, masked_cells=3072),
             probe("psi", 8192, "killed"),
         ]
-        gain, live, speed = capacity.figures(probes)
+        gain, live, speed = capacity_report.figures(probes)
         assert (gain.median, gain.passed) == (4.0, True)
         assert live.median == 0.25
         assert speed.median == 1.0
-        best = capacity.best_table(probes)
+        best = capacity_report.best_table(probes)
         assert [row[2] for row in best.rows] == ["1,024", "4,096"]
         assert best.rows[1][3:5] == ["25%", "3,072"]
 
@@ -134,8 +134,8 @@ class TestCapacity:
 
     def test_where_nothing_survives_nothing_is_claimed(self):
         probes = [probe("fixed", 256, "killed"), probe("psi", 256)]
-        assert list(capacity.figures(probes)) == []
-        assert capacity.best_table(probes).rows[0][2] == "none"
+        assert list(capacity_report.figures(probes)) == []
+        assert capacity_report.best_table(probes).rows[0][2] == "none"
 
     def test_what_was_left_out_comes_from_the_model_in_peace(self):
         peace = probe("fixed", 256, token_s=[0.01], limit_bytes=0, peak_bytes=150 * MIB)
@@ -236,8 +236,8 @@ def test_everything_is_kept_in_the_folder(tmp_path):
 @pytest.mark.parametrize(
     ("draw", "what"),
     [
-        (capacity.plot, [probe("fixed", 1024), probe("psi", 4096, live_cells=900), probe("psi", 512)]),
-        (capacity.plot, [probe("psi", 512, "killed")]),
+        (capacity_report.plot, [probe("fixed", 1024), probe("psi", 4096, live_cells=900), probe("psi", 512)]),
+        (capacity_report.plot, [probe("psi", 512, "killed")]),
         (
             reaction_report.plot,
             [onset(), onset("idle", variant="fixed", poll_s=[1.0, None], returned_s=None)],

@@ -116,7 +116,7 @@ def test_bad_usage_says_what_was_meant_and_exits_2(arguments, line):
         (OSError("just words"), 1, "unexpected OSError: just words"),
         (MemoryError(), 1, "out of memory"),
         (ModuleNotFoundError("no", name="llama_cpp"), 1, "pip install 'psi-kv-governor[llama]'"),
-        (ModuleNotFoundError("no", name="matplotlib.pyplot"), 1, "pip install 'psi-kv-governor[plot]'"),
+        (ModuleNotFoundError("no", name="llama_cpp.llama"), 1, "pip install 'psi-kv-governor[llama]'"),
         (ValueError("two\nlines"), 1, "unexpected ValueError: two lines"),
     ],
 )

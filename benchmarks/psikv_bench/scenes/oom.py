@@ -21,7 +21,7 @@ from psi_kv_governor.sandbox.messages import Setup, Variant
 from psi_kv_governor.sandbox.process_memory import glance
 from psi_kv_governor.sandbox.sandbox import Sandbox, Swap
 from psikv_bench import oom_report
-from psikv_bench.oom_report import Trial, rate_words
+from psikv_bench.oom_trial import Trial, rate_words
 from psikv_bench.options import Options, each_once, in_order
 from psikv_bench.record import Recorder, Report
 from psikv_bench.scene import Scene

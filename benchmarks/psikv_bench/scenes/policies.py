@@ -14,11 +14,12 @@ from msgspec import Meta
 
 from psi_kv_governor.policy import Range, get_policy
 from psi_kv_governor.sandbox.messages import Setup
-from psi_kv_governor.sandbox.worker import prompt_tokens
+from psi_kv_governor.sandbox.text import prompt_tokens
 from psikv_bench.figures import Asked, Figure, figure
+from psikv_bench.machine import cores
 from psikv_bench.model import Context
 from psikv_bench.options import Options
-from psikv_bench.record import Recorder, Report, cores
+from psikv_bench.record import Recorder, Report
 from psikv_bench.scene import Scene
 
 KEY_SCORES = Asked("<=", 1.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from psi_kv_governor.sandbox import load, messages, worker
 from psi_kv_governor.sandbox.children import Child, Children
 from psi_kv_governor.sandbox.messages import NeighbourSaid, Setup
 from psi_kv_governor.sandbox.sandbox import Sandbox, Swap
+from psi_kv_governor.sandbox.self_look import drop_file_cache
 from psi_kv_governor.sandbox.watch import MACHINE_PRESSURE
 
 MIB = 1 << 20
@@ -218,13 +218,3 @@ def _watching(setup: Setup, sandbox: Sandbox | None) -> Setup:
 
 def _outside(argv: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen(argv, **options)
-
-
-def drop_file_cache(path: Path) -> None:
-    """Forget the file's pages, so that they are read, and charged, in the sandbox (page cache belongs to the
-    cgroup that touches it first). Pages that another process has mapped stay where they are."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
