@@ -290,7 +290,7 @@ def notes(trials: Sequence[Trial], scene: InScene | None = None) -> list[str]:
             lines.append(
                 f"run {trial.number} ({trial.variant}, {rate_words(trial.rate)}) killed the "
                 f"{' and '.join(dead)} after {trial.seconds:.2f} s; the governor's last turn: {last.action}, "
-                f"{last.live_cells} live: {last.reason}"
+                f"{last.live_bytes >> 20} MiB live: {last.reason}"
             )
     return lines
 

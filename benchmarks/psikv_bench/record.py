@@ -150,6 +150,10 @@ class Recorder(Generic[_S]):
 
         `plan` is without what may grow from one time to the next, such as the number of runs.
         """
+        if self.folder is not None and (self.folder / RESULT).exists() and not self._resume:
+            raise BadInputError(
+                f"{self.folder} holds a report already: go on with --resume, or give another --out-dir"
+            )
         size = self.model.stat().st_size
         head = encoded({"bench": self.bench, "model": self.model.name, "model_bytes": size, "options": plan})
         return Journal(self.folder and self.folder / JOURNAL, head, kind, go_on=self._resume)

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from click.testing import CliRunner, Result
+from engine.models import LLAMA, write_model
 from psi_kv_governor.bench.fidelity.keeping import JSON, TEXT, keep, recorded
 from psi_kv_governor.bench.fidelity.pieces import FOLDER
 from psi_kv_governor.bench.fidelity.plan import PARTS, Options
@@ -19,7 +20,6 @@ from psi_kv_governor.bench.fidelity.results import FidelityReport
 from psi_kv_governor.bench.fidelity.run import run
 from psi_kv_governor.bench.record import check_folder
 
-from engine.models import LLAMA, write_model
 from psi_kv_governor.cli import main
 from psi_kv_governor.errors import BadInputError, PsiKvError
 

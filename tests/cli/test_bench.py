@@ -6,10 +6,10 @@ import json
 
 import pytest
 from click.testing import CliRunner
-
-from psi_kv_governor import cli, model
 from psi_kv_governor.bench import opening, overhead, policy_cost, trim
 from psi_kv_governor.bench.record import Asked, Options, Recorder, figure
+
+from psi_kv_governor import cli, model
 
 MODULES = {
     "trim": trim,

@@ -6,12 +6,12 @@ import json
 
 import pytest
 from click.testing import CliRunner
-
-from psi_kv_governor import cli, model
 from psi_kv_governor.bench.pen import Sandbox
 from psi_kv_governor.bench.pressure import play, preflight, setting
 from psi_kv_governor.bench.pressure.sizing import Size
 from psi_kv_governor.bench.script import MIB
+
+from psi_kv_governor import cli, model
 from psi_kv_governor.cli import bench_pressure
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.gguf_file import GgufFile

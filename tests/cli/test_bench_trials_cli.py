@@ -6,13 +6,13 @@ import json
 
 import pytest
 from click.testing import CliRunner
-
-from psi_kv_governor import cli, model
 from psi_kv_governor.bench.pen import Sandbox
 from psi_kv_governor.bench.record import Asked, Options, Recorder, figure
 from psi_kv_governor.bench.script import MIB
 from psi_kv_governor.bench.trials import capacity_bench, latency_bench, oom_bench
 from psi_kv_governor.bench.trials.keep import Table, TrialsReport
+
+from psi_kv_governor import cli, model
 
 MODULES = {"oom": oom_bench, "capacity": capacity_bench, "latency": latency_bench}
 

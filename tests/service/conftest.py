@@ -94,6 +94,7 @@ def python() -> str:
 
 @pytest.fixture
 def machine() -> Iterator[tuple[Governor, SimulatedEngine, FakeSource]]:
+    """A governor over an engine on paper, and a machine set by hand."""
     made = paper()
     yield made
     made[0].close()

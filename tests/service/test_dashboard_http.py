@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import socket
 import threading
+from functools import partial
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -13,7 +15,9 @@ from service_help import until
 
 from psi_kv_governor import socket_place
 from psi_kv_governor.cache import CacheState, Range, SequenceState
-from psi_kv_governor.cli.watch import messages
+from psi_kv_governor.cli._governed import ask as ask_by_socket
+from psi_kv_governor.cli._governed import messages
+from psi_kv_governor.commands import Answer
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.service.address import Address
 from psi_kv_governor.service.dashboard import DashboardServer, Governed, Watched
@@ -62,7 +66,7 @@ def views(server, n: int) -> list[tuple[str, object]]:
         if line.startswith(b"event: "):
             event = line[7:].strip().decode()
         elif line.startswith(b"data: "):
-            found.append((event, json.loads(line[6:])))
+            found.append((event, json.loads(line[6:].strip() or b"null")))
             event = "message"
     connection.close()
     return found
@@ -93,7 +97,7 @@ def test_without_the_token_nobody_gets_in_and_one_line_says_what_to_do(server, p
 
 def test_the_page_of_another_site_or_port_can_ask_for_nothing(server, governor):
     for origin in ("http://127.0.0.1:1", "https://evil.example", "null"):
-        assert command(server, {"verb": "limit", "share": 0.0}, Origin=origin)[0] == 403
+        assert command(server, {"do": "limit", "share": 0.0}, Origin=origin)[0] == 403
     assert governor.status().limit is None
     assert ask(server, key=token(server), Host="evil.example")[0] == 400
 
@@ -103,9 +107,9 @@ def test_the_page_of_another_site_or_port_can_ask_for_nothing(server, governor):
     [
         ("", "truncated"),
         ("[]", "object"),
-        ('{"verb": "trim"}', "no command trim"),
-        ('{"verb": "limit", "share": "all"}', "float"),
-        ('{"verb": "limit", "share": 0.5, "who": 1}', "unknown field"),
+        ('{"do": "explode"}', "explode"),
+        ('{"do": "limit", "share": "all"}', "float"),
+        ('{"do": "limit", "share": 0.5, "who": 1}', "unknown field"),
         ("x" * 2000, "no command"),
     ],
 )
@@ -117,24 +121,24 @@ def test_what_is_no_command_is_refused_in_one_line(server, body, said):
 
 
 def test_commands_reach_the_governor(server, governor):
-    assert command(server, {"verb": "park"})[0] == 200
+    assert command(server, {"do": "park"})[0] == 200
     parked = governor.status().parked_bytes
     assert parked > 0
-    status, said = command(server, {"verb": "unpark"})
-    assert (status, "are back" in said) == (200, True)
+    status, said = command(server, {"do": "unpark"})
+    assert (status, "back in memory" in said) == (200, True)
     assert governor.status().parked_bytes == 0
-    assert command(server, {"verb": "limit", "share": 0.25})[0] == 200
+    assert command(server, {"do": "limit", "share": 0.25})[0] == 200
     assert governor.status().limit == 0.25
-    assert command(server, {"verb": "limit", "share": 2})[0] == 409
-    assert command(server, {"verb": "limit"})[0] == 200
+    assert command(server, {"do": "limit", "share": 2})[0] == 409
+    assert command(server, {"do": "limit"})[0] == 200
     assert governor.status().limit is None
 
 
 def test_the_stream_says_how_it_stands_and_what_happened_before(server, governor):
     governor.step()
     governor.park()
-    (start, no_commands), (kind, view) = views(server, 2)
-    assert (start, no_commands, kind) == ("start", "", "message")
+    (start, _), (kind, view) = views(server, 2)
+    assert (start, kind) == ("start", "message")
     assert view["name"] == "llama-server"
     assert [event[1] for event in view["events"]] == ["opened", "trimmed"]
     assert view["caches"][0]["strips"][1]["blocks"] == [["parked", 1000], ["free", 3096]]
@@ -173,13 +177,13 @@ def test_another_process_is_looked_at_through_its_status_socket(governor, tmp_pa
     opened = StatusSocket(governor)
     opened.start()
     with socket_place.connect(opened.path, 5.0) as connection:
-        watched = Watched(messages(connection))
+        found = socket_place.Found(os.getpid(), opened.path)
+        watched = Watched(messages(connection), partial(ask_by_socket, found))
         server = DashboardServer(watched, ANY)
         try:
-            (_, no_commands), (_, view) = views(server, 2)
-            assert "psi-kv exec --dashboard" in no_commands
+            view = views(server, 2)[1][1]
             assert view["name"] == "llama-server"
-            assert command(server, {"verb": "park"})[0] == 409
+            assert command(server, {"do": "park"}) == (200, "22 MiB returned")
             opened.close()
             until(lambda: watched._why_gone)
             assert views(server, 2)[-1] == ("gone", "the process has ended, or closed its model")
@@ -189,7 +193,7 @@ def test_another_process_is_looked_at_through_its_status_socket(governor, tmp_pa
 
 def test_a_process_that_says_nothing_is_an_error():
     with pytest.raises(PsiKvError, match="has ended"):
-        Watched(iter([]))
+        Watched(iter([]), lambda command: Answer())
 
 
 def test_blocks_lie_where_their_positions_are():

@@ -93,7 +93,7 @@ def test_everything_can_be_done_by_keyboard(page, governor):
     until(lambda: "returned" in said(page, "answer"))
     assert governor.status().parked_bytes > 0
     page.find_element(By.CSS_SELECTOR, "[data-verb=unpark]").send_keys(Keys.SPACE)
-    until(lambda: "are back" in said(page, "answer"))
+    until(lambda: "back in memory" in said(page, "answer"))
     share = page.find_element(By.ID, "share")
     share.send_keys(Keys.ARROW_LEFT * 2)
     share.send_keys(Keys.ENTER)

@@ -12,7 +12,7 @@ COMMANDS = {
     "chat": "Talk to a model under the governor.",
     "demo": "Watch the governor at work under real memory pressure.",
     "watch": "See a governed process live: stall, headroom, cells and events.",
-    "dashboard": "The same as a page in a browser.",
+    "dashboard": "See a governed process as a page in a browser.",
     "status": "See how the governed processes stand.",
     "limit": "Limit what a governed process holds under pressure.",
     "park": "Park what a governed process does not use now.",

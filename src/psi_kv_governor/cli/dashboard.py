@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from contextlib import closing, suppress
+from functools import partial
 
 import click
 
 from psi_kv_governor import socket_place
-from psi_kv_governor.cli._governed import choose, connect, messages
+from psi_kv_governor.cli._governed import ask, choose, connect, messages
 from psi_kv_governor.cli._group import example
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.service.address import address
@@ -27,20 +28,22 @@ from psi_kv_governor.service.address import address
     help="Where to serve it [a free port, this machine alone].",
 )
 def command(process: str | None, where: str) -> None:
-    """Serve a page that shows stall, headroom, the cache as blocks, and events of a governed process.
+    """Serve a page that shows stall, headroom, the cache as blocks, and events of a governed process, with
+    buttons to park, unpark and limit.
 
-    Without PID or name, the one that there is. The address it prints has a token in it: who has that may look.
+    Without PID or name, the one that there is. The address it prints has a token in it: who has that may look
+    and act.
     """
     from psi_kv_governor.service.dashboard import DashboardServer, Watched
 
     at = address(where, "--at")
     found = choose(socket_place.find(), process)
-    if len(found) > 1:
+    if process is None and len(found) > 1:
         pids = ", ".join(str(one.pid) for one in found)
         raise PsiKvError(f"more than one governed process ({pids}): say which, as `psi-kv dashboard PID`")
     with closing(connect(found[0])) as connection:
         try:
-            server = DashboardServer(Watched(messages(connection)), at)
+            server = DashboardServer(Watched(messages(connection), partial(ask, found[0])), at)
         except OSError as error:
             raise PsiKvError(f"no dashboard at {at}: {error.strerror or error}") from error
         click.echo(f"dashboard at {server.url} (Ctrl-C ends it; the process does not notice)")

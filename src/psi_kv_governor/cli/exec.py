@@ -83,7 +83,7 @@ def command(  # noqa: PLR0917
 
         config = load_config(file, default_file=True, place=place, backing=backing, **overrides)
         if pid is not None:
-            service.attach(pid, config, held)
+            service.attach(pid, config, held, beside=asked_for(metrics, dashboard))
             return
         if dry_run:
             _show(service.prepare(program, config, os.environ), as_json)

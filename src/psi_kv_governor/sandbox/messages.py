@@ -208,9 +208,9 @@ class Turned(_Message, frozen=True, kw_only=True):
     some: float
     full: float
     headroom_bytes: int | None
-    live_cells: int
+    live_bytes: int
     action: str
-    cells: int
+    n_bytes: int
     mode: str
     reason: str
 

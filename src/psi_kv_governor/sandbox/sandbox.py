@@ -187,7 +187,7 @@ def _check_headroom(wanted_bytes: int) -> None:
     found = HeadroomReader(find_cgroups()).read()
     if found is not None and found.headroom_bytes < wanted_bytes:
         raise PsiKvError(
-            f"the sandbox may take {wanted_bytes >> 20} MiB and {found.headroom_bytes >> 20} MiB are available: "
+            f"the sandbox may take {wanted_bytes >> 20} MiB, {found.headroom_bytes >> 20} MiB are available: "
             "close other programs, or choose a smaller limit and less swap"
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import socket
 import sys
@@ -129,8 +128,7 @@ def run(
             ending.callback(_harmless, fleet.close)
             ending.callback(_harmless, governor.close)
             _harmless(governor.start)
-            for one in beside:  # now that signals are the program's: no thread of theirs may take one
-                _harmless(functools.partial(_start_beside, one, governor, ending))
+            _start(beside, governor, ending)
             notify("READY=1")
             status = program.wait()
             notify("STOPPING=1")
@@ -142,6 +140,17 @@ def run(
     return status
 
 
+def _start(beside: Sequence[Beside], governor: Governor, ending: contextlib.ExitStack) -> None:
+    """What can be had of it: the program runs without the rest."""
+    for one in beside:
+        try:
+            running = one.start(governor)
+        except Exception as error:
+            _say(f"no {one.name} at {one.address}: {getattr(error, 'strerror', '') or error}")
+        else:
+            ending.callback(_harmless, running.close)
+
+
 def _harmless(action: Callable[[], None]) -> None:
     """Nothing of ours may end the program, or change the status that it ends with."""
     try:
@@ -150,14 +159,7 @@ def _harmless(action: Callable[[], None]) -> None:
         _say(f"the governor failed, and the program runs on: {error}")
 
 
-def _start_beside(one: Beside, governor: Governor, ending: contextlib.ExitStack) -> None:
-    try:
-        ending.callback(_harmless, one.start(governor).close)
-    except OSError as error:
-        _say(f"no {one.name} at {one.address}: {error.strerror or error}")
-
-
-def attach(pid: int, config: GovernorConfig, held: HeldSignals) -> None:
+def attach(pid: int, config: GovernorConfig, held: HeldSignals, *, beside: Sequence[Beside] = ()) -> None:
     """Govern a program, and its children, whose sidecar is gone, until it ends or we are told to.
 
     Raises BadInputError where that can't be.
@@ -178,7 +180,8 @@ def attach(pid: int, config: GovernorConfig, held: HeldSignals) -> None:
         refused=lambda pid, why: _say(f"process {pid} stays ungoverned: {why}"),
     )
     try:
-        with Governor(fleet, config=config, name=_name_of(pid)):
+        with Governor(fleet, config=config, name=_name_of(pid)) as governor, contextlib.ExitStack() as ending:
+            _start(beside, governor, ending)
             notify("READY=1")
             held.wait_for(pid)
             notify("STOPPING=1")

@@ -17,6 +17,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response, S
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from psi_kv_governor.commands import Answer, Command
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.service.dashboard.subject import Subject
 
@@ -39,13 +40,7 @@ _HEADERS = {
 }
 _MOST_BODY_BYTES = 1 << 10
 _encoder = msgspec.json.Encoder()
-
-
-class Command(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a button sends."""
-
-    verb: str
-    share: float | None = None
+_decoder = msgspec.json.Decoder(Command)
 
 
 def make_app(
@@ -75,12 +70,11 @@ def make_app(
             if len(body) > _MOST_BODY_BYTES:
                 return PlainTextResponse("that is no command", status_code=400)
         try:
-            asked = msgspec.json.decode(body, type=Command)
-            if asked.verb not in {"park", "unpark", "limit"}:
-                raise msgspec.ValidationError(f"there is no command {asked.verb}")
-            return PlainTextResponse(await run_in_threadpool(subject.command, asked.verb, asked.share))
-        except (msgspec.DecodeError, PsiKvError) as error:
-            return PlainTextResponse(str(error), status_code=409 if isinstance(error, PsiKvError) else 400)
+            asked = _decoder.decode(body)
+        except msgspec.DecodeError as error:
+            return PlainTextResponse(str(error), status_code=400)
+        answer = await run_in_threadpool(subject.ask, asked)
+        return PlainTextResponse(answer.error or _done(answer), status_code=409 if answer.error else 200)
 
     routes = [Route(path, page) for path in _FILES]
     routes += [Route("/live", live), Route("/command", command, methods=["POST"])]
@@ -120,10 +114,21 @@ class _Guard:
         return hmac.compare_digest(given.encode(), self._token)
 
 
+def _done(answer: Answer) -> str:
+    """What came of a command, in words."""
+    result = answer.result
+    if result is None:
+        return "the limit holds from now on"
+    amounts = ((result.bytes_returned, "returned"), (result.bytes_back, "back in memory"))
+    moved = [f"{n_bytes / 2**20:,.0f} MiB {what}" for n_bytes, what in amounts if n_bytes]
+    said = " and ".join(moved) or "nothing had to be moved"
+    return f"{said} ({result.problem})" if result.problem else said
+
+
 async def _lines(subject: Subject, ended: Callable[[], bool]) -> AsyncIterator[bytes]:
     """Server-sent events (HTML standard, 9.2): a view at a time, and at the end why there are no more."""
     seen = 0
-    yield b"event: start\ndata: " + _encoder.encode(subject.why_no_commands) + b"\n\n"
+    yield b"event: start\ndata: \n\n"
     while not ended():
         try:
             view, seen = await run_in_threadpool(subject.view, seen)

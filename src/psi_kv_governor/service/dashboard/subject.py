@@ -5,9 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
+import msgspec
+
+from psi_kv_governor.commands import Answer, Command, answered
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.events import Event
 from psi_kv_governor.governor import Governor
@@ -21,19 +24,12 @@ KEPT_EVENTS = 200
 class Subject(Protocol):
     """Who is looked at. Calls come from any thread."""
 
-    @property
-    def why_no_commands(self) -> str:
-        """Why nothing can be asked of it; empty where it can."""
-
     def view(self, seen: int) -> tuple[View, int]:
         """How it stands, with the events after the first `seen`, and how many there were until now. Raises
         PsiKvError where it is gone."""
 
-    def command(self, verb: str, share: float | None) -> str:
-        """`park`, `unpark`, or `limit` with a share from 0 to 1 (None lifts it); gives what came of it.
-
-        Raises PsiKvError.
-        """
+    def ask(self, command: Command) -> Answer:
+        """Have a command carried out; why it was not stands in the answer."""
 
     def close(self) -> None:
         """Look no longer. Safe to call twice."""
@@ -61,8 +57,6 @@ class _Events:
 class Governed:
     """A governor of this process."""
 
-    why_no_commands = ""
-
     def __init__(self, governor: Governor) -> None:
         self._governor = governor
         self._events = _Events()
@@ -72,31 +66,20 @@ class Governed:
         events, told = self._events.after(seen)
         return view_of(time.monotonic(), self._governor.status(), events), told
 
-    def command(self, verb: str, share: float | None) -> str:
-        if verb == "limit":
-            self._governor.limit(share)
-            return (
-                "the limit is lifted"
-                if share is None
-                else f"under pressure a cache holds {share:.0%} of its cells"
-            )
-        result = self._governor.park() if verb == "park" else self._governor.unpark()
-        n_bytes = result.bytes_returned if verb == "park" else result.bytes_back
-        said = f"{n_bytes / 2**20:,.0f} MiB {'returned' if verb == 'park' else 'are back'}"
-        return f"{said}: {result.problem}" if result.problem else said
+    def ask(self, command: Command) -> Answer:
+        return answered(self._governor, msgspec.json.encode(command))
 
     def close(self) -> None:
         self._unsubscribe()
 
 
 class Watched:
-    """A governor of another process, as its status socket tells it. `messages` are read in a thread."""
+    """A governor of another process, as its status socket tells it. `messages` are read in a thread, and
+    `ask` has a command carried out."""
 
-    why_no_commands = "from here it can only be looked at: start it with psi-kv exec --dashboard PORT"
-
-    def __init__(self, messages: Iterator[Hello | Update]) -> None:
+    def __init__(self, messages: Iterator[Hello | Update | Answer], ask: Callable[[Command], Answer]) -> None:
         """Raises PsiKvError where it says nothing."""
-        self._messages = messages
+        self._messages, self._ask = messages, ask
         self._events = _Events()
         self._last: Update | None = None
         self._why_gone = ""
@@ -113,9 +96,11 @@ class Watched:
         events, told = self._events.after(seen)
         return view_of(self._last.time_s, self._last.status, events), told
 
-    def command(self, verb: str, share: float | None) -> str:
-        del verb, share
-        raise PsiKvError(self.why_no_commands)
+    def ask(self, command: Command) -> Answer:
+        try:
+            return self._ask(command)
+        except PsiKvError as error:
+            return Answer(error=str(error))
 
     def close(self) -> None:
         self._closed = True

@@ -130,10 +130,10 @@ function show(view) {
   draw();
 }
 
-async function command(verb, share) {
+async function command(asked) {
   text("answer", "...");
   try {
-    const answer = await fetch("/command", { method: "POST", body: JSON.stringify({ verb, share }) });
+    const answer = await fetch("/command", { method: "POST", body: JSON.stringify(asked) });
     text("answer", (answer.ok ? "" : "Not done: ") + (await answer.text()));
   } catch {
     text("answer", "Not done: the program does not answer.");
@@ -151,13 +151,11 @@ function gone(why) {
 }
 
 const live = new EventSource("/live");
-live.addEventListener("start", (event) => {
-  const why = JSON.parse(event.data);
+live.addEventListener("start", () => {
   $("gone").hidden = true;
   $("log").replaceChildren();
   marks.length = 0;
-  able(!why);
-  if (why) text("answer", why);
+  able(true);
 });
 live.addEventListener("message", (event) => show(JSON.parse(event.data)));
 live.addEventListener("gone", (event) => {
@@ -167,11 +165,11 @@ live.addEventListener("gone", (event) => {
 live.addEventListener("error", () => gone("the program does not answer"));
 
 for (const button of document.querySelectorAll("[data-verb]")) {
-  button.addEventListener("click", () => command(button.dataset.verb, null));
+  button.addEventListener("click", () => command({ do: button.dataset.verb }));
 }
 $("share").addEventListener("input", () => text("shown", `${$("share").value} %`));
 $("limit").addEventListener("submit", (event) => {
   event.preventDefault();
-  command("limit", Number($("share").value) / 100);
+  command({ do: "limit", share: Number($("share").value) / 100 });
 });
-$("lift").addEventListener("click", () => command("limit", null));
+$("lift").addEventListener("click", () => command({ do: "limit" }));
