@@ -367,6 +367,9 @@ def open_governor_on(engine: SimulatedEngine, source: FakeSource):
     return Governor(engine, source=source, config=GovernorConfig())
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # one hits a weakref's callback
 def test_ctrl_c_at_any_line_of_a_close_lets_it_be_closed_again(engine, source):
     line = 1
     while True:
