@@ -20,7 +20,7 @@ for machine in x86_64 aarch64; do
   $compiler -shared -fPIC -Wl,-soname,libgcc_s.so.1 -o "$stub/names.so" "$stub/names.c"
   PSIKV_PLATFORM=linux_$machine CC="$compiler $stub/names.so -Wl,-z,defs" \
     "$python" -m build --wheel --outdir "$work" .
-  PATH="$PWD/$(dirname "$python"):$PATH" \
+  PATH="$(cd "$(dirname "$python")" && pwd):$PATH" \
     "$python" -m auditwheel repair --plat auto --wheel-dir "$out" "$work"/*-linux_"$machine".whl
 done
 ls -l "$out"

@@ -123,6 +123,12 @@ def test_without_a_compiler_doctor_says_that_none_is_needed(installed):
     assert "Traceback" not in told.stderr
 
 
+def test_simulate_needs_nothing_else(installed):
+    psi_kv, bare = installed
+    told = run(psi_kv, "simulate", **bare)
+    assert "trim" in told.stdout
+
+
 def test_without_a_compiler_exec_runs_a_program_and_ends_as_it_ends(installed):
     psi_kv, bare = installed
     done = run(psi_kv, "exec", "--", "sh", "-c", "exit 7", check=False, **bare)

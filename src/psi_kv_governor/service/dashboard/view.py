@@ -66,6 +66,8 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def view_of(time_s: float, status: Status, events: list[Event]) -> View:
+    # The least of all levels: which of them is worst off by its share may change from one look to the next.
+    known = [level.headroom_bytes for level in status.levels if level.headroom_bytes is not None]
     return View(
         time_s=time_s,
         name=status.name,
@@ -73,7 +75,7 @@ def view_of(time_s: float, status: Status, events: list[Event]) -> View:
         reason=status.reason,
         some=status.some,
         full=status.full,
-        headroom_bytes=status.headroom_bytes,
+        headroom_bytes=min(known) if known else status.headroom_bytes,
         resident_bytes=status.resident_bytes,
         parked_bytes=status.parked_bytes,
         masked_cells=status.masked_cells,

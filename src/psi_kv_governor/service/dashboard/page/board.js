@@ -23,6 +23,11 @@ function bytes(n) {
   return n >= 2 ** 30 ? `${(n / 2 ** 30).toFixed(2)} GiB` : `${Math.round(n / 2 ** 20)} MiB`;
 }
 
+// A cgroup by its own name: where it lies takes a line of its own, and is told when pointed at.
+function brief(words) {
+  return words.replace(/\/sys\/fs\/cgroup\/(?:[^\s/]+\/)+/g, "\u2026/");
+}
+
 function element(name, attributes, ...children) {
   const made = document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
@@ -93,8 +98,11 @@ function strip(one, cache) {
 function caches(view) {
   if (!view.caches.length) return [element("p", { class: "hint" }, "No cache is open yet.")];
   return view.caches.flatMap((cache) => {
-    const saved = cache.saved_bytes ? `, ${bytes(cache.saved_bytes)} of saved states` : "";
-    const size = `${cache.capacity_cells.toLocaleString("en")} cells, ${bytes(cache.resident_bytes)} in memory${saved}`;
+    const size = [
+      cache.capacity_cells ? `${cache.capacity_cells.toLocaleString("en")} cells` : "",
+      `${bytes(cache.resident_bytes)} in memory`,
+      cache.saved_bytes ? `${bytes(cache.saved_bytes)} of saved states` : "",
+    ].filter(Boolean).join(", ");
     return [element("h3", {}, `${cache.name}: ${size}`), ...cache.strips.map((one) => strip(one, cache))];
   });
 }
@@ -102,7 +110,7 @@ function caches(view) {
 function log(events) {
   for (const [time_s, kind, words] of events) {
     const at = new Date(time_s * 1000 + offset_ms).toLocaleTimeString("en-GB");
-    $("log").prepend(element("li", {}, element("time", {}, at), element("b", {}, kind), element("span", {}, words)));
+    $("log").prepend(element("li", {}, element("time", {}, at), element("b", {}, kind), element("span", { title: words }, brief(words))));
     marks.push(time_s);
   }
   while ($("log").childElementCount > MOST_EVENTS) $("log").lastElementChild.remove();
@@ -117,7 +125,8 @@ function show(view) {
   text("name", view.name || "PSI KV Governor");
   text("mode", view.mode);
   $("mode").className = `mode ${view.mode}`;
-  text("reason", view.reason);
+  text("reason", brief(view.reason));
+  $("reason").title = view.reason;
   text("stall", percent(view.some));
   text("headroom", bytes(view.headroom_bytes));
   text("resident", bytes(view.resident_bytes));
