@@ -118,7 +118,7 @@ def test_pages_of_cells_nobody_uses_go_back_also_when_calm(open_governor, engine
 
 def test_dirty_pages_are_written_while_memory_is_nearly_short(open_governor, source, engine):
     governor = open_governor()
-    source.limit_bytes, source.headroom_bytes = 1 << 30, int(0.06 * (1 << 30))
+    source.limit_bytes, source.headroom_bytes = 1 << 30, int(0.05 * (1 << 30))
     governor.step()
     assert engine.snapshot().written_bytes > 0
     assert counts(engine).resident == 3000  # it is only written: nothing went

@@ -75,7 +75,7 @@ class View(NamedTuple):
     plenty: bool
     """Headroom is known, and far from its low line, on all levels."""
     near: bool
-    """On some level, headroom is within twice its low line."""
+    """On some level, headroom is within one and a half times its low line."""
     lost_s: float
     """Time lost to stall in the last STALL_WINDOW_S."""
     noise: float
