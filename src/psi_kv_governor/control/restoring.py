@@ -11,7 +11,6 @@ from psi_kv_governor.control.state import LawState, quiet_time_s, restored
 from psi_kv_governor.control.steps import mib, nothing, small_step
 from psi_kv_governor.control.view import View
 
-
 SLICE_BYTES = 8 << 20
 """A restore is carried out in such slices, with a reading between: at 1 GB/s one takes 8 ms."""
 

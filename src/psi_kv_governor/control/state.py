@@ -261,7 +261,7 @@ def futile_by_now(state: LawState, now: View, cache: CacheSnapshot) -> int:
         return 0
     if _away(cache) <= state.trim_away_bytes:
         return state.futile
-    less_stall = 0.0 < state.trim_stall and state.stall_since_s <= _RELIEF * state.trim_stall * since_s
+    less_stall = state.trim_stall > 0.0 and state.stall_since_s <= _RELIEF * state.trim_stall * since_s
     less_stall = less_stall and since_s >= STALL_WINDOW_S  # a tenth of a second without stall tells nothing
     gained = (now.headroom_bytes or 0) - state.trim_headroom_bytes >= state.trim_bytes / 2
     relief = less_stall or (gained and not state.trim_by_stall)
