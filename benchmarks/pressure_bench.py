@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""`psi-kv bench pressure` as a script with the same options: `python benchmarks/pressure_bench.py -h`."""
-=======
 """`psi-kv bench pressure` as a script: `python benchmarks/pressure_bench.py --help`. Same options."""
->>>>>>> bench
 
 from __future__ import annotations
 

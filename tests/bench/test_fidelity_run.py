@@ -11,17 +11,8 @@ from pathlib import Path
 import msgspec
 import pytest
 from click.testing import CliRunner, Result
-<<<<<<< HEAD
-from engine.models import LLAMA, write_model
-from psi_kv_governor.bench.fidelity.keeping import JSON, TEXT, keep, recorded
-from psi_kv_governor.bench.fidelity.pieces import FOLDER
-from psi_kv_governor.bench.fidelity.plan import PARTS, Options
-from psi_kv_governor.bench.fidelity.results import FidelityReport
-from psi_kv_governor.bench.fidelity.run import run
-from psi_kv_governor.bench.record import check_folder
-=======
->>>>>>> bench
 
+from engine.models import LLAMA, write_model
 from psi_kv_governor.cli import main
 from psi_kv_governor.errors import BadInputError
 from psikv_bench.fidelity.plan import PARTS, FidelityOptions
