@@ -1,4 +1,4 @@
-"""The one place of the benchmarks that takes a governed context apart: ranges by hand, evidence, logits.
+"""The one place of the benchmarks that takes a governed context apart: single ranges, evidence, logits.
 
 Everything else asks the process that holds a model (`psi_kv_governor.sandbox.worker`).
 """

@@ -179,7 +179,7 @@ class Recorder(Generic[_S]):
             rows=rows,
         )
 
-    def keep(
+    def save(
         self, report: Report, records: Sequence[dict[str, Any]] = (), *draw: Callable[[Path], str]
     ) -> Report:
         """Write result.json and summary.md, `records` as a CSV file, and what each `draw` draws.

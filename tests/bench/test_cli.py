@@ -66,7 +66,7 @@ def scene(machine, monkeypatch):
             report = recorder.report(
                 figures, [1], interrupted=interrupted, tables=[table], notes=["what has to be known"]
             )
-            return recorder.keep(report)
+            return recorder.save(report)
 
         for module in (trim, oom):
             old = module.SCENE

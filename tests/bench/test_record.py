@@ -72,7 +72,7 @@ def test_one_missed_figure_fails_the_report(options):
 
 def test_a_kept_report_reads_back_the_same(options, tmp_path):
     recorder = Recorder("trim", options, folder=tmp_path / "kept")
-    found = recorder.keep(recorder.report([figure("x", "s", [1.0])], [1]), [{"a": 1, "b": 2}])
+    found = recorder.save(recorder.report([figure("x", "s", [1.0])], [1]), [{"a": 1, "b": 2}])
     read = msgspec.json.decode((tmp_path / "kept" / RESULT).read_bytes(), type=Report)
     assert (read.header, read.figures, read.notes) == (found.header, found.figures, found.notes)
     assert (tmp_path / "kept" / "trim.csv").read_text() == "a,b\n1,2\n"
@@ -85,7 +85,7 @@ def test_without_matplotlib_everything_but_the_plot_is_kept(options, tmp_path):
         raise ModuleNotFoundError("no", name="matplotlib")
 
     recorder = Recorder("trim", options, folder=tmp_path / "kept")
-    recorder.keep(recorder.report([], [1]), [], draw)
+    recorder.save(recorder.report([], [1]), [], draw)
     assert "no plot: matplotlib is missing" in (tmp_path / "kept" / "summary.md").read_text()
 
 

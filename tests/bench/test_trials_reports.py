@@ -213,7 +213,7 @@ def test_everything_is_kept_in_the_folder(tmp_path):
     model.write_bytes(b"GGUF")
     recorder = Recorder("oom", OomOptions(model=str(model)), folder=folder)
     report = oom_report.report_of(recorder, trials, None, interrupted=True)
-    recorder.keep(report, oom_report.records(trials), lambda where: oom_report.plot(where, trials))
+    recorder.save(report, oom_report.records(trials), lambda where: oom_report.plot(where, trials))
     result = json.loads((folder / "result.json").read_text())
     assert result["interrupted"] is True
     assert [row["killed"]["hits"] for row in result["rows"]] == [1, 1, 0, 0]

@@ -258,7 +258,7 @@ def test_status_shows_every_governed_process_or_one(opened, governor):
     assert result.exit_code == 0, result.output
     assert f"{os.getpid()} my program  calm: " in result.stdout
     assert "limit: none" in result.stdout
-    assert "   3 idle" in result.stdout
+    assert "   3 idle" in result.stdout  # since when changes from one look to the next
     for called in ("my program", str(os.getpid())):
         assert f"{os.getpid()} my program  calm: " in run("status", called).stdout
     (line,) = run("status", "--json").stdout.splitlines()

@@ -14,7 +14,7 @@ from psi_kv_governor.events import Released, Trimmed
 from psi_kv_governor.sandbox import messages
 from psi_kv_governor.sandbox.host import MIB, Host, ModelKilledError
 from psi_kv_governor.sandbox.messages import Setup, Variant
-from psi_kv_governor.sandbox.sandbox import Sandbox, Swap
+from psi_kv_governor.sandbox.sandbox import Swap
 from psikv_bench.capacity_report import (
     CLAIMED,
     Ending,
@@ -30,7 +30,7 @@ from psikv_bench.options import Options, each_once, in_order
 from psikv_bench.record import Recorder, Report
 from psikv_bench.scene import Scene
 from psikv_bench.search import largest
-from psikv_bench.trials.sizing import ample_bytes
+from psikv_bench.trials.sizing import ample_bytes, require_sandbox
 
 STEP_CELLS = 256
 """Lengths are multiples of this: llama.cpp pads a context to it."""
@@ -246,9 +246,7 @@ def too_slow(
 def run(recorder: Recorder[CapacityOptions]) -> Report:
     """Probe what is not yet in the journal, and report. Ctrl-C keeps the finished probes."""
     asked = recorder.options
-    able, why = Sandbox.available(asked.swap)
-    if not able:
-        raise PsiKvError(f"this needs a memory cgroup of its own: {why}")
+    require_sandbox(asked.swap)
     journal = recorder.journal(Probe, msgspec.structs.replace(asked, model=""))
     interrupted = False
     try:
@@ -271,7 +269,7 @@ def run(recorder: Recorder[CapacityOptions]) -> Report:
         notes=notes(asked.chunk, asked.tokens, asked.least_tokens_s or 0.0),
         rows=msgspec.to_builtins(probes),
     )
-    return recorder.keep(report, records(probes), lambda folder: plot(folder, probes))
+    return recorder.save(report, records(probes), lambda folder: plot(folder, probes))
 
 
 def _completed(asked: CapacityOptions, peace: Probe, *, quick: bool) -> CapacityOptions:

@@ -275,7 +275,7 @@ def run(recorder: Recorder[FidelityOptions]) -> Report:
         notes=list(tables.notes(rows)),
         rows=rows,
     )
-    return recorder.keep(report, (), *plots.draws(rows))
+    return recorder.save(report, (), *plots.draws(rows))
 
 
 SCENE = Scene(

@@ -76,7 +76,7 @@ def run(recorder: Recorder[OpeningOptions]) -> Report:
             large[name].append(opened)
             grown = grown or found
     figures = list(_figures(small, large, grown, options))
-    return recorder.keep(recorder.report(figures, [threads]))
+    return recorder.save(recorder.report(figures, [threads]))
 
 
 def _open(

@@ -75,7 +75,7 @@ def run(recorder: Recorder[OverheadOptions]) -> Report:
         )
     ]
     figures.append(figure("processor time while idle and calm", "share", idle_shares))
-    return recorder.keep(recorder.report(figures, settings))
+    return recorder.save(recorder.report(figures, settings))
 
 
 class _Both:

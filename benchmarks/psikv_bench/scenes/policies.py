@@ -57,7 +57,7 @@ def run(recorder: Recorder[PoliciesOptions]) -> Report:
         with _Filled(setup, tokens, recorder) as filled:
             figures += _key_figures(filled, recorder)
             figures += _sampling_figures(filled, recorder)
-    return recorder.keep(recorder.report(figures, [threads]))
+    return recorder.save(recorder.report(figures, [threads]))
 
 
 class _Filled(Context):

@@ -114,7 +114,7 @@ def _report(
         notes=[*remarks(options, setting), *of_runs.circumstances(options, setting, recorder.model.name)],
         rows=of_runs.rows(runs),
     )
-    return recorder.keep(
+    return recorder.save(
         report,
         of_runs.samples(runs),
         partial(plots.side_by_side, runs=runs, figures=found, title=title),

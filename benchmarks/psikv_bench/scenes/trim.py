@@ -93,7 +93,7 @@ def run(recorder: Recorder[TrimOptions]) -> Report:
     """Measure every case, those with the same context together."""
     cases = _QUICK if recorder.quick else _FULL
     figures = list(measure(recorder, cases))
-    return recorder.keep(recorder.report(figures, [recorder.options.threads or cores()]))
+    return recorder.save(recorder.report(figures, [recorder.options.threads or cores()]))
 
 
 def measure(recorder: Recorder[TrimOptions], cases: Sequence[Case]) -> Iterator[Figure]:

@@ -119,7 +119,7 @@ class Sandbox:
             child.wait()
         self._children.clear()
         if problem:
-            raise PsiKvError(f"the sandbox could not be removed whole, remove by hand: {problem}")
+            raise PsiKvError(f"the sandbox could not be removed whole, remove it yourself: {problem}")
 
     def __enter__(self) -> Sandbox:
         return self

@@ -42,7 +42,7 @@ PRESSED_S = 8.0
 def play(swap: Swap, say: Callable[[str], None]) -> list[list[Reading]]:
     """The readings of each neighbour, from the moment in which it is started.
 
-    `say` hears what is going on. Raises PsiKvError where there is no sandbox, or no stall is told in it.
+    `say` hears what is going on. Raises PsiKvError where there is no sandbox, or its kernel counts no stall.
     """
     return [_played(swap, step_mib, pause_s, say) for step_mib, pause_s in STEPS]
 
