@@ -80,13 +80,9 @@ def test_a_trigger_of_the_kernel_ends_the_sleep_when_there_is_stall():
         pen.popen([sys.executable, "-c", LOAD])
         assert lasted_s(lambda: bell.wait(30.0)) < 15.0
         assert bell.lost == ""
-<<<<<<< HEAD
         totals = PsiFile(pen.pressure_file)
         assert totals.read().some_us > 0
         totals.close()
-=======
-        assert PsiFile(sandbox.pressure_file).read().some_us > 0
->>>>>>> bench
         bell.close()
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +15,7 @@ from typing import IO, Any, Literal, get_args
 
 import msgspec
 
+from psi_kv_governor.children import python_command
 from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.pressure.cgroup import Cgroup, OwnCgroups, find_cgroups
 from psi_kv_governor.pressure.headroom import HeadroomReader
@@ -50,7 +50,7 @@ class Sandbox:
         _check_headroom(limit_bytes + (order.swap_bytes if order.own_swap else 0))
         self._children: list[subprocess.Popen[bytes]] = []
         self._guardian: subprocess.Popen[bytes] | None = subprocess.Popen(
-            [sys.executable, "-m", guardian.__name__, msgspec.json.encode(order).decode()],
+            python_command(guardian.__name__, msgspec.json.encode(order).decode()),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": guardian.package_path()},
