@@ -10,7 +10,7 @@ import msgspec
 
 from psi_kv_governor.quantile import quantile
 from psi_kv_governor.sandbox.host import MIB
-from psi_kv_governor.sandbox.messages import Variant
+from psi_kv_governor.sandbox.messages import Token, Variant
 from psikv_bench import plots
 from psikv_bench.figures import Asked, Figure, figure, ms
 from psikv_bench.options import in_order
@@ -58,6 +58,19 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True):
     def live_share(self) -> float:
         """Of the context that the last token attended to."""
         return self.live_cells / self.length if self.ending == "survived" else 0.0
+
+
+def too_slow(decoded: Sequence[Token], silent_s: float, tokens: int, chunk: int, least_per_s: float) -> bool:
+    """Whether the last chunk of the prompt, or all of the tokens that come one by one, take too long.
+
+    `decoded` has at least one. What is waited for counts as well, by the `silent_s` that it has taken so
+    far. Single tokens are judged by their sum: the first one after a prompt is slower than the others.
+    """
+    singles_s = [token.seconds for token in decoded if token.tokens == 1]
+    if singles_s:
+        return max(sum(singles_s), silent_s) > tokens / least_per_s
+    last = decoded[-1]
+    return last.seconds > last.tokens / least_per_s or silent_s > chunk / least_per_s
 
 
 def longest(probes: Sequence[Probe], variant: Variant, limit_bytes: int) -> Probe | None:

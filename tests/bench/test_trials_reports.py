@@ -17,7 +17,7 @@ from psikv_bench.oom_trial import rate_words
 from psikv_bench.options import chosen
 from psikv_bench.record import Recorder
 from psikv_bench.scenes import capacity
-from psikv_bench.scenes.capacity import CapacityOptions, too_slow
+from psikv_bench.scenes.capacity import CapacityOptions
 from psikv_bench.scenes.latency import LatencyOptions
 from psikv_bench.scenes.oom import OomOptions, remaining, schedule
 from psikv_bench.trials.series import near
@@ -130,7 +130,7 @@ class TestCapacity:
     )
     def test_slow_is_a_whole_chunk_or_all_of_the_single_tokens(self, seconds, silent_s, slow):
         decoded = [Token(time_s=0.0, seconds=one, tokens=tokens) for tokens, one in seconds]
-        assert too_slow(decoded, silent_s, CapacityOptions(chunk=32, tokens=8), 10.0) is slow
+        assert capacity_report.too_slow(decoded, silent_s, 8, 32, 10.0) is slow
 
     def test_where_nothing_survives_nothing_is_claimed(self):
         probes = [probe("fixed", 256, "killed"), probe("psi", 256)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -25,6 +24,7 @@ from psikv_bench.capacity_report import (
     plot,
     probes_table,
     records,
+    too_slow,
 )
 from psikv_bench.options import Options, each_once, in_order
 from psikv_bench.record import Recorder, Report
@@ -200,7 +200,7 @@ class _Probing:
         if not self._tokens:
             if silent_s > _OPEN_S:
                 raise _Slow(f"it did not open in {_OPEN_S:.0f} s")
-        elif too_slow(self._tokens, silent_s, self._options, least):
+        elif too_slow(self._tokens, silent_s, self._options.tokens, self._options.chunk, least):
             raise _Slow(f"less than {least:g} tokens per second")
 
     def _probe(self, ending: Ending, why: str, peak_bytes: int, looked: messages.Looked | None) -> Probe:
@@ -223,24 +223,6 @@ class _Probing:
             trims=sum(isinstance(event, Trimmed) for event in self._returned),
             last_turn="" if ending == "survived" else self._last_turn,
         )
-
-
-def too_slow(
-    decoded: Sequence[messages.Token], silent_s: float, options: CapacityOptions, least_per_s: float
-) -> bool:
-    """Whether the last chunk of the prompt, or all of the tokens that come one by one, take too long.
-
-    `decoded` has at least one. What is waited for counts as well, by the `silent_s` that it has taken so
-    far. Single tokens are judged by their sum: the first one after a prompt is slower than the others.
-    """
-    singles_s = [token.seconds for token in decoded if token.tokens == 1]
-    if singles_s:
-        return max(sum(singles_s), silent_s) > options.tokens / least_per_s
-    last = decoded[-1]
-    return last.seconds > last.tokens / least_per_s or silent_s > options.chunk / least_per_s
-
-
-# -- the report --------------------------------------------------------------------------------------------
 
 
 def run(recorder: Recorder[CapacityOptions]) -> Report:

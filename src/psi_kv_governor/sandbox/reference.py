@@ -8,10 +8,13 @@ more: no memory is returned, and nothing comes back.
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from psi_kv_governor.errors import BadInputError
+from psi_kv_governor.sandbox.messages import Pruned
+from psi_kv_governor.sandbox.process_memory import Sample, own_memory
 
 POLL_S = 1.0
 THRESHOLD = 0.10
@@ -42,6 +45,26 @@ class MiddlePruner:
         self._file, self._tail, self._min_prune = pressure_file, tail, min_prune
         self._from = keep
         self._polled_s = float("-inf")
+        self.removed_cells = 0
+
+    def prune(self, llm: Any) -> Pruned | None:
+        """The method's whole answer to pressure: `n_tokens` of `llm` stays, and with it the positions."""
+        cut = self.look(time.monotonic(), llm.n_tokens)
+        if cut is None:
+            return None
+        before = own_memory()
+        llm._ctx.kv_cache_seq_rm(0, cut.start, cut.stop)
+        after = own_memory()
+        self.removed_cells += cut.stop - cut.start
+        return Pruned(
+            time_s=time.monotonic(),
+            cells=cut.stop - cut.start,
+            live_cells=llm.n_tokens - self.removed_cells,
+            bytes_returned=before.anonymous_bytes
+            + before.swap_bytes
+            - after.anonymous_bytes
+            - after.swap_bytes,
+        )
 
     def look(self, time_s: float, next_position: int) -> Cut | None:
         """What to remove at `time_s` of a sequence that ends before `next_position`; None: nothing."""
@@ -53,3 +76,7 @@ class MiddlePruner:
             return None
         self._from = cut.stop
         return cut
+
+
+def _taken_bytes(seen: Sample) -> int:
+    return seen.anonymous_bytes + seen.swap_bytes

@@ -27,7 +27,7 @@ from psi_kv_governor.sandbox import llm as llms
 from psi_kv_governor.sandbox import messages
 from psi_kv_governor.sandbox.messages import Setup, Stage
 from psi_kv_governor.sandbox.process_memory import own_memory
-from psi_kv_governor.sandbox.reference import Cut, MiddlePruner
+from psi_kv_governor.sandbox.reference import MiddlePruner
 from psi_kv_governor.sandbox.self_look import drop_file_cache, looked
 from psi_kv_governor.sandbox.speaker import Speaker
 from psi_kv_governor.sandbox.text import prompt_tokens
@@ -53,7 +53,6 @@ class Worker:
         self._probe = 0
         self._prompt: list[int] = []
         self._turns = 0
-        self._removed = 0
         self._pruner: MiddlePruner | None = None
         if setup.variant == "reference":
             file, keep, tail = Path(setup.pressure_file), setup.keep or 0, setup.tail or 1
@@ -188,11 +187,15 @@ class Worker:
             if number == order.trim_at and llms.is_governed(self._setup.variant):
                 self._llm.governor.trim(0.5)
                 last_s = time.monotonic()
-            if self._pruner is not None and order.stage == "pressed":
-                self._prune(self._pruner.look(time.monotonic(), self._llm.n_tokens))
+            if order.stage == "pressed" and self._pruner is not None:
+                self._say_pruned(self._pruner.prune(self._llm))
             last_s = self._eval([llms.greedy(self._llm)], said=True, since_s=last_s)
             if order.max_s is not None and last_s - began_s > order.max_s:
                 return
+
+    def _say_pruned(self, pruned: messages.Pruned | None) -> None:
+        if pruned is not None:
+            self._speaker.say(pruned)
 
     def _decode_on(self) -> None:
         """Token after token until an order comes, and back to the end of the context in time."""
@@ -220,24 +223,6 @@ class Worker:
         request.close()
         if decoded != tokens:
             raise PsiKvError(f"the model stopped after {decoded} of {tokens} tokens")
-
-    def _prune(self, cut: Cut | None) -> None:
-        """The reference method's whole answer to pressure: `n_tokens` stays, and with it the positions."""
-        if cut is None:
-            return
-        before = own_memory()
-        self._llm._ctx.kv_cache_seq_rm(0, cut.start, cut.stop)
-        after = own_memory()
-        self._removed += cut.stop - cut.start
-        returned = before.anonymous_bytes + before.swap_bytes - after.anonymous_bytes - after.swap_bytes
-        self._speaker.say(
-            messages.Pruned(
-                time_s=time.monotonic(),
-                cells=cut.stop - cut.start,
-                live_cells=self._cells().live,
-                bytes_returned=returned,
-            )
-        )
 
     # -- afterwards -------------------------------------------------------------------------------------
 
@@ -276,7 +261,8 @@ class Worker:
     # -- what is said -----------------------------------------------------------------------------------
 
     def _cells(self) -> llms.Cells:
-        return llms.cells_of(self._llm, self._setup.variant, self._removed)
+        removed = 0 if self._pruner is None else self._pruner.removed_cells
+        return llms.cells_of(self._llm, self._setup.variant, removed)
 
     def _progress(self, stage: Stage, total: int, done: int = 0) -> None:
         self._speaker.say(messages.Progress(stage=stage, done=done, total=total))
