@@ -1,0 +1,56 @@
+"""Every example runs as it is printed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+pytestmark = [pytest.mark.llama, pytest.mark.timeout(240)]
+
+
+def run(name: str, *arguments: object, said: str = "") -> str:
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / name, *map(str, arguments)],
+        input=said, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_chat_answers_each_line(demo_model):
+    answers = run("chat.py", demo_model, said="What is the capital of France?\nAnd of Italy?\n").splitlines()
+    assert len([line for line in answers if line.strip()]) >= 2
+    assert "Paris" in answers[0]
+
+
+def test_robot_says_something_in_every_cycle_and_counts_its_deadlines(demo_model):
+    told = run("robot.py", demo_model, 2)
+    assert len(re.findall(r"^\d: (?:room|tight), \d+ tokens", told, re.MULTILINE)) == 2
+    assert "deadlines missed" in told
+
+
+def test_the_idle_one_of_two_models_gives_and_goes_on(demo_model):
+    told = run("two_models.py", demo_model)
+    idle, busy, returned = (int(found) for found in re.findall(r"^\w+: (\d+) MiB", told, re.MULTILINE))
+    assert idle > busy
+    assert returned > 0
+    assert "idle goes on: '" in told
+
+
+def test_a_policy_of_one_s_own_decides_what_is_masked(demo_model):
+    told = run("own_policy.py", demo_model)
+    masked, back = (int(found) for found in re.findall(r"^(\d+) cells", told, re.MULTILINE))
+    assert masked == back > 0
+    ranges = re.search(r"masked: (.*)", told)[1].split(", ")
+    assert len(ranges) > 1  # a comb, and not one run
+
+
+def test_every_example_has_its_test():
+    tests = Path(__file__).read_text()
+    assert not [path.name for path in EXAMPLES.glob("*.py") if f'"{path.name}"' not in tests]
