@@ -34,7 +34,7 @@ $(BIN)/python:
 	  || { echo "make: $(PYTHON) has no venv: install it, e.g. 'apt install python3-venv'" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(READY): pyproject.toml benchmarks/pyproject.toml | $(BIN)/python
+$(READY): pyproject.toml $(wildcard benchmarks/pyproject.toml) | $(BIN)/python
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 \
 	  || { echo "make: $(VENV) has no pip: remove the folder and run make again" >&2; exit 1; }
 	@$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("llama_cpp") is None)' || { \

@@ -1,4 +1,4 @@
-"""`psi-kv bench pressure` as a script, with the same options: `python benchmarks/pressure_bench.py --help`."""
+"""`psi-kv bench pressure` as a script: `python benchmarks/pressure_bench.py --help`. Same options."""
 
 from __future__ import annotations
 

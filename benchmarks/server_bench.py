@@ -164,7 +164,7 @@ def prompts(kind: str, number: int, tokens: int) -> str:
 
 
 def scene(client: Client, talks: int, shots: int, tokens: int, shot_tokens: int) -> None:
-    """Conversations begin, one-shot prompts come in between, and the conversations return, again and again."""
+    """Conversations begin, one-shot prompts come in between, and the conversations return each time."""
     for number in range(talks):
         client.ask("first", number, prompts("Story", number, tokens))
     for number in range(shots):

@@ -46,7 +46,7 @@ def test_no_child_is_started_otherwise():
     for path in SOURCES.rglob("*.py"):
         if path.name != "children.py" and "bench" not in path.parts:
             for line in path.read_text().splitlines():
-                assert "sys.executable" not in line or '"-I"' in line, (path, line)
+                assert "[sys.executable" not in line or '"-I"' in line, (path, line)
 
 
 WITHOUT_FORK = """
@@ -54,7 +54,7 @@ import os
 del os.register_at_fork, os.fork
 import psi_kv_governor, psi_kv_governor.lifetime, psi_kv_governor.status_socket
 import psi_kv_governor.pressure.neighbours
-import psi_kv_governor.engine.llama.safepoint, psi_kv_governor.engine.llama.llm
+import psi_kv_governor.engines.llama.fleet, psi_kv_governor.residence, psi_kv_governor.llama
 """
 
 

@@ -193,7 +193,7 @@ def test_cut_anywhere_it_gives_turns_or_bad_input(tmp_path_factory, at, packed):
 @given(st.binary(max_size=300), st.booleans())
 def test_any_bytes_after_the_header_give_turns_or_bad_input(tmp_path_factory, data, packed):
     path = tmp_path_factory.mktemp("any") / "a.jsonl"
-    data = b'{"psi_kv_trace":2}\n' + data + b"\n"
+    data = b'{"psi_kv_trace":3}\n' + data + b"\n"
     path.write_bytes(gzip.compress(data) if packed else data)
     with pytest.raises(BadInputError):  # random bytes are never a turn
         read_recording(path)
@@ -241,9 +241,9 @@ def test_a_line_that_is_no_turn_is_named(path, changes, message):
     [
         ('{"psi_kv_trace":9}', "version 9 .* not known"),
         ('{"psi_kv_trace":1}', "version 1 .* not known"),
-        ('{"psi_kv_trace":2,"weather":"fair"}', "line 1 .*weather"),
-        ('{"psi_kv_trace":2,"config":{"hihg":0.2}}', "line 1 .* hihg"),
-        ('{"psi_kv_trace":2,"config":{"high":7}}', "line 1 .*high"),
+        ('{"psi_kv_trace":3,"weather":"fair"}', "line 1 .*weather"),
+        ('{"psi_kv_trace":3,"config":{"hihg":0.2}}', "line 1 .* hihg"),
+        ('{"psi_kv_trace":3,"config":{"high":7}}', "line 1 .*high"),
         ("{}", "not the header"),
     ],
 )
@@ -256,13 +256,13 @@ def test_a_header_of_another_version_or_with_other_settings_is_refused(path, hea
 
 
 def test_readings_alone_are_no_recording(path):
-    path.write_text('{"psi_kv_trace":2}\n{"reading":{"time_s":1.0,"interval_s":0.5,"some":0.1,"full":0.0}}\n')
+    path.write_text('{"psi_kv_trace":3}\n{"reading":{"time_s":1.0,"interval_s":0.5}}\n')
     with pytest.raises(BadInputError, match="a reading and no decision"):
         read_recording(path)
 
 
 def test_a_header_alone_is_no_recording(path):
-    path.write_text('{"psi_kv_trace":2}\n')
+    path.write_text('{"psi_kv_trace":3}\n')
     with pytest.raises(BadInputError, match="no turns"):
         read_recording(path)
 

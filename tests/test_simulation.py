@@ -153,7 +153,8 @@ def test_a_trace_is_followed_reading_by_reading():
     assert [(int(deed.time_s), deed.action) for deed in outcome.deeds] == [
         (2, "trim"), (3, "trim"), (9, "restore"),
     ]  # fmt: skip
-    assert (outcome.onset_s, outcome.first_action_after_s, outcome.stall_s) == (2.0, 0.0, 1.0)
+    assert (outcome.onset_s, outcome.stall_s) == (2.0, 1.0)
+    assert outcome.first_action_after_s < 0.05  # what the parking took
     assert outcome.stall_ungoverned_s is None
     assert track.time_s == [float(second) for second in range(12)]
     assert all(math.isnan(share) for share in track.headroom)
@@ -188,7 +189,7 @@ def test_a_calm_machine_of_any_kind_is_left_alone_and_a_busy_one_kills_nobody(ro
     assert busy.governed.trims > 0
     assert busy.governed.kills == 0
     assert busy.governed.lost_s <= busy.ungoverned.lost_s
-    assert busy.ungoverned.kills > 0 or busy.ungoverned.lost_s > 5 * busy.governed.lost_s
+    assert busy.ungoverned.kills > 0 or busy.ungoverned.lost_s > 3 * busy.governed.lost_s
     assert (calm.state, busy.state) == ("calm", "busy")
 
 

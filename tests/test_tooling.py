@@ -80,7 +80,8 @@ def test_vulkan_headers_are_looked_for(bare, tmp_path):
 def make(tmp_path):
     if shutil.which("make") is None:
         pytest.skip("this machine has no make")
-    for name in ("Makefile", "pyproject.toml"):
+    (tmp_path / "benchmarks").mkdir()
+    for name in ("Makefile", "pyproject.toml", "benchmarks/pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path / name)
     return lambda *arguments: run("make", "-C", str(tmp_path), *arguments)
 

@@ -1,27 +1,45 @@
-"""The one place of the benchmarks that takes a governed context apart: ranges by hand, evidence, logits.
+"""The one place of the benchmarks that takes a governed context apart: single ranges, evidence, logits.
 
 Everything else asks the process that holds a model (`psi_kv_governor.sandbox.worker`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from psi_kv_governor.cache import (
+    CacheState,
+    Description,
+    Evidence,
+    Kind,
+    Plan,
+    Range,
+    Result,
+    SequenceState,
+    Snapshot,
+    Step,
+    Values,
+    Verb,
+    cells_in,
+)
 from psi_kv_governor.config import GovernorConfig, load_config
+from psi_kv_governor.engines.llama.engine import LlamaEngine
+from psi_kv_governor.engines.llama.evidence import LlamaEvidence
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.governor import Governor
-from psi_kv_governor.policy import Policy, Range
-from psi_kv_governor.policy.base import Evidence, Kind, Values
-from psi_kv_governor.policy.chooser import Chooser, check_served
+from psi_kv_governor.policy import Policy
+from psi_kv_governor.policy.scoring import Scores, check_served
+from psi_kv_governor.policy.select import Protection
 from psi_kv_governor.pressure.reading import PressureSource
 from psi_kv_governor.sandbox import llm as llms
 from psi_kv_governor.sandbox.messages import Setup
-from psi_kv_governor.store import open_store
 
 _C = TypeVar("_C", bound="Context")
 
@@ -41,7 +59,6 @@ class Context:
     def __init__(self, setup: Setup, n_ctx: int) -> None:
         self.config: GovernorConfig = load_config(**llms.settings_of(setup))
         self.llm: Any = llms.open_llm(setup, n_ctx, setup.prefill_threads or setup.threads)
-        self._store = open_store(load_config(store="disk"))
         if why := llms.why_not_governable(self.llm):
             self.close()
             raise PsiKvError(f"nothing to measure with this model: {why}")
@@ -55,8 +72,6 @@ class Context:
     def close(self) -> None:
         """Free the model."""
         self.llm.close()
-        if self._store is not None:
-            self._store.close()
 
     # -- tokens -----------------------------------------------------------------------------------------
 
@@ -92,9 +107,36 @@ class Context:
     # -- cells ------------------------------------------------------------------------------------------
 
     @property
+    def engine(self) -> LlamaEngine:
+        """The engine over the context's cache."""
+        engine = self.llm.governor.engine
+        assert isinstance(engine, LlamaEngine)
+        return engine
+
+    def cache(self) -> CacheState:
+        """The context's cache. Raises PsiKvError before the first token was decoded."""
+        caches = [cache for cache in self.engine.snapshot().caches if cache.maskable]
+        if len(caches) != 1:
+            raise PsiKvError("nothing to measure: nothing was decoded yet, or there are several caches")
+        return caches[0]
+
+    def sequence(self) -> SequenceState:
+        """The context as a sequence of its cache."""
+        (sequence,) = self.cache().sequences
+        return sequence
+
+    def apply(self, verb: Verb, ranges: Sequence[Range] = (), *, sequence: int | None = 0) -> Result:
+        """Have the engine do one thing with the context. Raises PsiKvError where there is a problem."""
+        step = Step(verb=verb, cache=self.cache().id, sequence=sequence, ranges=tuple(ranges))
+        result = self.engine.apply(Plan(steps=(step,)))
+        if result.problem:
+            raise PsiKvError(result.problem)
+        return result
+
+    @property
     def cell_bytes(self) -> int:
         """K and V of one token in every layer."""
-        return int(self.llm._engine.cell_bytes)
+        return self.cache().cell_bytes
 
     def remove(self, ranges: Sequence[Range]) -> None:
         """Take the cells of `ranges` out of the metadata, as upstream does: the rows stay as they are."""
@@ -103,77 +145,82 @@ class Context:
 
     def release(self) -> int:
         """Return the pages of cells nobody uses; gives the bytes."""
-        return int(self.llm._engine.release())
+        return self.apply(Verb.RELEASE, sequence=None).bytes_returned
 
     def mask(self, ranges: Sequence[Range]) -> float:
         """Give `ranges` up, to come back bit for bit; gives the seconds. Raises PsiKvError for less."""
-        done = self.llm._engine.trim(ranges, self._store)
-        cells = sum(part.cells for part in ranges)
-        if done.problem or done.spilled != cells:
-            raise PsiKvError(f"{done.spilled} of {cells} cells were given up. {done.problem}".strip())
-        return float(done.seconds)
+        done = self.apply(Verb.MASK, ranges)
+        if done.masked != cells_in(ranges):
+            raise PsiKvError(f"{done.masked} of {cells_in(ranges)} cells were given up")
+        return done.seconds
 
     def unmask(self) -> float:
         """Put everything back; gives the seconds. Raises PsiKvError where something stays away."""
-        done = self.llm._engine.restore(self.n_tokens, self._store)
-        if done.problem or done.missing:
-            raise PsiKvError(f"{done.missing} cells did not come back. {done.problem}".strip())
-        return float(done.seconds)
+        done = self.apply(Verb.UNMASK)
+        if away := self.sequence().masked_cells:
+            raise PsiKvError(f"{away} cells did not come back")
+        return done.seconds
 
     def evict(self, ranges: Sequence[Range]) -> None:
-        """Drop the content of `ranges`."""
-        self.llm._engine.trim(ranges, None)
+        """Drop the context from the first of `ranges` on."""
+        (part,) = ranges
+        self._dropped: list[int] = self.llm.input_ids[part.start : part.stop].tolist()
+        self.cut(part.start)
 
     def decode_again(self) -> None:
-        """Have what was dropped decoded again. Raises PsiKvError where something stays away."""
-        if missing := llms.put_back(self.llm):
-            raise PsiKvError(f"{missing} cells were not decoded again")
+        """Decode the range that was dropped."""
+        self.read(self._dropped)
 
     def missing_share(self) -> float:
         """Of the context, that attention does not look at."""
-        ledger = self.llm._engine.ledger
-        return float(ledger.holes() / len(ledger)) if len(ledger) else 0.0
+        sequence = self.sequence()
+        return sequence.masked_cells / sequence.next_position if sequence.next_position else 0.0
 
     # -- policies ---------------------------------------------------------------------------------------
 
     def collect(self, kinds: frozenset[Kind]) -> None:
         """Gather evidence from now on."""
-        self.llm._engine.evidence.collect(kinds)
-        self.evidence: Evidence = _Gathered(self.llm._engine.evidence)
+        self._kinds = kinds
+        self.engine.collect(kinds)
+
+    @property
+    def evidence(self) -> Evidence:
+        """What a policy can ask about the context."""
+        return _Gathered(self._native())
+
+    def _native(self) -> LlamaEvidence:
+        return self.engine.evidence(self.cache().id, 0)
 
     def sample(self, on: bool) -> None:
         """Whether attention is sampled while tokens are decoded."""
-        self.llm._engine.evidence._sampler.pause(not on)
+        self.engine.collect(self._kinds if on else frozenset())
 
-    def sampled(self) -> Any:
+    def sampled(self) -> bytes:
         """What has been sampled so far, to go back to."""
-        return self.llm._engine.evidence.snapshot()
+        return self._native().sampled()
 
-    def forget_sampled(self, sampled: Any) -> None:
+    def forget_sampled(self, sampled: bytes) -> None:
         """Forget what was sampled since."""
-        self.llm._engine.evidence.rewind(sampled)
+        self._native().rewind(sampled)
 
     def check_served(self, policy: Policy) -> None:
         """Raises BadInputError where this cache can't serve it."""
-        check_served(policy, self.llm._engine.evidence, asked_for=True)
+        check_served(policy, self._native())
 
     def chosen(self, policy: Policy, cells: int) -> list[Range]:
         """The ranges of `cells` cells that `policy` would give up now. Raises PsiKvError where it fails."""
-        engine = self.llm._engine
 
         def refuse(why: str) -> None:  # in a governor it is replaced; what is measured then is another one
             raise PsiKvError(why)
 
-        chooser = Chooser(
-            policy, self.evidence, engine.ledger, self.config, row_bytes=engine.row_bytes, complain=refuse
-        )
-        return chooser.choose(cells)
+        scores = Scores(policy, lambda cache, sequence: self.evidence, self.config.block_cells, refuse)
+        protection = Protection(sink_cells=self.config.sink_cells, window_cells=self.config.window_cells)
+        return scores.lowest(self.cache(), self.sequence(), protection, cells)
 
     @contextmanager
     def governed(self, policy: Policy, source: PressureSource) -> Iterator[Governor]:
         """A governor of its own over this context, moved step by step; all is back when it is left."""
-        engine: Any = _Shared(self.llm._engine, self.evidence)
-        governor = Governor(engine, source=source, policy=policy, store=self._store, config=self.config)
+        governor = Governor(_Shared(self), source=source, policy=policy, config=self.config)
         try:
             yield governor
         finally:
@@ -181,18 +228,12 @@ class Context:
 
 
 class _Gathered:
-    """Evidence that is gathered from the start for all policies.
-
-    One context serves them all in turn, each with the cache as it was decoded. So it begins nothing anew for
-    one of them, and what was restored after another's turn counts as decoded in its place.
-    """
+    """Evidence that is gathered from the start for all policies: what was restored after another's turn
+    counts as decoded in its place."""
 
     def __init__(self, inner: Evidence) -> None:
         self.why_not, self.attention, self.last_used = inner.why_not, inner.attention, inner.last_used
         self.key_norms, self.key_diffs = inner.key_norms, inner.key_diffs
-
-    def collect(self, kinds: frozenset[Kind]) -> None:
-        """Nothing: it is gathered already, and beginning anew would forget it."""
 
     def arrivals(self, part: Range) -> Values:
         """The order of decoding."""
@@ -200,18 +241,45 @@ class _Gathered:
 
 
 class _Shared:
-    """The engine that many governors use in turn, with evidence that none of them begins anew."""
+    """The engine that many governors use in turn: none of them begins the evidence anew, and the context
+    counts as running, however slow this machine is."""
 
-    def __init__(self, inner: Any, evidence: Evidence) -> None:
-        self._inner, self.evidence = inner, evidence
+    def __init__(self, context: Context) -> None:
+        self._context = context
 
-    def trim(self, ranges: Sequence[Range], store: Any, deadline_s: float = 0.0) -> Any:
-        """Without the deadline: what goes is measured, and not whether this machine is slow."""
-        del deadline_s
-        return self._inner.trim(ranges, store)
+    def describe(self) -> Description:
+        """See Engine."""
+        return self._context.engine.describe()
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
+    def snapshot(self) -> Snapshot:
+        """See Engine."""
+        snapshot = self._context.engine.snapshot()
+        caches = tuple(
+            msgspec.structs.replace(
+                cache,
+                sequences=tuple(msgspec.structs.replace(one, running=True) for one in cache.sequences),
+            )
+            for cache in snapshot.caches
+        )
+        return msgspec.structs.replace(snapshot, caches=caches)
+
+    def apply(self, plan: Plan) -> Result:
+        """See Engine. Without a deadline for what goes: that is measured, and not this machine."""
+        gives = all(step.verb is Verb.MASK for step in plan.steps)
+        return self._context.engine.apply(
+            msgspec.structs.replace(plan, deadline_s=math.inf) if gives else plan
+        )
+
+    def collect(self, kinds: frozenset[Kind]) -> None:
+        """See Engine. It is gathered already, and beginning anew would forget it."""
+
+    def evidence(self, cache: int, sequence: int) -> Evidence:
+        """See Engine."""
+        del cache, sequence
+        return self._context.evidence
+
+    def close(self) -> None:
+        """See Engine."""
 
 
 def differing(left: Logits, right: Logits) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.quantile import quantile
 from psi_kv_governor.sandbox.host import MIB
 from psi_kv_governor.sandbox.llm import is_governed
-from psi_kv_governor.sandbox.messages import Turned, Variant
+from psi_kv_governor.sandbox.messages import Variant
 from psikv_bench import plots
 from psikv_bench.figures import Asked, Figure, figure, ms, spread
 from psikv_bench.intervals import Share, share_of
+from psikv_bench.oom_trial import Trial, rate_words, sorted_rates, speed_of, starts_to_die, survives_up_to
 from psikv_bench.options import in_order
 from psikv_bench.record import Recorder, Report, Table
 from psikv_bench.trials.sizing import Need, Sizes, kill_excess, trimmed_bytes
@@ -25,48 +25,6 @@ ASKED_UP_TO = 200.0
 """MB/s: what a browser or a build takes memory at. Up to it no governed run may end in a kill."""
 NO_KILL = Asked("<=", 0, "max")
 NEARLY_ALL = Asked(">=", 0.9)
-
-
-class Trial(msgspec.Struct, frozen=True, kw_only=True):
-    """One run: a neighbour took memory beside a model that was decoding. None: it never was."""
-
-    number: int
-    variant: Variant
-    rate: float
-    sizes: Sizes
-    fresh: bool
-    """Whether the model's process was started for this run, or had gone through others."""
-    model_killed: bool
-    neighbour_killed: bool
-    stuck: bool
-    """Neither was killed, and it went no further: not counted as a kill, and said apart."""
-    seconds: float
-    """From the neighbour's first byte to the end of the hold, or of one of them."""
-    taken_bytes: int
-    """By the neighbour, as far as it could still say."""
-    token_s: list[float]
-    """Of each token since the neighbour's first byte."""
-    peak_bytes: int
-    """Most that was resident of the model's process."""
-    held_bytes: int | None
-    """What was resident of it at the end of the hold; None where it was killed."""
-    returned_bytes: int
-    trims: int
-    first_returned_s: float | None
-    """From the neighbour's first byte to the governor's first bytes back."""
-    least_headroom_bytes: int
-    stall_s: float
-    """`some` in the cgroup."""
-    whole: bool | None
-    """Whether every cell came back afterwards, the logits the same bits; None where the model was killed."""
-    whole_s: float | None
-    trail: list[Turned]
-    """The governor's last turns before a kill: what it saw and decided."""
-
-    @property
-    def died(self) -> bool:
-        """Whether the kernel killed one of the two: the neighbour's death is as much a failure."""
-        return self.model_killed or self.neighbour_killed
 
 
 class InScene(msgspec.Struct, frozen=True, kw_only=True):
@@ -148,41 +106,6 @@ def cells(trials: Sequence[Trial]) -> list[Cell]:
 
 def _variants(trials: Sequence[Trial]) -> list[Variant]:
     return in_order(list({trial.variant for trial in trials}))
-
-
-# -- rates -------------------------------------------------------------------------------------------------
-
-
-def speed_of(rate: float) -> float:
-    """A rate as a number to sort by: 0 stands for as fast as it can."""
-    return math.inf if rate == 0 else rate
-
-
-def sorted_rates(rates: Sequence[float]) -> list[float]:
-    """Slow ones first, 0 (as fast as it can) last."""
-    return sorted(set(rates), key=speed_of)
-
-
-def rate_words(rate: float | None) -> str:
-    """A rate as it is read."""
-    if rate is None:
-        return "none"
-    return "as fast as it can" if rate == 0 else f"{rate:g} MB/s"
-
-
-def starts_to_die(killed: Mapping[float, Share]) -> float | None:
-    """The lowest rate at which at least one of its runs was killed; None where none was."""
-    return min((rate for rate, found in killed.items() if found.hits), key=speed_of, default=None)
-
-
-def survives_up_to(killed: Mapping[float, Share]) -> float | None:
-    """The highest rate up to which no run at it or at any lower one was killed; None where not even one."""
-    best = None
-    for rate in sorted_rates(list(killed)):
-        if killed[rate].hits:
-            break
-        best = rate if killed[rate].trials else best
-    return best
 
 
 # -- the report --------------------------------------------------------------------------------------------
@@ -290,7 +213,7 @@ def notes(trials: Sequence[Trial], scene: InScene | None = None) -> list[str]:
             lines.append(
                 f"run {trial.number} ({trial.variant}, {rate_words(trial.rate)}) killed the "
                 f"{' and '.join(dead)} after {trial.seconds:.2f} s; the governor's last turn: {last.action}, "
-                f"{last.live_cells} live: {last.reason}"
+                f"{last.live_bytes >> 20} MiB live: {last.reason}"
             )
     return lines
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# The colours of Okabe and Ito, told apart by colour-blind readers too.
+# The colours of Okabe and Ito, set apart by colour-blind readers too.
 GREY, DARK, ORANGE, SKY, GREEN = "#9A9A9A", "#333333", "#E69F00", "#56B4E9", "#009E73"
 BLUE, RED, PINK, BROWN = "#0072B2", "#D55E00", "#CC79A7", "#B8860B"
 COLOURS: dict[Variant, str] = {

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import datetime
 import io
 import os
-import platform
-import re
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
-import numpy as np
 
 from psi_kv_governor.errors import BadInputError, PsiKvError
 from psikv_bench.figures import Figure
+from psikv_bench.journal import Journal, encoded
+from psikv_bench.machine import Machine, command_line, machine, versions
 from psikv_bench.options import Options
 
 RESULT, SUMMARY, JOURNAL = "result.json", "summary.md", "journal.jsonl"
 
-_T = TypeVar("_T")
 _S = TypeVar("_S", bound=Options)
 
 
@@ -37,18 +32,6 @@ class Say(Protocol):
 
 def say_nothing(doing: str, *, new: bool = False) -> None:
     """For those who don't listen."""
-
-
-class Machine(msgspec.Struct, frozen=True, kw_only=True):
-    """Where it was measured. Holds no name of a person, a host or a folder."""
-
-    architecture: str
-    processor: str
-    cores: int
-    """Cores that this process may run on."""
-    memory_bytes: int
-    page_bytes: int
-    kernel: str
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,6 +133,10 @@ class Recorder(Generic[_S]):
 
         `plan` is without what may grow from one time to the next, such as the number of runs.
         """
+        if self.folder is not None and (self.folder / RESULT).exists() and not self._resume:
+            raise BadInputError(
+                f"{self.folder} holds a report already: go on with --resume, or give another --out-dir"
+            )
         size = self.model.stat().st_size
         head = encoded({"bench": self.bench, "model": self.model.name, "model_bytes": size, "options": plan})
         return Journal(self.folder and self.folder / JOURNAL, head, kind, go_on=self._resume)
@@ -192,7 +179,7 @@ class Recorder(Generic[_S]):
             rows=rows,
         )
 
-    def keep(
+    def save(
         self, report: Report, records: Sequence[dict[str, Any]] = (), *draw: Callable[[Path], str]
     ) -> Report:
         """Write result.json and summary.md, `records` as a CSV file, and what each `draw` draws.
@@ -216,82 +203,6 @@ class Recorder(Generic[_S]):
         if records:
             write(self.folder / f"{self.bench}.csv", as_csv(records).encode())
         return report
-
-
-class Journal(Generic[_T]):
-    """The finished parts of one benchmark, in memory, and in a file where there is a `path`, a line each.
-
-    The file's first line is the `head`: parts of another plan are not mixed with these. Raises BadInputError
-    when there is a file and `go_on` is not set, or when its head is another; PsiKvError when it can't be
-    written.
-    """
-
-    def __init__(self, path: Path | None, head: bytes, kind: Any, *, go_on: bool) -> None:
-        self.parts: list[_T] = []
-        self._path = path
-        if path is None:
-            return
-        if not path.exists():
-            self._append(head)
-        elif go_on:
-            self.parts = list(_read(path, head, kind))
-        else:
-            raise BadInputError(
-                f"{path.parent} holds a run: go on with it with --resume, or give another --out-dir"
-            )
-
-    def add(self, part: _T) -> None:
-        """Keep a finished part: on disk when this returns."""
-        self.parts.append(part)
-        if self._path is not None:
-            self._append(encoded(part))
-
-    def _append(self, line: bytes) -> None:
-        assert self._path is not None, "nothing is written without a file"
-        try:
-            with self._path.open("ab") as file:
-                file.write(line + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise PsiKvError(f"cannot write {self._path}: {error.strerror}") from error
-
-
-def _read(path: Path, head: bytes, kind: Any) -> Iterator[Any]:
-    data = path.read_bytes()
-    whole, _, cut = data.rpartition(b"\n")
-    if cut:  # a line that was being written when the machine went down
-        path.write_bytes(whole + b"\n")
-    first, *rest = whole.splitlines() or [b""]
-    if first != head:
-        raise BadInputError(f"{path} was begun with other options: give the same ones, or another --out-dir")
-    for number, line in enumerate(rest, 2):
-        try:
-            yield decoded(line, kind)
-        except msgspec.DecodeError as error:
-            raise BadInputError(f"line {number} of {path} is damaged: {error}") from error
-
-
-def encoded(value: Any) -> bytes:
-    """As JSON, arrays as lists."""
-    return msgspec.json.encode(value, enc_hook=_listed)
-
-
-def decoded(data: bytes | msgspec.Raw, kind: Any) -> Any:
-    """Back from JSON. Raises msgspec.DecodeError."""
-    return msgspec.json.decode(data, type=kind, dec_hook=_array)
-
-
-def _listed(value: object) -> object:
-    if isinstance(value, np.ndarray | np.generic):
-        return value.tolist()
-    raise NotImplementedError(f"{type(value)} can't be kept")
-
-
-def _array(kind: type, value: object) -> object:
-    if getattr(kind, "__origin__", kind) is np.ndarray and isinstance(value, list):
-        return np.asarray(value, dtype=np.float64)
-    raise NotImplementedError(f"{kind} can't be read back")
 
 
 # -- how it is written -------------------------------------------------------------------------------------
@@ -342,55 +253,3 @@ def check_folder(path: Path) -> None:
         raise BadInputError(f"cannot make {path}: {error.strerror}; give another --out-dir") from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise BadInputError(f"cannot write into {path}: give an --out-dir that is yours")
-
-
-# -- the machine -------------------------------------------------------------------------------------------
-
-
-def command_line(arguments: Sequence[str] | None = None) -> str:
-    """The command as it can be typed again, without the folders that its files lie in."""
-    program, *rest = sys.argv if arguments is None else arguments
-    name = Path(program).name
-    return " ".join(["psi-kv" if name == "__main__.py" else name, *map(_without_folder, rest)])
-
-
-def _without_folder(word: str) -> str:
-    option, equals, value = word.rpartition("=")
-    return option + equals + (Path(value).name if os.sep in value else value)
-
-
-def cores() -> int:
-    """Cores that this process may run on: fewer than the machine's in a container or under taskset."""
-    return len(os.sched_getaffinity(0))
-
-
-def machine(root: Path = Path("/")) -> Machine:
-    """This machine. `root` stands in for the folder that holds /proc."""
-    release = re.match(r"\d+(\.\d+)*", platform.release())  # 6.18.4-who-built-it -> 6.18.4
-    return Machine(
-        architecture=platform.machine(),
-        processor=_processor(root),
-        cores=cores(),
-        memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        page_bytes=os.sysconf("SC_PAGE_SIZE"),
-        kernel=f"{platform.system()} {release[0] if release else platform.release()}",
-    )
-
-
-def _processor(root: Path) -> str:
-    """x86 has "model name" for each core; ARM boards have one "Model" at the end, or nothing."""
-    with contextlib.suppress(OSError):
-        for line in (root / "proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() in {"model name", "Model"} and value.strip():
-                return value.strip()
-    return platform.processor() or "unknown"
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the figures depend on. A package that is not installed is left out."""
-    found = {"python": platform.python_version()}
-    for package in ("psi-kv-governor", "llama-cpp-python", "numpy"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from psi_kv_governor.config import GovernorConfig, load_config
-    from psi_kv_governor.governor import Governor, psi_set_cache_limit
+    from psi_kv_governor.governor import Governor
+    from psi_kv_governor.limits import psi_set_cache_limit
     from psi_kv_governor.llama import GovernedLlama
     from psi_kv_governor.status import Status
 
@@ -20,7 +21,7 @@ _HOME = {
     "GovernorConfig": "psi_kv_governor.config",
     "Status": "psi_kv_governor.status",
     "load_config": "psi_kv_governor.config",
-    "psi_set_cache_limit": "psi_kv_governor.governor",
+    "psi_set_cache_limit": "psi_kv_governor.limits",
 }
 
 __all__ = ["GovernedLlama", "Governor", "GovernorConfig", "Status", "load_config", "psi_set_cache_limit"]

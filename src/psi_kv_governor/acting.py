@@ -12,7 +12,7 @@ import msgspec
 from psi_kv_governor.bus import Bus, words
 from psi_kv_governor.cache import CacheState, Engine, Plan, Result, SequenceState, Snapshot, Step, Verb
 from psi_kv_governor.config import GovernorConfig
-from psi_kv_governor.control import SLICE_BYTES, Decision
+from psi_kv_governor.control import SLICE_BYTES, Action, Decision
 from psi_kv_governor.events import CacheClosed, CacheOpened, Released, Restored, Trimmed
 from psi_kv_governor.own_work import OwnWork
 from psi_kv_governor.policy.planner import SLICE_S, Planner
@@ -50,22 +50,20 @@ class Acting:
 
     # -- what the law asks for --------------------------------------------------------------------------
 
-    def trim(self, snapshot: Snapshot, n_bytes: int, reason: str, *, urgent: bool = False) -> Result:
-        """Give up so many bytes, cheapest first."""
-        if not urgent and not self._may_write():
-            return Result(problem="as much was written today as write_limit_bytes_per_day allows")
-        result = self._apply(self._planner.trim(snapshot, n_bytes, urgent=urgent))
-        self._tell_trimmed(result, reason)
-        return result
+    def carry_out(self, decision: Decision, snapshot: Snapshot) -> None:
+        """Do what was decided on `snapshot`. Raises EngineError."""
+        if decision.action is Action.TRIM:
+            if decision.urgent or self._may_write():
+                plan = self._planner.trim(snapshot, decision.n_bytes, urgent=decision.urgent)
+                self._tell_trimmed(self._apply(plan), decision.reason)
+        elif decision.action is Action.RESTORE:
+            masked_bytes = self._planner.holdings(snapshot).masked_bytes
+            result = self._apply(self._planner.restore(snapshot, decision.n_bytes))
+            self._tell_restored(result, masked_bytes)
+        else:
+            self._keep_house(decision, snapshot)
 
-    def restore(self, snapshot: Snapshot, n_bytes: int) -> Result:
-        """Bring a slice of what is masked back."""
-        masked_bytes = self._planner.holdings(snapshot).masked_bytes
-        result = self._apply(self._planner.restore(snapshot, n_bytes))
-        self._tell_restored(result, masked_bytes)
-        return result
-
-    def keep_house(self, decision: Decision, snapshot: Snapshot) -> None:
+    def _keep_house(self, decision: Decision, snapshot: Snapshot) -> None:
         """What is done while there is nothing to decide: pages of free cells, saved states, dirty pages."""
         if (plan := self._planner.release(snapshot)) is not None:
             result = self._apply(plan)
@@ -87,7 +85,7 @@ class Acting:
         n_bytes = round(fraction * self._planner.holdings(snapshot).trimmable_bytes)
         if n_bytes <= 0:
             return Result(problem=self._planner.why_nothing(snapshot))
-        result = self._apply(self._planner.trim(snapshot, n_bytes, deadline_s=math.inf))
+        result = self._apply(self._planner.trim(snapshot, n_bytes))
         self._tell_trimmed(result, "by hand")
         return result
 
@@ -110,12 +108,13 @@ class Acting:
         return total
 
     def park(self, sequence: int | None, pid: int | None) -> Result:
-        """Park each sequence that is not being decoded, or this one, and the saved states."""
+        """Park each sequence that is not being decoded and the saved states; or this sequence, which is read
+        back at once if it is being decoded."""
         snapshot = self._engine.snapshot()
         chosen, problem = _chosen(snapshot, sequence, pid)
-        idle = [(cache, one) for cache, one in chosen if not one.running]
+        idle = [(cache, one) for cache, one in chosen if sequence is not None or not one.running]
         if chosen and not idle:
-            problem = "what is being decoded would be read back at once"
+            problem = "all of it is being decoded, and would be read back at once"
         steps = [Step(verb=Verb.PARK, cache=cache.id, sequence=one.id) for cache, one in idle]
         if sequence is None and (blobs := self._planner.park_blobs(snapshot)) is not None:
             there = {cache.id for cache in snapshot.caches if pid in {None, cache.pid}}

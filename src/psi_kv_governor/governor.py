@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import random
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import TracebackType
 from typing import TypeVar
 
@@ -17,15 +16,24 @@ from psi_kv_governor.acting import Acting
 from psi_kv_governor.bus import Bus, Subscribers, words
 from psi_kv_governor.cache import Description, Engine, OneAtATime, Range, Result, Snapshot
 from psi_kv_governor.config import GovernorConfig, load_config
-from psi_kv_governor.control import Action, Decision, LawState, Mode, Turn, decide, pause_s, spare_bytes
+from psi_kv_governor.control import (
+    LawState,
+    Mode,
+    Turn,
+    decide,
+    has_room,
+    nothing_new,
+    pause_s,
+)
 from psi_kv_governor.errors import BadInputError, EngineError
 from psi_kv_governor.events import Event, ModeChanged, Recomputed
 from psi_kv_governor.lifetime import Ended, open_governors, run
-from psi_kv_governor.limits import Limit, psi_set_cache_limit
+from psi_kv_governor.limits import Limit
 from psi_kv_governor.own_work import OwnWork
 from psi_kv_governor.policy import Policy, get_policy
 from psi_kv_governor.policy.planner import Planner
 from psi_kv_governor.pressure.neighbours import Neighbourhood
+from psi_kv_governor.pressure.processes import holders
 from psi_kv_governor.pressure.reading import PressureSource, Reading
 from psi_kv_governor.refusing import Refusing
 from psi_kv_governor.sensor import Sensor
@@ -33,13 +41,9 @@ from psi_kv_governor.status import Status
 from psi_kv_governor.status_socket import StatusSocket
 from psi_kv_governor.worker import Worker
 
-__all__ = ["Governor", "psi_set_cache_limit"]
-
 _log = logging.getLogger("psi_kv_governor")
 _T = TypeVar("_T")
 
-_CALM_TURN_S = 1.0
-"""Longest between two turns of the whole loop while nothing happens."""
 _FAILED_S = 1.0
 """Pause after a turn that failed: the next one fails most likely too."""
 _THREADS = 2
@@ -50,9 +54,8 @@ class Governor:
     """Watches the machine and trims and restores the caches of one engine.
 
     Acts by itself from `start` to `close`, in one thread; `step` is one turn of that loop. A failure in it
-    never reaches the model: it is said once, as a Degraded event and in the log, and the loop goes on with
-    what still works. It ends by itself when the engine is gone. Raises BadInputError for a policy that is
-    not known.
+    never reaches the model: it is said once, as a Degraded event and in the log, and the loop goes on. It
+    ends by itself when the engine is gone. Raises BadInputError for a policy that is not known.
     """
 
     def __init__(
@@ -94,7 +97,7 @@ class Governor:
         self._closing = threading.Lock()
         self._forked = False
         self._thread: threading.Thread | None = None
-        self._sensor = Sensor(source, bus, neighbours, _processes(self._acting.caches))
+        self._sensor = Sensor(source, bus, neighbours, holders(self._acting.caches))
         self._acting.work = OwnWork(self._sensor.neighbours, clock)
         self._socket = StatusSocket(self)
         # The engine is called by the loop's thread and by these, never by the caller's.
@@ -143,8 +146,8 @@ class Governor:
         return self._undisturbed(lambda: self._acting.restore_all(max_bytes))
 
     def park(self, sequence: int | None = None, *, pid: int | None = None) -> Result:
-        """Park every sequence that is not being decoded, or this one; and the saved states. Of all processes
-        or of `pid` alone. No fidelity is lost: who decodes it reads it back. Raises EngineError."""
+        """Park every sequence that is not being decoded and the saved states, or this sequence alone. Of all
+        processes or of `pid`. No fidelity is lost: who decodes it reads it back. Raises EngineError."""
         return self._undisturbed(lambda: self._acting.park(sequence, pid))
 
     def unpark(self, sequence: int | None = None, *, pid: int | None = None) -> Result:
@@ -181,11 +184,7 @@ class Governor:
         """Whether there is no pressure now, and headroom above the low line."""
         if self._ended:
             return True  # closed: what it saw last is no reason to hold anything back for ever
-        mode, quiet = self._state.mode, self._state.quiet_since_s is not None
-        if mode is Mode.TRIMMING or (mode is Mode.HOLDING and not quiet):
-            return False
-        spare = spare_bytes(self.config, self._reading)
-        return spare is None or spare > 0
+        return has_room(self.config, self._state, self._reading)
 
     def recomputed(self, cells: int, seconds: float) -> None:
         """The engine's owner decoded tokens again."""
@@ -220,7 +219,7 @@ class Governor:
             reading = self._sensor.read()
             if reading is not None:
                 self._reading = reading = self.work.taken_off(reading)
-                if not self._nothing_new(reading):
+                if not nothing_new(self.config, self._state, reading):
                     self._turn(reading)
         except EngineError as error:
             _log.info("the engine is gone, and its governor ends: %s", error)
@@ -232,16 +231,6 @@ class Governor:
             _log.debug("the turn that failed", exc_info=True)
             return _FAILED_S
         return pause_s(self.config, self._reading, self._state)
-
-    def _nothing_new(self, reading: Reading) -> bool:
-        """Calm before and calm now: the law is asked once a second then. A whole turn takes 0.4 ms of a
-        processor whose caches others have filled meanwhile, a look alone 0.1 ms."""
-        return (
-            self._state.mode is Mode.CALM
-            and reading.time_s - self._state.time_s < _CALM_TURN_S
-            and reading.some < self.config.low
-            and pause_s(self.config, reading) >= self.config.poll_s / 2
-        )
 
     def _turn(self, reading: Reading) -> None:
         old = self._state.mode
@@ -258,18 +247,10 @@ class Governor:
             self._bus.tell(
                 ModeChanged(time_s=reading.time_s, old=old, new=decision.mode, reason=decision.reason)
             )
-        self._carry_out(decision, snapshot)
+        self._acting.carry_out(decision, snapshot)
         pressed = decision.mode in {Mode.TRIMMING, Mode.HOLDING} and self._state.quiet_since_s is None
         self._refusing.turn(snapshot, pressed=pressed)
         self._sensor.tell_neighbours(cache, self._state)
-
-    def _carry_out(self, decision: Decision, snapshot: Snapshot) -> None:
-        if decision.action is Action.TRIM:
-            self._acting.trim(snapshot, decision.n_bytes, decision.reason, urgent=decision.urgent)
-        elif decision.action is Action.RESTORE:
-            self._acting.restore(snapshot, decision.n_bytes)
-        else:
-            self._acting.keep_house(decision, snapshot)
 
     # -- the end ----------------------------------------------------------------------------------------
 
@@ -316,8 +297,3 @@ class Governor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _processes(caches: dict[int, tuple[str, int]]) -> Callable[[], Iterable[int]]:
-    """Those that hold the caches; this one while there are none. It keeps no governor alive."""
-    return lambda: {pid for _, pid in list(caches.values())} or {os.getpid()}

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from psi_kv_governor.bench.fidelity.intervals import mean_of, share_of
-from psi_kv_governor.bench.fidelity.metrics import Reference, log_softmax
+
+from psikv_bench.fidelity.metrics import Reference, log_softmax
+from psikv_bench.intervals import mean_of
 
 LOGIT = st.floats(-30, 30, width=32)
 SHAPE = (3, 5)
@@ -124,20 +125,3 @@ def test_no_values_have_no_mean():
     for empty in ([], [np.empty(0)]):
         with pytest.raises(ValueError, match="no values"):
             mean_of(empty)
-
-
-@given(st.lists(st.booleans(), min_size=1, max_size=200))
-def test_a_share_lies_in_its_interval_and_the_interval_in_zero_to_one(outcomes):
-    found = share_of(outcomes)
-    assert found.mean == sum(outcomes) / len(outcomes)
-    assert 0.0 <= found.low <= found.mean <= found.high <= 1.0
-
-
-def test_wilson_leaves_doubt_where_all_trials_were_right():
-    assert share_of([True] * 10).low == pytest.approx(0.7225, abs=1e-3)
-    assert share_of([False] * 10).high == pytest.approx(0.2775, abs=1e-3)
-
-
-def test_no_trials_have_no_share():
-    with pytest.raises(ValueError, match="no trials"):
-        share_of([])

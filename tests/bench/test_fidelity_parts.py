@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from psi_kv_governor.bench.fidelity import likelihood, plots, retrieval, spike, targets
-from psi_kv_governor.bench.fidelity.contenders import contenders, needs
-from psi_kv_governor.bench.fidelity.intervals import Interval, Share
-from psi_kv_governor.bench.fidelity.memory_store import MemoryStore
-from psi_kv_governor.bench.fidelity.metrics import Compared
-from psi_kv_governor.bench.fidelity.plan import Options, plan
-from psi_kv_governor.bench.fidelity.results import Likelihood, Retrieval, Speed, Spike
-from psi_kv_governor.bench.fidelity.tasks import Counts
 
 from psi_kv_governor.config import GovernorConfig
-from psi_kv_governor.errors import BadInputError, BlobCorruptError
-from psi_kv_governor.store.base import BlobTag
+from psi_kv_governor.errors import BadInputError
+from psikv_bench.fidelity import likelihood, plots, retrieval, spike, targets
+from psikv_bench.fidelity.contenders import contenders, needs
+from psikv_bench.fidelity.metrics import Compared
+from psikv_bench.fidelity.plan import FidelityOptions
+from psikv_bench.fidelity.plan import plan as made_plan
+from psikv_bench.fidelity.results import Likelihood, Retrieval, Speed, Spike
+from psikv_bench.fidelity.tasks import Counts
+from psikv_bench.intervals import Interval, Share
+from psikv_bench.options import chosen
 
 CONFIG = GovernorConfig()
-MODEL = Path("model.gguf")
 
 
-def options(**given: object) -> Options:
-    return Options(model=MODEL, **given)
+def options(**given: object) -> FidelityOptions:
+    return chosen(FidelityOptions(model="model.gguf"), given)
+
+
+def plan(options: FidelityOptions, config: GovernorConfig, *, quick: bool = False):
+    return made_plan(options, config, quick=quick)
 
 
 # -- plan --------------------------------------------------------------------------------------------------
 
 
 def test_the_quick_form_compares_the_default_with_window_and_random():
-    made = plan(options(quick=True), CONFIG)
+    made = plan(options(), CONFIG, quick=True)
     assert {CONFIG.policy, "window", "random"} <= set(made.names)
     assert made.ctx == [2048]
     assert len(made.texts) == 1
@@ -58,21 +59,21 @@ def test_shares_and_lengths_are_sorted_and_taken_once():
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "words"),
     [
         ({"policies": ("windw",)}, "did you mean window"),
-        ({"shares": (1.5,)}, "share of 1.5 is not usable"),
-        ({"shares": (0.0,)}, "share of 0 is not usable"),
-        ({"shares": (float("nan"),)}, "share of nan is not usable"),
-        ({"shares": (-0.25,)}, "share of -0.25 is not usable"),
+        ({"shares": (1.5,)}, "--shares .* is not usable"),
+        ({"shares": (0.0,)}, "--shares .* is not usable"),
+        ({"shares": (float("nan"),)}, "--shares nan is not usable"),
+        ({"shares": (-0.25,)}, "--shares .* is not usable"),
         ({"ctx": (1024,)}, "too short to give up 75%"),
-        ({"ctx": (2048, 0)}, "context of 0 tokens is too short"),
+        ({"ctx": (2048, 0)}, "--ctx .* is not usable"),
         ({"texts": ("novel",)}, "unknown text 'novel'"),
-        ({"seed": -1}, "seed of -1 is not usable"),
+        ({"seed": -1}, "--seed -1 is not usable"),
     ],
 )
-def test_what_can_not_be_measured_is_refused_in_one_line(given, told):
-    with pytest.raises(BadInputError, match=told) as caught:
+def test_what_can_not_be_measured_is_refused_in_one_line(given, words):
+    with pytest.raises(BadInputError, match=words) as caught:
         plan(options(**given), CONFIG)
     assert "\n" not in str(caught.value)
 
@@ -195,9 +196,9 @@ def test_the_worst_text_is_judged():
         line("a", "hybrid", 0.25, 0.0, 0.99), line("b", "hybrid", 0.25, 0.0, 0.94),
     ]  # fmt: skip
     random, window, agreement = targets.likelihood_figures(table, "hybrid")
-    assert (targets.judged(random), random.passed) == (pytest.approx(0.625), False)
-    assert (targets.judged(window), window.passed) == (pytest.approx(1.25), False)
-    assert (targets.judged(agreement), agreement.passed) == (0.94, False)
+    assert (random.judged, random.passed) == (pytest.approx(0.625), False)
+    assert (window.judged, window.passed) == (pytest.approx(1.25), False)
+    assert (agreement.judged, agreement.passed) == (0.94, False)
 
 
 def test_what_was_not_measured_is_not_judged():
@@ -221,7 +222,7 @@ def test_twice_as_many_needles_as_window_and_none_of_window_counts_as_one(window
     assert found.passed is passed
 
 
-def test_only_a_question_that_was_known_is_judged_and_both_are_told():
+def test_only_a_question_that_was_known_is_judged_and_both_are_said():
     table = [needles("window", 2), needles("attention", 8)]
     table += [needles("window", 2, "later"), needles("attention", 3, "later")]
     assert [found.passed for found in targets.needle_figures(table)] == [True, None]
@@ -248,29 +249,3 @@ def test_every_policy_of_the_package_has_a_colour_of_its_own():
     names = [*plan(options(), CONFIG).names, "mine", "yours"]
     colours = [plots._colour(name, names) for name in names]
     assert len(set(colours)) == len(names)
-
-
-# -- the store ---------------------------------------------------------------------------------------------
-
-TAG = BlobTag(model="m", library="l", layout="f16", start=0, stop=4)
-
-
-@given(st.lists(st.binary(min_size=1, max_size=50), min_size=1, max_size=5))
-def test_the_memory_store_gives_back_what_it_got(chunks):
-    store = MemoryStore()
-    total = sum(map(len, chunks))
-    key = store.put(TAG, total, map(memoryview, chunks))
-    assert store.used_bytes == total
-    back = [bytearray(len(chunk)) for chunk in chunks]
-    store.get(key, TAG, map(memoryview, back))
-    assert [bytes(part) for part in back] == chunks
-    store.drop(key)
-    store.drop(key)
-    assert store.used_bytes == 0
-
-
-def test_the_memory_store_refuses_another_tag():
-    store = MemoryStore()
-    key = store.put(TAG, 2, [memoryview(b"ab")])
-    with pytest.raises(BlobCorruptError):
-        store.get(key, msgspec.structs.replace(TAG, stop=5), [memoryview(bytearray(2))])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from psi_kv_governor.bench.fidelity import texts
-from psi_kv_governor.bench.fidelity.conversation import (
+
+from psi_kv_governor.errors import BadInputError
+from psikv_bench.fidelity import texts
+from psikv_bench.fidelity.conversation import (
     CHOICES,
     FACTS,
     QUESTION,
@@ -15,9 +17,7 @@ from psi_kv_governor.bench.fidelity.conversation import (
     renderer,
     stem_of,
 )
-from psi_kv_governor.bench.fidelity.tasks import ABOUT, Counts, depths, facts, questions
-
-from psi_kv_governor.errors import BadInputError
+from psikv_bench.fidelity.tasks import ABOUT, Counts, depths, facts, questions
 
 COUNTS = st.builds(Counts, needles=st.integers(0, 12), keys=st.integers(0, 6), chains=st.integers(0, 5))
 CHATML = (
@@ -46,9 +46,9 @@ def test_as_many_questions_as_asked_for_and_of_known_tasks(counts, seed):
 @given(COUNTS, st.integers(0, 1000))
 def test_every_answer_can_be_found_in_the_facts_of_its_question(counts, seed):
     for question in questions(counts, seed):
-        told = " ".join(fact.sentence for fact in question.facts)
+        said = " ".join(fact.sentence for fact in question.facts)
         for step in question.steps:
-            assert f"{step.answer}." in told
+            assert f"{step.answer}." in said
 
 
 @given(COUNTS, st.integers(0, 1000))
@@ -90,8 +90,8 @@ def test_a_chat_tells_every_fact_early_and_asks_with_no_word_of_it(seed):
     spoken = chat(seed, "syntax")
     early = " ".join(message["content"] for turn in spoken.early for message in turn)
     late = " ".join(message["content"] for turn in spoken.late for message in turn)
-    assert len(spoken.told) == FACTS
-    for fact in spoken.told:
+    assert len(spoken.planted) == FACTS
+    for fact in spoken.planted:
         assert f"{fact.stem} {fact.answer}." in early
         assert fact.stem not in late
         assert fact.answer in fact.choices
@@ -108,7 +108,7 @@ def test_the_same_seed_gives_the_same_chat():
 def test_a_question_goes_on_where_the_chat_ended_and_stops_before_its_answer(template):
     render, spoken = renderer(template), chat(0, "syntax")
     before = [*spoken.opening, *spoken.early[0]]
-    fact = spoken.told[0]
+    fact = spoken.planted[0]
     stem = stem_of(render, before, fact)
     assert stem.endswith(fact.stem)
     assert render([*before, *asking(fact)]).startswith(render(before) + stem)
@@ -119,7 +119,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
         return messages[-1]["content"]
 
     with pytest.raises(BadInputError, match="changes earlier turns"):
-        stem_of(only_the_last, chat(0, "syntax").opening, chat(0, "syntax").told[0])
+        stem_of(only_the_last, chat(0, "syntax").opening, chat(0, "syntax").planted[0])
 
 
 @pytest.mark.llama

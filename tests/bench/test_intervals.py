@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psikv_bench.intervals import share_of
-from psikv_bench.oom_report import starts_to_die, survives_up_to
-from psikv_bench.scenes.capacity import largest
+from psikv_bench.oom_trial import starts_to_die, survives_up_to
+from psikv_bench.search import largest
 
 
 @pytest.mark.parametrize(

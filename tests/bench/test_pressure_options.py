@@ -18,8 +18,8 @@ from psi_kv_governor.sandbox.sandbox import Sandbox
 from psi_kv_governor.sandbox.scene_options import CALM_TOKENS
 from psikv_bench.options import chosen as chosen_options
 from psikv_bench.pressure import setting
+from psikv_bench.pressure.options import PressureOptions, turns
 from psikv_bench.pressure.setting import (
-    PressureOptions,
     Size,
     choose_isolation,
     choose_setting,
@@ -28,7 +28,6 @@ from psikv_bench.pressure.setting import (
     mapped_by_others,
     remarks,
     scene_of,
-    turns,
 )
 
 SIZE = Size(resident_bytes=265 * MIB, weights_bytes=94 * MIB, cell_bytes=23_040)

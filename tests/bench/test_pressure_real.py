@@ -12,13 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
-from bench_help import pens_of, pids_in, swap_devices
-from psi_kv_governor.bench import guardian
-from psi_kv_governor.bench.pressure.sizing import size_of
-from psi_kv_governor.bench.scene import run_scene
-from psi_kv_governor.bench.script import MIB, SceneOptions, StageChanged
 
 from psi_kv_governor.errors import PsiKvError
+from psi_kv_governor.sandbox import guardian, host
+from psi_kv_governor.sandbox.host import MIB
+from psi_kv_governor.sandbox.scene import run_scene
+from psi_kv_governor.sandbox.scene_options import SceneOptions, StageChanged
+from psikv_bench.pressure.setting import size_of
+from sandbox_help import pids_in, sandboxes_of, swap_devices
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/pressure_bench.py"
 ENV = {**os.environ, "PYTHONPATH": guardian.package_path()}
@@ -74,18 +75,18 @@ def test_three_variants_under_pressure_give_a_whole_report(demo_model, tmp_path)
     assert process.returncode in {0, 1}, errors  # so small a scene may miss what is asked
     assert "Traceback" not in errors
     result = json.loads(output)
-    assert result["complete"] is True
-    found = {run["result"]["variant"]: run["result"] for run in result["runs"]}
+    assert result["interrupted"] is False
+    found = {run["result"]["variant"]: run["result"] for run in result["rows"]}
     assert list(found) == ["fixed", "reference", "psi"]
     for run in found.values():
         assert run["tokens"] == 24 or run["killed"]
-        assert run["neighbour_work"][-1][1] > 100 * MIB
+        assert run["neighbour_bytes_per_s"] > 0
         assert run["peak_resident_bytes"] > 100 * MIB
         assert 0.0 <= run["stall"] <= 1.0
     assert found["fixed"]["bytes_returned"] == found["fixed"]["trims"] == 0
     assert found["reference"]["bytes_returned"] < MIB
     assert found["psi"]["missing_cells"] == 0
-    rows = list(csv.DictReader((folder / "samples.csv").open()))
+    rows = list(csv.DictReader((folder / "pressure.csv").open()))
     assert {row["variant"] for row in rows} == set(found)
     assert all(int(row["resident_bytes"]) > 0 for row in rows)
     assert (folder / "timeline.png").stat().st_size > 10_000
@@ -95,10 +96,10 @@ def test_three_variants_under_pressure_give_a_whole_report(demo_model, tmp_path)
 @pytest.mark.llama
 @pytest.mark.cgroup
 def test_the_reference_removes_the_middle_decodes_on_and_returns_nothing(demo_model, monkeypatch, tmp_path):
-    # Its own file instead of the pen's, so that it sees pressure whatever this machine does.
+    # Its own file instead of the machine's, so that it sees pressure whatever this machine does.
     psi = tmp_path / "memory.pressure"
     psi.write_text("some avg10=50.00 avg60=0.00 avg300=0.00 total=1\n")
-    monkeypatch.setattr("psi_kv_governor.bench.scene.MACHINE_PRESSURE", psi)
+    monkeypatch.setattr(host, "MACHINE_PRESSURE", psi)
     options = SceneOptions(
         model=str(demo_model), context_tokens=448, context_cells=1024, tokens=12, keep=16, tail=64,
         min_prune=64, isolated=False, pressure_bytes=0,
@@ -149,25 +150,26 @@ def test_interrupted_it_keeps_the_runs_it_finished_and_cleans_up(demo_model, tmp
     before = swap_devices()
     process = start(
         *SMALL, "--model", str(demo_model), "--variants", "fixed", "--repeats", "3", "--out-dir", str(folder),
+        "--json",
     )  # fmt: skip
     wait_for(process, "run 2 of 3: fixed")
     wait_for(process, "fixed: filling the context")
-    pens, devices = pens_of(process.pid), swap_devices() - before
-    pids = pids_in(pens)
-    assert pens
+    sandboxes, devices = sandboxes_of(process.pid), swap_devices() - before
+    pids = pids_in(sandboxes)
+    assert sandboxes
     assert devices
     assert pids
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert output == ""
+    assert json.loads(output)["interrupted"] is True
     assert errors.splitlines()[-1] == "psi-kv: interrupted"
-    assert "1 finished runs are kept in" in errors
+    assert "kept in" in errors
     kept = json.loads((folder / "result.json").read_text())
-    assert (kept["complete"], len(kept["runs"])) == (False, 1)
+    assert (kept["interrupted"], len(kept["rows"])) == (True, 1)
     assert (folder / "timeline.png").exists()
     assert not running(pids)
-    assert not any(pen.exists() for pen in pens)
+    assert not any(pen.exists() for pen in sandboxes)
     assert not devices & swap_devices()
 
 
@@ -190,17 +192,17 @@ def test_nothing_outlives_a_benchmark_that_is_killed_under_pressure(demo_model, 
         str(folder),
     )
     wait_for(process, "fixed: decoding")
-    pens, devices = pens_of(process.pid), swap_devices() - before
-    pids = pids_in(pens)
+    sandboxes, devices = sandboxes_of(process.pid), swap_devices() - before
+    pids = pids_in(sandboxes)
     assert len(pids) == 2, "the model and its neighbour"
     assert devices
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=10)
     deadline_s = time.monotonic() + 20.0
     while time.monotonic() < deadline_s:
-        left = running(pids), [pen for pen in pens if pen.exists()], devices & swap_devices()
+        left = running(pids), [pen for pen in sandboxes if pen.exists()], devices & swap_devices()
         if not any(left):
             break
         time.sleep(0.1)
     assert not any(left)
-    assert list(folder.iterdir()) == []
+    assert [path.name for path in folder.iterdir()] == ["journal.jsonl"]

@@ -1,4 +1,4 @@
-"""The trials with the real model in real pens, with tiny settings, and that nothing of them stays behind."""
+"""The trials with the real model in real cgroups, tiny, and that nothing of them stays behind."""
 
 from __future__ import annotations
 
@@ -11,25 +11,32 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from bench_help import leftovers, pens_of, pids_in
-from psi_kv_governor.bench import guardian
-from psi_kv_governor.bench.record import Options
-from psi_kv_governor.bench.script import MIB
-from psi_kv_governor.bench.trials import capacity_bench, latency_bench, oom_bench
-from psi_kv_governor.bench.trials.capacity_plan import CapacityOptions
-from psi_kv_governor.bench.trials.latency_plan import LatencyOptions
-from psi_kv_governor.bench.trials.oom_plan import OomOptions
 
 from psi_kv_governor.errors import BadInputError, PsiKvError
+from psi_kv_governor.sandbox import guardian
+from psikv_bench.record import Recorder, say_nothing
+from psikv_bench.scenes import capacity, latency, oom
+from psikv_bench.scenes.capacity import CapacityOptions
+from psikv_bench.scenes.latency import LatencyOptions
+from psikv_bench.scenes.oom import OomOptions
+from sandbox_help import leftovers, pids_in, sandboxes_of
+
+MIB = 1 << 20
+
+
+def ran(scene, model, options, folder=None, say=say_nothing, *, resume=False):
+    options = msgspec.structs.replace(options, model=str(model))
+    return scene.SCENE.run(
+        Recorder(scene.__name__.rpartition(".")[2], options, folder=folder, resume=resume, say=say)
+    )
+
 
 pytestmark = [pytest.mark.llama, pytest.mark.cgroup, pytest.mark.slow]
 
-OOM = OomOptions(context_tokens=2048, runs=2, rates=(50.0, 100.0, 200.0), hold_s=0.5, mmap=False)
-GENTLE = OomOptions(
-    context_tokens=256, runs=2, rates=(0.0,), hold_s=0.2, limit_bytes=400 * MIB, load_bytes=20 * MIB
-)
+OOM = OomOptions(ctx=2048, runs=2, rates=(50.0, 100.0, 200.0), hold_s=0.5, mmap=False)
+GENTLE = OomOptions(ctx=256, runs=2, rates=(0.0,), hold_s=0.2, limit_mib=400, load_mib=20)
 LATENCY = LatencyOptions(
-    context_tokens=1024, onsets=1, control=0, modes=("decode",), rate=0.0, hold_s=0.5, hold_max_s=5.0
+    ctx=1024, onsets=1, control=0, modes=("decode",), rate=0.0, hold_s=0.5, hold_max_s=5.0
 )
 
 
@@ -40,86 +47,80 @@ def _nothing_is_left():
 
 
 def test_a_fixed_cache_is_killed_and_a_governed_one_is_not_in_twenty_runs(demo_model, tmp_path):
-    told: list[str] = []
-    options = Options(model=demo_model)
-    begun = oom_bench.run(options, OOM, tmp_path, told.append, resume=False)
-    assert sum(row["runs"] for row in begun.rows) == 2
-    assert any("decoding the context once" in word for word in told)
-    lines = (tmp_path / "trials.jsonl").read_bytes()
+    said: list[str] = []
+    begun = ran(oom, demo_model, OOM, tmp_path, lambda doing, **_: said.append(doing))
+    assert sum(row["killed"]["trials"] for row in begun.rows) == 2
+    assert any("decoding the context once" in word for word in said)
+    lines = (tmp_path / "journal.jsonl").read_bytes()
     twenty = msgspec.structs.replace(OOM, runs=20)
-    report = oom_bench.run(options, twenty, tmp_path, resume=True)
+    report = ran(oom, demo_model, twenty, tmp_path, resume=True)
     assert not report.interrupted
-    assert (tmp_path / "trials.jsonl").read_bytes().startswith(lines)  # what was finished is not run again
+    assert (tmp_path / "journal.jsonl").read_bytes().startswith(lines)  # what was finished is not run again
     fixed, governed = ([row for row in report.rows if row["variant"] == which] for which in ("fixed", "psi"))
-    assert sum(row["runs"] for row in fixed) == sum(row["runs"] for row in governed) == 10
+    assert [sum(row["killed"]["trials"] for row in of) for of in (fixed, governed)] == [10, 10]
     assert sum(row["model_killed"] for row in fixed) >= 9
     assert all(n_bytes == 0 for row in fixed for n_bytes in row["returned_bytes"])
     # The record has none; one is let pass: a shared machine can itself stand still for a moment.
-    assert sum(row["killed"] for row in governed) <= 1
+    assert sum(row["killed"]["hits"] for row in governed) <= 1
     assert all(row["whole"] == row["survived"] for row in governed)
-    lived = [row for row in governed if not row["killed"]]
+    lived = [row for row in governed if not row["killed"]["hits"]]
     assert all(n_bytes > 5 * MIB for row in lived for n_bytes in row["returned_bytes"])
     assert (tmp_path / "kills.png").exists()
-    lines = (tmp_path / "trials.jsonl").read_bytes()
-    again = oom_bench.run(options, twenty, tmp_path, resume=True)
-    assert (tmp_path / "trials.jsonl").read_bytes() == lines
+    lines = (tmp_path / "journal.jsonl").read_bytes()
+    again = ran(oom, demo_model, twenty, tmp_path, resume=True)
+    assert (tmp_path / "journal.jsonl").read_bytes() == lines
     assert again.rows == report.rows
     with pytest.raises(BadInputError, match="other options"):
-        oom_bench.run(options, OomOptions(), tmp_path, resume=True)
+        ran(oom, demo_model, OomOptions(), tmp_path, resume=True)
 
 
 def test_an_interrupted_run_reports_what_is_finished(demo_model, tmp_path):
-    def say(doing: str) -> None:
+    def say(doing: str, **_: object) -> None:
         if doing.startswith("run 2"):
             raise KeyboardInterrupt
 
-    report = oom_bench.run(Options(model=demo_model), GENTLE, tmp_path, say, resume=False)
+    report = ran(oom, demo_model, GENTLE, tmp_path, say)
     assert report.interrupted
-    assert sum(row["runs"] for row in report.rows) == 1
+    assert sum(row["killed"]["trials"] for row in report.rows) == 1
     assert "Interrupted" in (tmp_path / "summary.md").read_text()
 
 
 def test_an_onset_is_answered_and_the_context_is_whole_again(demo_model, tmp_path):
-    report = latency_bench.run(Options(model=demo_model), LATENCY, tmp_path, resume=False)
+    report = ran(latency, demo_model, LATENCY, tmp_path)
     (onset,) = report.rows
     assert not onset["killed"]
     assert onset["whole"]
     assert onset["returned_s"] is not None
     assert onset["returned_bytes"] > MIB
     assert onset["restore_s"] is not None
-    assert onset["near"]["calm"]
-    assert onset["near"]["restore"]
+    assert onset["reaction_s"] is not None
     assert 0.0 < onset["watch_share"] < 0.5
     assert (tmp_path / "reactions.png").exists()
 
 
 def test_a_limit_is_probed_until_the_longest_is_known(demo_model, tmp_path):
-    options = CapacityOptions(
-        limits_bytes=(400 * MIB,), most_tokens=512, tokens=4, resolution=2.0, least_tokens_per_s=0.5
-    )
-    report = capacity_bench.run(Options(model=demo_model), options, tmp_path, resume=False)
+    options = CapacityOptions(limits=(400,), max_ctx=512, tokens=4, resolution=2.0, least_tokens_s=0.5)
+    report = ran(capacity, demo_model, options, tmp_path)
     assert [(row["variant"], row["length"], row["ending"]) for row in report.rows] == [
         ("fixed", 512, "survived"),
         ("psi", 512, "survived"),
     ]
-    assert all(row["live_cells"] + row["spilled_cells"] + row["lost_cells"] == 512 for row in report.rows)
+    assert all(row["live_cells"] + row["masked_cells"] + row["lost_cells"] == 512 for row in report.rows)
     assert all(len(row["token_s"]) == 4 for row in report.rows)
-    assert (tmp_path / "probes.csv").read_text().count("\n") == 3
+    assert (tmp_path / "capacity.csv").read_text().count("\n") == 3
 
 
 def test_a_context_that_does_not_fit_is_killed_and_nothing_survives(demo_model):
-    options = CapacityOptions(limits_bytes=(48 * MIB,), most_tokens=256, tokens=4)
-    report = capacity_bench.run(Options(model=demo_model), options, None, resume=False)
+    options = CapacityOptions(limits=(48,), max_ctx=256, tokens=4)
+    report = ran(capacity, demo_model, options)
     assert {row["ending"] for row in report.rows} == {"killed"}
     assert report.figures == []
 
 
 def test_a_model_that_does_not_fit_alone_says_so(demo_model):
-    options = OomOptions(
-        context_tokens=256, runs=1, limit_bytes=64 * MIB, load_bytes=32 * MIB, rates=(0.0,), mmap=False
-    )
+    options = OomOptions(ctx=256, runs=1, limit_mib=64, load_mib=32, rates=(0.0,), mmap=False)
     with pytest.raises(PsiKvError, match="does not fit into 64 MiB"):
-        oom_bench.run(Options(model=demo_model), options, None, resume=False)
+        ran(oom, demo_model, options)
 
 
 def test_a_killed_benchmark_leaves_nothing(demo_model):
@@ -139,12 +140,12 @@ def test_a_killed_benchmark_leaves_nothing(demo_model):
         return bool(met())
 
     try:
-        assert wait_for(lambda: len(pids_in(pens_of(process.pid))) >= 2), (
-            "the model and its neighbour run in the pen"
+        assert wait_for(lambda: len(pids_in(sandboxes_of(process.pid))) >= 2), (
+            "the model and its neighbour run in the sandbox"
         )
-        started = pids_in(pens_of(process.pid))
+        started = pids_in(sandboxes_of(process.pid))
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert wait_for(lambda: not pens_of(process.pid))
+    assert wait_for(lambda: not sandboxes_of(process.pid))
     assert wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))

@@ -95,7 +95,7 @@ def test_every_command_has_help_an_example_and_json(name):
     [
         (["--no-such-option"], "No such option"),
         (["smulate"], "Did you mean simulate?"),
-        (["zzz"], "Known are run, chat"),
+        (["zzz"], "Known are exec, run, chat"),
         (["model", "ftch"], "Did you mean fetch?"),
         (["model", "fetch", "--twice"], "No such option"),
     ],
@@ -116,7 +116,7 @@ def test_bad_usage_says_what_was_meant_and_exits_2(arguments, line):
         (OSError("just words"), 1, "unexpected OSError: just words"),
         (MemoryError(), 1, "out of memory"),
         (ModuleNotFoundError("no", name="llama_cpp"), 1, "pip install 'psi-kv-governor[llama]'"),
-        (ModuleNotFoundError("no", name="matplotlib.pyplot"), 1, "pip install 'psi-kv-governor[plot]'"),
+        (ModuleNotFoundError("no", name="llama_cpp.llama"), 1, "pip install 'psi-kv-governor[llama]'"),
         (ValueError("two\nlines"), 1, "unexpected ValueError: two lines"),
     ],
 )
@@ -217,20 +217,20 @@ def test_a_broken_model_is_listed_with_what_is_wrong(monkeypatch, tmp_path):
 
 
 def test_doctor_fails_on_what_is_broken_and_shows_the_rest(tmp_path, monkeypatch):
-    monkeypatch.setenv("PSI_KV_STORE", "none")
+    monkeypatch.setenv("PSI_KV_PLACE", "/dev/shm")
     result = run("doctor", "--model", str(tmp_path / "absent.gguf"))
     assert result.exit_code == 1
     assert [line.split()[0] for line in result.stdout.splitlines() if " model " in line] == ["FAIL"]
     report = json.loads(run("doctor", "--model", str(tmp_path / "absent.gguf"), "--json").stdout)
     assert report["ok"] is False
     assert {check["state"] for check in report["checks"]} <= {"ok", "warn", "fail"}
-    assert next(check for check in report["checks"] if check["name"] == "store")["state"] == "warn"
+    place = next(check for check in report["checks"] if check["name"] == "place to park")
+    assert place["state"] == "fail"
 
 
 @pytest.mark.llama
-def test_doctor_is_content_with_a_good_model(demo_model, tmp_path, monkeypatch):
-    monkeypatch.setenv("PSI_KV_STORE_DIR", str(tmp_path))
-    monkeypatch.setenv("PSI_KV_STORE_RESERVE_BYTES", "0")
+def test_doctor_is_content_with_a_good_model(demo_model, monkeypatch):
+    monkeypatch.setenv("PSI_KV_PLACE_RESERVE_BYTES", "0")
     result = run("doctor", "--model", str(demo_model), "--json")
     report = json.loads(result.stdout)
     states = {check["name"]: check["state"] for check in report["checks"]}
@@ -242,4 +242,4 @@ def test_doctor_refuses_settings_that_make_no_sense(monkeypatch):
     monkeypatch.setenv("PSI_KV_HIGH", "nan")
     result = run("doctor")
     assert result.exit_code == 2
-    assert result.stderr.startswith("psi-kv: error: high = nan")
+    assert result.stderr.startswith("psi-kv: error: high = ")

@@ -14,8 +14,6 @@ import pytest
 from click.testing import CliRunner, Result
 
 import psi_kv_governor
-from psi_kv_governor.sandbox import tuning_scene
-from psi_kv_governor.sandbox.sandbox import Sandbox
 from psi_kv_governor.cli import main
 from psi_kv_governor.cli import tune as command
 from psi_kv_governor.config import GovernorConfig, load_config
@@ -23,6 +21,8 @@ from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.pressure.discovery import Discovery
 from psi_kv_governor.pressure.reading import Reading, one_level
 from psi_kv_governor.pressure.trace import write_trace
+from psi_kv_governor.sandbox import tuning_scene
+from psi_kv_governor.sandbox.sandbox import Sandbox
 
 LIMIT_BYTES = 1 << 30
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(psi_kv_governor.__file__).parents[1])}

@@ -143,11 +143,10 @@ def test_it_follows_a_process_until_it_ends():
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
     )
     lines = iter(watcher.stdout.readline, "")
-    assert any("trimming: " in line and "stall 60%" in line for line in lines)
+    assert any(line.startswith("trimming: stall 60.0%") and " live, " in line for line in lines)
     process.communicate("end\n", timeout=30)
-    out, err = watcher.communicate(timeout=30)
+    _, err = watcher.communicate(timeout=30)
     assert watcher.returncode == 0
-    assert " live, " in out
     assert f"process {process.pid} has ended" in err
 
 
@@ -259,8 +258,9 @@ def test_status_shows_every_governed_process_or_one(opened, governor):
     assert result.exit_code == 0, result.output
     assert f"{os.getpid()} my program  calm: " in result.stdout
     assert "limit: none" in result.stdout
-    assert "   3 idle" in result.stdout
-    assert run("status", "my program").stdout == run("status", str(os.getpid())).stdout != ""
+    assert "   3 idle" in result.stdout  # since when changes from one look to the next
+    for called in ("my program", str(os.getpid())):
+        assert f"{os.getpid()} my program  calm: " in run("status", called).stdout
     (line,) = run("status", "--json").stdout.splitlines()
     assert json.loads(line)["status"]["live_cells"] == 3400
 

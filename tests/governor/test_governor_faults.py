@@ -290,7 +290,7 @@ def test_a_policy_that_fails_is_said_once_and_memory_goes_all_the_same(open_gove
 # -- how long, and how much --------------------------------------------------------------------------------
 
 
-def test_a_trim_ends_after_half_a_second_and_one_by_hand_takes_its_time(
+def test_an_urgent_trim_ends_after_half_a_second_and_one_by_hand_takes_its_time(
     open_governor, source, engine, monkeypatch
 ):
     plans = plans_of(engine, monkeypatch)
@@ -367,6 +367,9 @@ def open_governor_on(engine: SimulatedEngine, source: FakeSource):
     return Governor(engine, source=source, config=GovernorConfig())
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # one hits a weakref's callback
 def test_ctrl_c_at_any_line_of_a_close_lets_it_be_closed_again(engine, source):
     line = 1
     while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 
 import msgspec
@@ -185,7 +186,8 @@ def test_what_costs_nothing_goes_before_what_is_being_decoded():
         Step(verb=Verb.PARK, cache=1, sequence=1),
         Step(verb=Verb.MASK, cache=1, sequence=0, ranges=(Range(16, 24),)),
     )
-    assert plan.deadline_s == TRIM_S
+    assert plan.deadline_s == math.inf
+    assert planner_of().trim(now, 1, urgent=True).deadline_s == TRIM_S
 
 
 def test_of_an_idle_sequence_only_so_many_blocks_go_as_are_asked_for():

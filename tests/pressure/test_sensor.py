@@ -17,9 +17,9 @@ from psi_kv_governor import sensor as sensor_module
 from psi_kv_governor.bus import Bus
 from psi_kv_governor.events import Degraded
 from psi_kv_governor.pressure.bell import Bell
+from psi_kv_governor.pressure.psi import PsiFile
 from psi_kv_governor.pressure.waker import arm
 from psi_kv_governor.pressure.waking import Waking
-from psi_kv_governor.pressure.psi import PsiFile
 from psi_kv_governor.sandbox.sandbox import Sandbox
 from psi_kv_governor.sensor import Sensor
 

@@ -81,7 +81,7 @@ def test_cells_and_bytes_follow_what_the_model_says():
     seen.hear(progress("pressed"), 2.0)
     seen.hear(messages.Token(time_s=2.1, seconds=0.1), 2.1)
     assert (seen.live_cells, [token.seconds for token in seen.tokens]) == (1001, [0.1])
-    trimmed = Trimmed(time_s=5.0, cells=400, spilled=400, bytes_returned=70, seconds=0.1, reason="why")
+    trimmed = Trimmed(time_s=5.0, cells=400, masked=400, bytes_returned=70, seconds=0.1, reason="why")
     seen.hear(messages.Governed(event=trimmed, live_cells=601), 5.0)
     seen.hear(messages.Governed(event=Released(time_s=6.0, bytes_returned=7), live_cells=601), 6.0)
     assert (seen.live_cells, seen.trim_s, seen.returned_bytes) == (601, [5.0], 77)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.events import Restored, Trimmed
-from psi_kv_governor.sandbox import worker
+from psi_kv_governor.sandbox import text
 from psi_kv_governor.sandbox.host import MIB, drop_file_cache
 from psi_kv_governor.sandbox.messages import Setup
 from psi_kv_governor.sandbox.scene import outside_bytes, run_scene
@@ -158,13 +158,13 @@ def test_a_context_has_cells_for_everything_and_few_more(context_tokens, decoded
         prompt_tokens=prompt,
     )
     wanted = context_tokens + max(decoded, prompt)
-    cells = worker.context_cells(setup)
+    cells = setup.cells
     assert wanted < cells <= wanted + 256
     assert cells % 256 == 0
 
 
 @given(st.integers(1, 2_000_000))
 def test_the_prompt_is_as_long_as_asked_and_always_the_same(n_characters):
-    text = worker.prompt_text(n_characters)
-    assert len(text) == n_characters
-    assert worker.prompt_text(min(n_characters, 1000)) == text[:1000]
+    whole = text.prompt_text(n_characters)
+    assert len(whole) == n_characters
+    assert text.prompt_text(min(n_characters, 1000)) == whole[:1000]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -10,10 +11,11 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from servers import PSI_KV
+from servers import PSI_KV, children_of
 
 UNREACHED = "psi-kv: "
 
@@ -22,14 +24,18 @@ def lines_of(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith(UNREACHED)]
 
 
-def started(*program: str, **options) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*PSI_KV, "exec", "--", *program],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
+@contextlib.contextmanager
+def started(*program: str) -> Iterator[subprocess.Popen[str]]:
+    """`psi-kv exec` with a program that waits; neither outlives the test."""
+    process = subprocess.Popen(
+        [*PSI_KV, "exec", "--", *program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+    try:
+        yield process
+    finally:
+        for pid in (*children_of(process.pid), process.pid) if process.poll() is None else ():
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
 
 
 # -- status ---------------------------------------------------------------------------------------------
@@ -59,13 +65,13 @@ def test_a_program_without_llama_cpp_runs_as_it_is_and_that_is_said_once(run):
 # -- signals --------------------------------------------------------------------------------------------
 
 WAITS = """
-import signal, sys, os
+import signal, sys
+awaited = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1}
+signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
+print("up", flush=True)
 seen = []
-for one in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
-    signal.signal(one, lambda n, frame: seen.append(n))
-print("up", os.getpid(), flush=True)
 while signal.SIGTERM not in seen:
-    signal.pause()
+    seen.append(int(signal.sigwait(awaited)))
     print(*seen, flush=True)
 sys.exit(len(seen) + 40)
 """

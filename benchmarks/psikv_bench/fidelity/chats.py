@@ -9,7 +9,7 @@ from itertools import pairwise
 from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.events import Event, Trimmed
 from psi_kv_governor.policy import Policy
-from psi_kv_governor.pressure.reading import Reading
+from psi_kv_governor.pressure.reading import Reading, one_level
 from psikv_bench.fidelity.contenders import FULL
 from psikv_bench.fidelity.conversation import Chat, Message, Planted, chat, renderer, stem_of
 from psikv_bench.fidelity.likelihood import Tick, policies
@@ -39,7 +39,7 @@ class ScriptedPressure:
         """See PressureSource."""
         stall = _STALLS[int(self._time_s) % len(_STALLS)]
         self._time_s += 1.0
-        return Reading(time_s=self._time_s, interval_s=1.0, some=stall, full=stall, source=self.name)
+        return one_level(time_s=self._time_s, interval_s=1.0, some=stall, full=stall, source=self.name)
 
     def close(self) -> None:
         """See PressureSource."""

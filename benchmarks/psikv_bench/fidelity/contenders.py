@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from psi_kv_governor.cache import Kind
 from psi_kv_governor.policy import Policy, get_policy
-from psi_kv_governor.policy.base import Kind
 from psi_kv_governor.policy.random import Random
 
 FULL = "full"

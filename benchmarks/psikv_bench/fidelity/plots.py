@@ -30,7 +30,7 @@ _MARKERS = {"window": "s", "fifo": "v", "lru": "P", "keynorm": "D", "keydiff": "
             "hybrid": "^", RANDOM: "x"}  # fmt: skip
 _PANEL_IN = (3.9, 3.5)
 _SPREAD = 0.012
-"""Distance between the points of two policies at one share, so that their intervals can be told apart."""
+"""Distance between the points of two policies at one share, so that their intervals can be set apart."""
 
 Estimate = Interval | Share
 
@@ -141,7 +141,7 @@ def _panel(axes: Any, panel: Panel, rows: Rows) -> None:
             _line(axes, policy, _colour(policy, policies), points)
     if panel.full is not None:
         axes.axhline(panel.full, color=_COLOURS[FULL], linewidth=1.2, linestyle=(0, (4, 2)), label=FULL)
-    # A floor far below would take the room of what is to be seen.
+    # A floor far below would take the space of what is to be seen.
     if panel.floor is not None and panel.floor > min(value.low for value in panel.values.values()) / 5:
         axes.axhline(panel.floor, color=_COLOURS[FULL], linewidth=1.0, linestyle=":", label=ONE_CELL)
     axes.set_title(panel.title, loc="left", fontsize=10)

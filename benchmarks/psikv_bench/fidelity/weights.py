@@ -37,7 +37,7 @@ def choose(model: Path, wanted: Weights | None) -> Weights:
 def weights(model: Path, which: Weights) -> Iterator[Path]:
     """The file to read: `model` itself, or its weights in f32, in a folder that is gone afterwards.
 
-    Raises BadInputError where there is no room for it, PsiKvError where the file can't be converted.
+    Raises BadInputError where there is no space for it, PsiKvError where the file can't be converted.
     """
     if which == "file":
         yield model

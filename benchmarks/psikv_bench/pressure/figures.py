@@ -13,7 +13,8 @@ from psi_kv_governor.sandbox.result import SceneResult
 from psi_kv_governor.sandbox.watch import Shares, amount_at
 from psikv_bench.figures import Asked, Figure, figure, ms, shown
 from psikv_bench.options import in_order
-from psikv_bench.pressure.setting import PressureOptions, Setting
+from psikv_bench.pressure.options import PressureOptions
+from psikv_bench.pressure.setting import Setting
 from psikv_bench.record import Table
 
 MB = 1_000_000

@@ -11,11 +11,12 @@ from psi_kv_governor.preflight import Check
 from psi_kv_governor.pressure.cgroup import find_cgroups
 from psi_kv_governor.pressure.headroom import HeadroomReader
 from psi_kv_governor.pressure.psi import PsiFile
+from psi_kv_governor.residence.storage import memory_backed
 from psi_kv_governor.sandbox.host import MIB
 from psi_kv_governor.sandbox.sandbox import Sandbox
 from psi_kv_governor.sandbox.scene import outside_bytes
-from psi_kv_governor.store.mounts import memory_backed
-from psikv_bench.pressure.setting import PressureOptions, Setting, choose_setting, mapped_by_others
+from psikv_bench.pressure.options import PressureOptions
+from psikv_bench.pressure.setting import Setting, choose_setting, mapped_by_others
 from psikv_bench.record import RESULT
 
 

@@ -21,7 +21,9 @@ from psikv_bench.fidelity.results import Likelihood, Rows, Setting, Speed, Spike
 from psikv_bench.fidelity.subject import Subject
 from psikv_bench.fidelity.weights import Weights, choose, weights
 from psikv_bench.figures import Figure
-from psikv_bench.record import RESULT, Journal, Recorder, Report, cores, decoded, encoded
+from psikv_bench.journal import Journal, decoded, encoded
+from psikv_bench.machine import cores
+from psikv_bench.record import RESULT, Recorder, Report
 from psikv_bench.scene import Scene
 
 
@@ -273,7 +275,7 @@ def run(recorder: Recorder[FidelityOptions]) -> Report:
         notes=list(tables.notes(rows)),
         rows=rows,
     )
-    return recorder.keep(report, (), *plots.draws(rows))
+    return recorder.save(report, (), *plots.draws(rows))
 
 
 SCENE = Scene(

@@ -16,7 +16,7 @@ from psi_kv_governor.sandbox import messages
 from psi_kv_governor.sandbox.host import MIB, Host, ModelKilledError
 from psi_kv_governor.sandbox.llm import is_governed
 from psi_kv_governor.sandbox.messages import Setup, Variant
-from psi_kv_governor.sandbox.sandbox import Sandbox, Swap
+from psi_kv_governor.sandbox.sandbox import Swap
 from psikv_bench import reaction_report
 from psikv_bench.options import Options, each_once
 from psikv_bench.reaction_report import POLLS_S, Reaction
@@ -24,7 +24,7 @@ from psikv_bench.record import Recorder, Report
 from psikv_bench.scene import Scene
 from psikv_bench.trials import series
 from psikv_bench.trials.serving import SPARE_TOKENS, Onset, Place, Serving
-from psikv_bench.trials.sizing import Sizes, mild, prepared
+from psikv_bench.trials.sizing import Sizes, mild, prepared, require_sandbox
 
 Mode = Literal["decode", "prefill", "idle"]
 
@@ -89,9 +89,7 @@ class LatencyOptions(Options, frozen=True, kw_only=True):
 def run(recorder: Recorder[LatencyOptions]) -> Report:
     """Run what is not yet in the journal, and report. Ctrl-C keeps the finished onsets."""
     asked = recorder.options
-    able, why = Sandbox.available(asked.swap)
-    if not able:
-        raise PsiKvError(f"this needs a memory cgroup of its own: {why}")
+    require_sandbox(asked.swap)
     journal = recorder.journal(Reaction, msgspec.structs.replace(asked, model="", onsets=1))
     setup = Setup(
         variant="fixed",
@@ -126,7 +124,7 @@ def run(recorder: Recorder[LatencyOptions]) -> Report:
         notes=reaction_report.notes(reactions, asked.avg10, asked.hold_max_s),
         rows=reaction_report.records(reactions),
     )
-    return recorder.keep(
+    return recorder.save(
         report, reaction_report.records(reactions), lambda folder: reaction_report.plot(folder, reactions)
     )
 

@@ -19,14 +19,14 @@ from psi_kv_governor.sandbox import messages
 from psi_kv_governor.sandbox.host import MIB
 from psi_kv_governor.sandbox.messages import Setup, Variant
 from psi_kv_governor.sandbox.process_memory import glance
-from psi_kv_governor.sandbox.sandbox import Sandbox, Swap
+from psi_kv_governor.sandbox.sandbox import Swap
 from psikv_bench import oom_report
-from psikv_bench.oom_report import Trial, rate_words
+from psikv_bench.oom_trial import Trial, rate_words
 from psikv_bench.options import Options, each_once, in_order
 from psikv_bench.record import Recorder, Report
 from psikv_bench.scene import Scene
 from psikv_bench.trials.serving import SPARE_TOKENS, Onset, Place, Serving
-from psikv_bench.trials.sizing import Need, Sizes, deadly, prepared
+from psikv_bench.trials.sizing import Need, Sizes, deadly, prepared, require_sandbox
 
 CALM_S = 0.5
 """Decoded in peace before the neighbour comes."""
@@ -100,9 +100,7 @@ def remaining(options: OomOptions, done: Iterable[tuple[Variant, float]]) -> Ite
 def run(recorder: Recorder[OomOptions]) -> Report:
     """Run what is not yet in the journal, and report on all of it. Ctrl-C keeps the finished runs."""
     asked = recorder.options
-    able, why = Sandbox.available(asked.swap)
-    if not able:
-        raise PsiKvError(f"this needs a memory cgroup of its own: {why}")
+    require_sandbox(asked.swap)
     journal = recorder.journal(Trial, msgspec.structs.replace(asked, model="", runs=1))
     trials: list[Trial] = journal.parts
     ahead = list(remaining(asked, [(trial.variant, trial.rate) for trial in trials]))
@@ -135,7 +133,7 @@ def run(recorder: Recorder[OomOptions]) -> Report:
     if not trials:
         raise PsiKvError("interrupted before the first run was finished: there is nothing to report")
     report = oom_report.report_of(recorder, trials, scene, interrupted=interrupted)
-    return recorder.keep(report, oom_report.records(trials), lambda folder: oom_report.plot(folder, trials))
+    return recorder.save(report, oom_report.records(trials), lambda folder: oom_report.plot(folder, trials))
 
 
 def _sizes(asked: OomOptions, need: Need, config: GovernorConfig) -> Sizes:

@@ -17,8 +17,9 @@ from psi_kv_governor.sandbox.host import Host
 from psi_kv_governor.sandbox.messages import Opened, Setup
 from psi_kv_governor.sandbox.process_memory import Sample
 from psikv_bench.figures import Asked, Figure, figure
+from psikv_bench.machine import cores
 from psikv_bench.options import Options
-from psikv_bench.record import Recorder, Report, cores
+from psikv_bench.record import Recorder, Report
 from psikv_bench.scene import Scene
 from psikv_bench.trials.sizing import until_opened
 
@@ -75,7 +76,7 @@ def run(recorder: Recorder[OpeningOptions]) -> Report:
             large[name].append(opened)
             grown = grown or found
     figures = list(_figures(small, large, grown, options))
-    return recorder.keep(recorder.report(figures, [threads]))
+    return recorder.save(recorder.report(figures, [threads]))
 
 
 def _open(

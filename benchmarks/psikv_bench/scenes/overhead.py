@@ -23,8 +23,9 @@ from psi_kv_governor.sandbox import messages
 from psi_kv_governor.sandbox.host import Host
 from psi_kv_governor.sandbox.messages import Done, Setup, Variant
 from psikv_bench.figures import Asked, Figure, figure
+from psikv_bench.machine import cores
 from psikv_bench.options import Options
-from psikv_bench.record import Recorder, Report, cores
+from psikv_bench.record import Recorder, Report
 from psikv_bench.scene import Scene
 from psikv_bench.trials.sizing import until_opened
 
@@ -74,7 +75,7 @@ def run(recorder: Recorder[OverheadOptions]) -> Report:
         )
     ]
     figures.append(figure("processor time while idle and calm", "share", idle_shares))
-    return recorder.keep(recorder.report(figures, settings))
+    return recorder.save(recorder.report(figures, settings))
 
 
 class _Both:

@@ -14,11 +14,12 @@ from msgspec import Meta
 
 from psi_kv_governor.policy import Range, get_policy
 from psi_kv_governor.sandbox.messages import Setup
-from psi_kv_governor.sandbox.worker import prompt_tokens
+from psi_kv_governor.sandbox.text import prompt_tokens
 from psikv_bench.figures import Asked, Figure, figure
+from psikv_bench.machine import cores
 from psikv_bench.model import Context
 from psikv_bench.options import Options
-from psikv_bench.record import Recorder, Report, cores
+from psikv_bench.record import Recorder, Report
 from psikv_bench.scene import Scene
 
 KEY_SCORES = Asked("<=", 1.0)
@@ -56,7 +57,7 @@ def run(recorder: Recorder[PoliciesOptions]) -> Report:
         with _Filled(setup, tokens, recorder) as filled:
             figures += _key_figures(filled, recorder)
             figures += _sampling_figures(filled, recorder)
-    return recorder.keep(recorder.report(figures, [threads]))
+    return recorder.save(recorder.report(figures, [threads]))
 
 
 class _Filled(Context):

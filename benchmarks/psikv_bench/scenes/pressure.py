@@ -17,16 +17,9 @@ from psi_kv_governor.sandbox.scene_options import OnEvent, SceneEvent, SceneOpti
 from psikv_bench.pressure import figures as of_runs
 from psikv_bench.pressure import plots
 from psikv_bench.pressure.figures import Run
+from psikv_bench.pressure.options import PressureOptions, turns
 from psikv_bench.pressure.preflight import check_memory, checks
-from psikv_bench.pressure.setting import (
-    PressureOptions,
-    Setting,
-    choose_setting,
-    is_judged,
-    remarks,
-    scene_of,
-    turns,
-)
+from psikv_bench.pressure.setting import Setting, choose_setting, is_judged, remarks, scene_of
 from psikv_bench.record import Recorder, Report, Say
 from psikv_bench.scene import Scene
 
@@ -121,7 +114,7 @@ def _report(
         notes=[*remarks(options, setting), *of_runs.circumstances(options, setting, recorder.model.name)],
         rows=of_runs.rows(runs),
     )
-    return recorder.keep(
+    return recorder.save(
         report,
         of_runs.samples(runs),
         partial(plots.side_by_side, runs=runs, figures=found, title=title),

@@ -90,7 +90,7 @@ def run(recorder: Recorder[SoakOptions]) -> Report:
             recorder.say(f"cycle {number + 1} of {options.repeats}")
             cycles.append(_cycle(host, options.cycle_s))
     figures = list(_figures(added_bytes, cycles, options.cycle_s))
-    return recorder.keep(recorder.report(figures, [1]))
+    return recorder.save(recorder.report(figures, [1]))
 
 
 def _alone() -> int:

@@ -25,11 +25,12 @@ from psi_kv_governor.policy import Range
 from psi_kv_governor.sandbox.host import Host
 from psi_kv_governor.sandbox.messages import Setup
 from psi_kv_governor.sandbox.process_memory import own_memory
-from psi_kv_governor.sandbox.worker import prompt_tokens
+from psi_kv_governor.sandbox.text import prompt_tokens
 from psikv_bench.figures import Asked, Figure, figure
+from psikv_bench.machine import cores
 from psikv_bench.model import Context, Logits, differing
 from psikv_bench.options import Options
-from psikv_bench.record import Recorder, Report, cores
+from psikv_bench.record import Recorder, Report
 from psikv_bench.scene import Scene
 from psikv_bench.trials.sizing import until_opened
 
@@ -92,7 +93,7 @@ def run(recorder: Recorder[TrimOptions]) -> Report:
     """Measure every case, those with the same context together."""
     cases = _QUICK if recorder.quick else _FULL
     figures = list(measure(recorder, cases))
-    return recorder.keep(recorder.report(figures, [recorder.options.threads or cores()]))
+    return recorder.save(recorder.report(figures, [recorder.options.threads or cores()]))
 
 
 def measure(recorder: Recorder[TrimOptions], cases: Sequence[Case]) -> Iterator[Figure]:

@@ -12,7 +12,7 @@ from psi_kv_governor.sandbox.watch import Look
 
 FELL_BYTES = 1 << 20
 """Anonymous memory has fallen when it is this much below its highest. The kernel counts a process's pages
-in batches of some ten kB a core, so that less than this is not told apart from its noise."""
+in batches of some ten kB a core, so that less than this is not set apart from its noise."""
 AFTER_S = 0.2
 """After a trim or a restore caches are cold, and pages are faulted in: tokens until then are near it."""
 

@@ -25,7 +25,7 @@ from psi_kv_governor.pressure.headroom import HeadroomReader
 from psi_kv_governor.sandbox import messages
 from psi_kv_governor.sandbox.host import MIB, Host
 from psi_kv_governor.sandbox.messages import Setup
-from psi_kv_governor.sandbox.sandbox import Sandbox
+from psi_kv_governor.sandbox.sandbox import Sandbox, Swap
 from psikv_bench.record import Say
 
 NEIGHBOUR_BYTES = 8 * MIB
@@ -153,6 +153,13 @@ def prepared(setup: Setup, say: Say) -> Iterator[tuple[Setup, Need]]:
         filled = _fill(setup, path, say)
         ready = msgspec.structs.replace(setup, state=path, prefill_threads=setup.threads)
         yield ready, _need(ready, filled, say)
+
+
+def require_sandbox(swap: Swap) -> None:
+    """Raises PsiKvError where no memory cgroup with this swap can be made, before minutes are spent."""
+    able, why = Sandbox.available(swap)
+    if not able:
+        raise PsiKvError(f"this needs a memory cgroup of its own: {why}")
 
 
 def ample_bytes() -> int:

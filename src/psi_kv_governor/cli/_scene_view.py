@@ -140,7 +140,8 @@ def words_of(event: Event) -> str:
         case Trimmed():
             words = f"gave up {event.cells} cells, {event.bytes_returned / MIB:.1f} MiB returned"
         case Restored():
-            words = f"put {event.cells} cells back in {event.seconds * 1e3:.0f} ms, {event.missing} missing"
+            back = f"put {event.cells} cells back in {event.seconds * 1e3:.0f} ms"
+            words = f"{back}, {event.masked_bytes >> 20} MiB still masked"
         case Recomputed():
             words = f"computed {event.cells} cells again in {event.seconds:.1f} s"
         case Released():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
+
 import click
 
 from psi_kv_governor.errors import PsiKvError
@@ -26,12 +29,9 @@ def missing(arguments: tuple[str, ...]) -> None:
 
 def find() -> click.Command:
     """The command of the benchmarks, or one that says how to get them."""
-    try:
-        from psikv_bench.cli import command as found
-    except ModuleNotFoundError as error:
-        if error.name != "psikv_bench":
-            raise
+    if find_spec("psikv_bench") is None:
         return missing
+    found: click.Command = import_module("psikv_bench.cli").command
     return found
 
 

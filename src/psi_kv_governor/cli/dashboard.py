@@ -6,6 +6,7 @@ from contextlib import closing, suppress
 from functools import partial
 
 import click
+import msgspec
 
 from psi_kv_governor import socket_place
 from psi_kv_governor.cli._governed import ask, choose, connect, messages
@@ -27,7 +28,8 @@ from psi_kv_governor.service.address import address
     metavar="[HOST:]PORT",
     help="Where to serve it [a free port, this machine alone].",
 )
-def command(process: str | None, where: str) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print the address as JSON.")
+def command(process: str | None, where: str, as_json: bool) -> None:
     """Serve a page that shows stall, headroom, the cache as blocks, and events of a governed process, with
     buttons to park, unpark and limit.
 
@@ -46,6 +48,9 @@ def command(process: str | None, where: str) -> None:
             server = DashboardServer(Watched(messages(connection), partial(ask, found[0])), at)
         except OSError as error:
             raise PsiKvError(f"no dashboard at {at}: {error.strerror or error}") from error
-        click.echo(f"dashboard at {server.url} (Ctrl-C ends it; the process does not notice)")
+        if as_json:
+            click.echo(msgspec.json.encode({"url": server.url}))
+        else:
+            click.echo(f"dashboard at {server.url} (Ctrl-C ends it; the process does not notice)")
         with closing(server), suppress(KeyboardInterrupt):
             server.wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import click
+import msgspec
 
 from psi_kv_governor import socket_place
 from psi_kv_governor.cli._governed import ask, choose
@@ -23,12 +24,16 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt])i?b?", re.IGNORECASE)
 )
 @click.argument("process", metavar="PID|NAME")
 @click.argument("amount", metavar="2GiB|0.5|none")
-def command(process: str, amount: str) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(process: str, amount: str, as_json: bool) -> None:
     """From now on, while memory is short, all caches of the process together hold at most this much: an
     amount with its unit (2GiB), a share of what they hold (0.5), or as much as they like (none)."""
     limit = parsed(amount)
     for one in choose(socket_place.find(), process):
         ask(one, limit)
+    if as_json:
+        click.echo(msgspec.json.encode({"share": limit.share, "n_bytes": limit.n_bytes}))
+        return
     click.echo(f"psi-kv limit: {process} holds at most {amount} under pressure", err=True)
 
 

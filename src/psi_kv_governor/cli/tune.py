@@ -16,8 +16,6 @@ import msgspec
 from rich.console import Console
 from rich.status import Status
 
-from psi_kv_governor.bench import tuning_scene
-from psi_kv_governor.bench.pen import Pen
 from psi_kv_governor.cli._group import example
 from psi_kv_governor.cli.session import ended_by_sigterm
 from psi_kv_governor.config import DEFAULT_FILE, GovernorConfig, load_config
@@ -29,6 +27,8 @@ from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.pressure import discover
 from psi_kv_governor.pressure.reading import Reading
 from psi_kv_governor.pressure.trace import read_trace
+from psi_kv_governor.sandbox import tuning_scene
+from psi_kv_governor.sandbox.sandbox import Sandbox
 
 _LINE = 100
 """Columns of a comment in the file."""
@@ -148,8 +148,8 @@ def watch_calm(config: GovernorConfig, seconds: float, status: Status) -> list[R
 
 def play_scenes(status: Status) -> tuple[list[list[Reading]], str]:
     """The scenes that can be played here, and why there are none, or none with swap."""
-    with_swap, why_no_swap = Pen.available("zram")
-    able, why = Pen.available()
+    with_swap, why_no_swap = Sandbox.available("zram")
+    able, why = Sandbox.available()
     if not able:
         return [], why
     try:

@@ -16,6 +16,7 @@ from psi_kv_governor.commands import Unpark
 )
 @click.argument("process", metavar="PID|NAME")
 @click.option("--sequence", type=click.IntRange(min=0), metavar="N", help="This one alone.")
-def command(process: str, sequence: int | None) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, a line for each model.")
+def command(process: str, sequence: int | None, as_json: bool) -> None:
     """Read parked sequences back into memory, so that the next request does not wait for the disk."""
-    carry_out("unpark", process, Unpark(sequence=sequence))
+    carry_out("unpark", process, Unpark(sequence=sequence), as_json)

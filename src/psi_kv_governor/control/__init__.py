@@ -1,5 +1,6 @@
 """What to do about a reading: pure functions and small frozen dataclasses."""
 
+from psi_kv_governor.control.between import has_room, nothing_new
 from psi_kv_governor.control.decision import Action, CacheSnapshot, Decision, Mode
 from psi_kv_governor.control.law import budget_of, decide, pause_s
 from psi_kv_governor.control.restoring import SLICE_BYTES
@@ -17,6 +18,8 @@ __all__ = [
     "Turn",
     "budget_of",
     "decide",
+    "has_room",
+    "nothing_new",
     "pause_s",
     "spare_bytes",
 ]

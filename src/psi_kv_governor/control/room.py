@@ -62,8 +62,8 @@ class Room(NamedTuple):
 
     @property
     def near(self) -> bool:
-        """Within twice the line: what has to be written before it can go is written now."""
-        return self.told and self.headroom_bytes - self.fall_bytes < 2 * self.line_bytes
+        """Within one and a half times the line: what has to be written before it can go is written now."""
+        return self.told and self.headroom_bytes - self.fall_bytes < 1.5 * self.line_bytes
 
     @property
     def plenty(self) -> bool:

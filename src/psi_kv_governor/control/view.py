@@ -75,7 +75,7 @@ class View(NamedTuple):
     plenty: bool
     """Headroom is known, and far from its low line, on all levels."""
     near: bool
-    """On some level, headroom is within twice its low line."""
+    """On some level, headroom is within one and a half times its low line."""
     noise: float
     """The most stall of any level."""
     why: str

@@ -13,11 +13,10 @@ from psi_kv_governor.policy.pool import highest, without_gaps
 
 @dataclass(frozen=True)
 class Fifo(Policy):
-    """What came into the cache first goes first; what was restored came last.
+    """What came into the cache first goes first, whatever its position.
 
-    Until something is restored or recomputed this is `window`: tokens come in in the order of their
-    positions. After that it spares what was brought back, so that memory which comes and goes in waves does
-    not carry the same range to the disk and back each time.
+    Tokens come in in the order of their positions, so this is `window` until cells are written anew: a
+    context that was shifted, copied or decoded again. Unmasking writes nothing, and is no arrival.
     """
 
     name: ClassVar[str] = "fifo"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -74,10 +75,13 @@ class Scores:
     ) -> list[Range]:
         """The ranges of `sequence` that go for `cells` cells, and no more than those. Empty for a sequence
         that is gone meanwhile."""
+        evidence: Evidence | None = None
         try:
             evidence = self._evidence(cache.id, sequence.id)
         except EngineError:  # of this sequence: an engine that is gone says so when the plan is applied
             return []
+        except Exception as error:
+            self._complain(f"nothing is told of the cache ({error}): the oldest blocks go")
         scored = self._score(cache, sequence, protection, evidence)
         known = self._of(cache.id, sequence)
         for block, thought in zip(scored.blocks, scored.scores, strict=True):
@@ -113,12 +117,13 @@ class Scores:
         return known
 
     def _score(
-        self, cache: CacheState, sequence: SequenceState, protection: Protection, evidence: Evidence
+        self, cache: CacheState, sequence: SequenceState, protection: Protection, evidence: Evidence | None
     ) -> Scored:
         try:
-            if not (why := why_not_served(self.policy, evidence)):
-                return self._scored_by(self.policy, cache, sequence, protection, evidence)
-            self._complain(f"the policy {self.policy.name} can't be used with this cache ({why})")
+            if evidence is not None:
+                if not (why := why_not_served(self.policy, evidence)):
+                    return self._scored_by(self.policy, cache, sequence, protection, evidence)
+                self._complain(f"the policy {self.policy.name} can't be used with this cache ({why})")
         except Exception as error:
             self._complain(f"the policy {self.policy.name} failed ({error}): the oldest blocks go instead")
         return self._scored_by(Window(), cache, sequence, protection, evidence)
@@ -129,13 +134,13 @@ class Scores:
         cache: CacheState,
         sequence: SequenceState,
         protection: Protection,
-        evidence: Evidence,
+        evidence: Evidence | None,
     ) -> Scored:
         return score(
             policy,
             list(sequence.live),
             sequence.next_position,
-            evidence,
+            cast(Evidence, evidence),  # the window asks for none
             protection=protection,
             block_cells=block_size(policy, self._block_cells, cache.row_bytes, cache.capacity_cells),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from psi_kv_governor.pressure.kernel_file import PAGE_BYTES, KernelFile
@@ -15,6 +15,12 @@ Processes = Callable[[], Iterable[int]]
 def only_this() -> tuple[int]:
     """The process that runs this: it holds its caches itself."""
     return (os.getpid(),)
+
+
+def holders(caches: Mapping[int, tuple[str, int]]) -> Processes:
+    """The processes of `caches` (name and process id by number) as these are then; this one while there are
+    none."""
+    return lambda: {pid for _, pid in list(caches.values())} or only_this()
 
 
 class ProcessSizes:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from typing import Protocol
+
+from psi_kv_governor.forks import at_fork
 
 
 class Forked(Protocol):
@@ -48,5 +49,4 @@ def _after_fork() -> None:
     birth.release()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
+at_fork(before=_before_fork, in_parent=_after_fork, in_child=_after_fork)

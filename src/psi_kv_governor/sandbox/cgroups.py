@@ -32,7 +32,7 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     leaf: str = ""
     """With v1: parent folder of a v2 group that only counts the stall; empty where there is none."""
     enable: bool = False
-    """Whether the parent has to hand its memory controller down first (v2)."""
+    """Whether the parent has to pass its memory controller down first (v2)."""
 
 
 class Group(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -15,11 +13,13 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from psi_kv_governor.children import python_command
 from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.sandbox import load, messages, worker
 from psi_kv_governor.sandbox.children import Child, Children
 from psi_kv_governor.sandbox.messages import NeighbourSaid, Setup
 from psi_kv_governor.sandbox.sandbox import Sandbox, Swap
+from psi_kv_governor.sandbox.self_look import drop_file_cache
 from psi_kv_governor.sandbox.watch import MACHINE_PRESSURE
 
 MIB = 1 << 20
@@ -51,7 +51,7 @@ class Neighbour(msgspec.Struct, frozen=True, kw_only=True):
 
     def argv(self) -> list[str]:
         """The command of the process."""
-        argv = [sys.executable, "-m", load.__name__, "--kind", self.kind]
+        argv = python_command(load.__name__, "--kind", self.kind)
         argv += ["--mib", str(max(1, self.n_bytes // MIB)), "--step-mib", str(max(1, self.step_bytes // MIB))]
         argv += ["--pause-s", str(self.pause_s), "--rate-mib-s", f"{self.rate_bytes_per_s / MIB:.3f}"]
         return [*argv, "--seed", str(self.seed), *(["--folder", self.folder] if self.folder else [])]
@@ -78,7 +78,7 @@ class Host:
             launch = _outside if self.sandbox is None else self.sandbox.popen
             self._children = self._stack.enter_context(Children(launch))
             setup_json = msgspec.json.encode(setup).decode()
-            self._worker = self._children.start([sys.executable, "-m", worker.__name__, setup_json])
+            self._worker = self._children.start(python_command(worker.__name__, setup_json))
         except BaseException:
             self._stack.close()
             raise
@@ -218,13 +218,3 @@ def _watching(setup: Setup, sandbox: Sandbox | None) -> Setup:
 
 def _outside(argv: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen(argv, **options)
-
-
-def drop_file_cache(path: Path) -> None:
-    """Forget the file's pages, so that they are read, and charged, in the sandbox (page cache belongs to the
-    cgroup that touches it first). Pages that another process has mapped stay where they are."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)

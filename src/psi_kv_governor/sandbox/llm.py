@@ -105,18 +105,21 @@ def cells_of(llm: Any, variant: Variant, removed: int = 0) -> Cells:
     if is_plain(variant):
         return Cells(int(llm.n_tokens) - removed, 0, removed)
     status = llm.governor.status()
-    return Cells(status.live_cells, status.spilled_cells, status.lost_cells)
+    return Cells(status.live_cells, status.masked_cells, status.lost_cells)
 
 
 def put_back(llm: Any) -> int:
     """Have everything back that the governor lets come back; gives the cells that stay away."""
-    return int(llm.make_whole())
+    if llm.governor.has_room():
+        llm.governor.restore()
+    status = llm.governor.status()
+    return int(status.masked_cells + status.lost_cells)
 
 
 def why_not_governable(llm: Any) -> str:
     """Why nothing of this model can be given up; empty where something can."""
-    able = llm.governor.capabilities.spill
-    return "" if able.able else str(able.why)
+    description = llm.governor.engine.describe()
+    return "" if description.place else str(description.capabilities.park.why)
 
 
 def follow(
@@ -138,9 +141,9 @@ def follow(
                 some=reading.some,
                 full=reading.full,
                 headroom_bytes=reading.headroom_bytes,
-                live_cells=turn.cache.live_cells,
+                live_bytes=turn.cache.live_bytes,
                 action=decision.action.value,
-                cells=decision.cells,
+                n_bytes=decision.n_bytes,
                 mode=decision.mode.value,
                 reason=decision.reason,
             )
@@ -155,13 +158,8 @@ def load_state(llm: Any, variant: Variant, path: str, tokens: list[int]) -> None
 
     Raises PsiKvError where the file does not hold them.
     """
-    if is_plain(variant):
-        _load_file(llm, path, len(tokens))
-    else:
-        engine = llm._engine
-        with engine.emptied_upstream():
-            _load_file(llm, path, len(tokens))
-            engine.track.loaded(np.arange(len(tokens)), np.array(tokens, dtype=np.intc))
+    del variant
+    _load_file(llm, path, len(tokens))
     llm.input_ids[: len(tokens)] = tokens
     llm.n_tokens = len(tokens)
 

@@ -19,6 +19,8 @@ by itself; `psi-file` and `psi-memory`: with that backing. `file-only`: born in 
 
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
+_CELLS_STEP = 256
+
 Stage = Literal["load", "prefill", "calm", "pressed", "restore"]
 
 
@@ -59,6 +61,14 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     """The reference never removes fewer tokens than this."""
     pressure_file: str = ""
     """The PSI file that the reference polls; empty: that of where it runs."""
+
+    @property
+    def cells(self) -> int:
+        """Cells of the cache, as llama.cpp pads them."""
+        if self.context_cells is not None:
+            return self.context_cells
+        wanted = self.context_tokens + max(self.decoded_tokens, self.prompt_tokens) + 1
+        return -(-wanted // _CELLS_STEP) * _CELLS_STEP
 
 
 # -- orders ------------------------------------------------------------------------------------------------
@@ -208,9 +218,9 @@ class Turned(_Message, frozen=True, kw_only=True):
     some: float
     full: float
     headroom_bytes: int | None
-    live_cells: int
+    live_bytes: int
     action: str
-    cells: int
+    n_bytes: int
     mode: str
     reason: str
 

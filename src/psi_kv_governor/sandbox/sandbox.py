@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +15,7 @@ from typing import IO, Any, Literal, get_args
 
 import msgspec
 
+from psi_kv_governor.children import python_command
 from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.pressure.cgroup import Cgroup, OwnCgroups, find_cgroups
 from psi_kv_governor.pressure.headroom import HeadroomReader
@@ -50,7 +50,7 @@ class Sandbox:
         _check_headroom(limit_bytes + (order.swap_bytes if order.own_swap else 0))
         self._children: list[subprocess.Popen[bytes]] = []
         self._guardian: subprocess.Popen[bytes] | None = subprocess.Popen(
-            [sys.executable, "-m", guardian.__name__, msgspec.json.encode(order).decode()],
+            python_command(guardian.__name__, msgspec.json.encode(order).decode()),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": guardian.package_path()},
@@ -119,7 +119,7 @@ class Sandbox:
             child.wait()
         self._children.clear()
         if problem:
-            raise PsiKvError(f"the sandbox could not be removed whole, remove by hand: {problem}")
+            raise PsiKvError(f"the sandbox could not be removed whole, remove it yourself: {problem}")
 
     def __enter__(self) -> Sandbox:
         return self
@@ -187,7 +187,7 @@ def _check_headroom(wanted_bytes: int) -> None:
     found = HeadroomReader(find_cgroups()).read()
     if found is not None and found.headroom_bytes < wanted_bytes:
         raise PsiKvError(
-            f"the sandbox may take {wanted_bytes >> 20} MiB and {found.headroom_bytes >> 20} MiB are available: "
+            f"the sandbox may take {wanted_bytes >> 20} MiB, {found.headroom_bytes >> 20} MiB are available: "
             "close other programs, or choose a smaller limit and less swap"
         )
 

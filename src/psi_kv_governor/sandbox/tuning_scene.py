@@ -6,11 +6,11 @@ would read.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 
+from psi_kv_governor.children import python_command
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.pressure.headroom import HeadroomReader
 from psi_kv_governor.pressure.machine import MachineSource
@@ -42,7 +42,7 @@ PRESSED_S = 8.0
 def play(swap: Swap, say: Callable[[str], None]) -> list[list[Reading]]:
     """The readings of each neighbour, from the moment in which it is started.
 
-    `say` hears what is going on. Raises PsiKvError where there is no sandbox, or no stall is told in it.
+    `say` hears what is going on. Raises PsiKvError where there is no sandbox, or its kernel counts no stall.
     """
     return [_played(swap, step_mib, pause_s, say) for step_mib, pause_s in STEPS]
 
@@ -86,5 +86,5 @@ def _source(sandbox: Sandbox) -> MachineSource:
 
 
 def _neighbour(mib: int, step_mib: int, pause_s: float) -> Sequence[str]:
-    argv = [sys.executable, "-m", load.__name__, "--mib", str(mib)]
+    argv = python_command(load.__name__, "--mib", str(mib))
     return [*argv, "--step-mib", str(step_mib), "--pause-s", str(pause_s)]

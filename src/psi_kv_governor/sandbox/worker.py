@@ -28,62 +28,18 @@ from psi_kv_governor.sandbox import messages
 from psi_kv_governor.sandbox.messages import Setup, Stage
 from psi_kv_governor.sandbox.process_memory import own_memory
 from psi_kv_governor.sandbox.reference import Cut, MiddlePruner
+from psi_kv_governor.sandbox.self_look import drop_file_cache, looked
+from psi_kv_governor.sandbox.speaker import Speaker
+from psi_kv_governor.sandbox.text import prompt_tokens
 
-_CELLS_STEP = 256  # llama.cpp pads a context to it
-_CHARACTERS_PER_TOKEN = 8  # more than English has with any vocabulary, so that the text is long enough
 _LOOK_S = 0.02
 _WHOLE_TIMEOUT_S = 20.0
 _SETTLE_S = 0.1
 """libgomp's idle threads spin for about 8 ms; after this none does."""
-GOVERNOR_THREAD = "psi-kv-governor"
 
 
 class _Abandoned(Exception):
     """Nobody listens any more."""
-
-
-def context_cells(setup: Setup) -> int:
-    """Cells of the cache: for the context and for what is decoded after it, as llama.cpp pads them."""
-    if setup.context_cells is not None:
-        return setup.context_cells
-    wanted = setup.context_tokens + max(setup.decoded_tokens, setup.prompt_tokens) + 1
-    return -(-wanted // _CELLS_STEP) * _CELLS_STEP
-
-
-def prompt_text(n_characters: int) -> str:
-    """English that every Python has: its own reference manual, in a fixed order."""
-    from pydoc_data.topics import topics  # type: ignore[import-untyped, unused-ignore]
-
-    parts: list[str] = []
-    size = 0
-    while size < n_characters:  # no more than is needed: this process's memory is measured
-        for name in sorted(topics):
-            parts.append(topics[name])
-            size += len(parts[-1])
-            if size >= n_characters:
-                break
-    return "".join(parts)[:n_characters]
-
-
-def prompt_tokens(llm: Any, count: int) -> list[int]:
-    """The first `count` tokens of that text. Raises PsiKvError when it has fewer."""
-    tokens: list[int] = llm.tokenize(prompt_text(count * _CHARACTERS_PER_TOKEN).encode())[:count]
-    if len(tokens) < count:
-        raise PsiKvError(f"the text has {len(tokens)} tokens with this model, and {count} are needed")
-    return tokens
-
-
-class Speaker:
-    """Writes messages to standard output, from any thread."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # events come from the governor's thread
-        self._encoder = msgspec.json.Encoder()
-
-    def say(self, message: messages.Message) -> None:
-        """Write one. Raises BrokenPipeError where nobody reads."""
-        with self._lock:
-            os.write(sys.stdout.fileno(), self._encoder.encode(message) + b"\n")
 
 
 class Worker:
@@ -110,7 +66,7 @@ class Worker:
         self._speaker.say(messages.Progress(stage="load", done=0, total=1))
         llms.llama_class(setup.variant, late=setup.late)
         imported = own_memory()
-        self._llm = llms.open_llm(setup, context_cells(setup), setup.prefill_threads or os.cpu_count() or 1)
+        self._llm = llms.open_llm(setup, setup.cells, setup.prefill_threads or os.cpu_count() or 1)
         try:
             if llms.is_governed(setup.variant):
                 llms.follow(self._llm, self._on_event, self._on_turn, self._speaker.say)
@@ -154,7 +110,7 @@ class Worker:
             case messages.Whole():
                 self._speaker.say(self._whole())
             case messages.Look():
-                self._speaker.say(self._looked())
+                self._speaker.say(looked(self._cells(), self._turns))
             case _:
                 self._timed(order)
 
@@ -174,7 +130,7 @@ class Worker:
                 self._llm.governor.trim(order.fraction)
             case messages.Save():
                 llms.save_state(self._llm, order.path, self._setup.context_tokens)
-                _forget_pages(order.path)
+                drop_file_cache(order.path, written=True)
         seconds, cpu_s = time.perf_counter() - began_s, time.process_time() - cpu_began_s
         self._speaker.say(messages.Done(seconds=seconds, cpu_s=cpu_s))
 
@@ -188,7 +144,7 @@ class Worker:
         self._probe, self._prompt = tokens[base], tokens[base + 1 :]
         if self._setup.state:
             llms.load_state(self._llm, self._setup.variant, self._setup.state, tokens[:base])
-            _forget_pages(self._setup.state)
+            drop_file_cache(self._setup.state)
         else:
             self._read(tokens[:base], self._setup.batch_tokens)
 
@@ -325,46 +281,11 @@ class Worker:
     def _progress(self, stage: Stage, total: int, done: int = 0) -> None:
         self._speaker.say(messages.Progress(stage=stage, done=done, total=total))
 
-    def _looked(self) -> messages.Looked:
-        cells = self._cells()
-        return messages.Looked(
-            memory=own_memory(),
-            live_cells=cells.live,
-            masked_cells=cells.masked,
-            lost_cells=cells.lost,
-            governor_cpu_s=_thread_cpu_s(),
-            turns=self._turns,
-            descriptors=sum(1 for _ in Path("/proc/self/fd").iterdir()),
-            threads=threading.active_count(),
-        )
-
     def _on_event(self, event: Event) -> None:
         self._speaker.say(messages.Governed(event=event, live_cells=self._cells().live))
 
     def _on_turn(self) -> None:
         self._turns += 1
-
-
-def _thread_cpu_s() -> float:
-    """Processor time of the governor's thread so far, by the kernel's own account; 0 without one.
-
-    /proc/[pid]/task/[tid]/schedstat counts nanoseconds; `stat` counts ticks of 10 ms.
-    """
-    for thread in threading.enumerate():
-        if thread.name == GOVERNOR_THREAD:
-            text = Path(f"/proc/self/task/{thread.native_id}/schedstat").read_text()
-            return int(text.split()[0]) / 1e9
-    return 0.0
-
-
-def _forget_pages(path: str) -> None:
-    """What was read or written through the page cache is charged to the cgroup, and is not wanted there."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fdatasync(descriptor)  # dirty pages cannot be dropped
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
 
 
 def main() -> int:

@@ -43,6 +43,7 @@ class Op(IntEnum):
     BLOBS = 13
     PARK_BLOB = 14
     REFUSE = 15
+    SAMPLED = 16
 
 
 class Reply(NamedTuple):
@@ -146,10 +147,11 @@ class Client:
         ranges: Sequence[tuple[int, int]] = (),
         max_bytes: int = 0,
         deadline_s: float = 0.0,
+        content: bytes = b"",
     ) -> Reply:
         """One request. `ranges` are positions of `sequence`; a bound of 0 is none."""
         head = _REQUEST.pack(VERSION, op, region, sequence, flags, len(ranges), max_bytes, deadline_s)
-        raw = self._transport(head + np.asarray(ranges, dtype="<i4").tobytes())
+        raw = self._transport(head + np.asarray(ranges, dtype="<i4").tobytes() + content)
         status, count, n_bytes, cells, masked, written, seconds, done, n_problem = _REPLY.unpack_from(raw)
         end = len(raw) - n_problem
         problem = raw[end:].decode(errors="replace")

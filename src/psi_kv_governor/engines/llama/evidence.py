@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from psi_kv_governor.cache import Kind, Range, Values
-from psi_kv_governor.engines.llama.client import Client, RegionInfo
+from psi_kv_governor.engines.llama.client import Client, Op, RegionInfo
 from psi_kv_governor.errors import BadInputError
 
 _KINDS: dict[Kind, int] = {"arrivals": 1, "key_norms": 2, "key_diffs": 3, "attention": 4, "last_used": 5}
@@ -94,6 +94,15 @@ class LlamaEvidence:
     def last_used(self, part: Range) -> Values:
         """See Evidence. Raises EngineError as `attention` does."""
         return self._of("last_used", part)
+
+    def sampled(self) -> bytes:
+        """All that was sampled so far, to go back to."""
+        return self._client.ask(Op.SAMPLED, self._region.id).payload
+
+    def rewind(self, sampled: bytes) -> None:
+        """Know what was known at the time of `sampled`, and nothing later: for measurements that try one
+        thing after another from the same beginning."""
+        self._client.ask(Op.SAMPLED, self._region.id, content=sampled)
 
     def _of(self, kind: Kind, part: Range) -> Values:
         return self._client.evidence(_KINDS[kind], self._region.id, self._sequence, part)

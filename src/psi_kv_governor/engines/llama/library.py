@@ -51,7 +51,7 @@ def agent_path() -> Path:
             digest.update(part.name.encode() + part.read_bytes())
     except OSError as error:
         raise EngineError(f"the agent's source can't be read: {error}") from error
-    name = f"agent-{digest.hexdigest()[:24]}.so"
+    name = f"psikv-agent-{digest.hexdigest()[:24]}.so"
     problems: list[str] = []
     for folder in _folders():
         try:

@@ -196,6 +196,7 @@ float sampler_attention(const struct sampler * sampler, int64_t row);  // NaN: n
 float sampler_last_used(const struct sampler * sampler, int64_t row);
 double sampler_born(const struct sampler * sampler, int64_t row);
 bool sampler_failed(const struct sampler * sampler);
+size_t sampler_memory(struct sampler * sampler, void * parts[3]);  // all that was sampled: so many bytes in each part
 bool keys_score(const struct tensor * keys, bool cosine, const int32_t * rows, int64_t n, float * out, float * scratch);
 bool keys_readable(const struct tensor * keys);
 

@@ -55,6 +55,13 @@ void sampler_free(struct sampler * s) {
 bool sampler_due(const struct sampler * s) { return s->due; }
 bool sampler_failed(const struct sampler * s) { return s->problem != 0; }
 
+size_t sampler_memory(struct sampler * s, void * parts[3]) {
+    parts[0] = s->sum;
+    parts[1] = s->weight;
+    parts[2] = s->used;
+    return (size_t) s->n_cells * sizeof(float);
+}
+
 float sampler_attention(const struct sampler * s, int64_t row) {
     return s->weight[row] > 0.0f ? s->sum[row] / s->weight[row] : NAN;
 }

@@ -457,7 +457,7 @@ void graph_before(struct lib * lib, ggml_backend_sched_t sched, struct ggml_cgra
         if (agent.sample_every > 0 && region->cells && !region->sampler && region->masks) {
             choose_layers(region);
         }
-        if (region->sampler && !region->writes_all) {
+        if (region->sampler && agent.sample_every > 0 && !region->writes_all) {
             sampler_written(region->sampler, region->write_rows, region->n_write_rows);
             due = due || sampler_due(region->sampler);
         }

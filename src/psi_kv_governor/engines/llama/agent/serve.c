@@ -10,7 +10,7 @@
 #include "agent.h"
 
 enum { VERSION = 1 };
-enum op { HELLO = 1, SNAPSHOT, SEQUENCE, MASK, UNMASK, PARK, UNPARK, WRITE, RELEASE, EVIDENCE, COLLECT, FORGET, BLOBS, PARK_BLOB, REFUSE };
+enum op { HELLO = 1, SNAPSHOT, SEQUENCE, MASK, UNMASK, PARK, UNPARK, WRITE, RELEASE, EVIDENCE, COLLECT, FORGET, BLOBS, PARK_BLOB, REFUSE, SAMPLED };
 enum kind { ARRIVALS = 1, KEY_NORMS, KEY_DIFFS, ATTENTION, LAST_USED };
 
 struct range { int32_t start, stop; };
@@ -413,9 +413,26 @@ static char * tell_evidence(struct region * region, const struct request * reque
     return values ? to + (int64_t) (part.stop - part.start) * 4 : to;
 }
 
+// All that was sampled of a cache; with `from`, what is known from now on: for measurements that try one thing after
+// another from the same beginning.
+static char * tell_sampled(struct region * region, const char * from, size_t n_from, char * to, char * end) {
+    void * parts[3];
+    pthread_mutex_lock(&agent.lock);
+    const size_t bytes = region->sampler ? sampler_memory(region->sampler, parts) : 0;
+    for (int i = 0; i < 3 && bytes && to; i++) {
+        if (n_from == 3 * bytes) {
+            memcpy(parts[i], from + (size_t) i * bytes, bytes);
+        } else {
+            to = put(to, end, parts[i], bytes);
+        }
+    }
+    pthread_mutex_unlock(&agent.lock);
+    return to;
+}
+
 // ---- one message ----------------------------------------------------------------------------------------------------
 
-static char * answer(const struct request * request, char * to, char * end, struct reply * reply) {
+static char * answer(const struct request * request, size_t n_message, char * to, char * end, struct reply * reply) {
     const double begin_s = agent_now_s();
     agent.watched        = true;
     if (request->op == HELLO) {
@@ -463,6 +480,7 @@ static char * answer(const struct request * request, char * to, char * end, stru
     switch (request->op) {
         case SEQUENCE: return tell_sequence(region, request, to, end, reply);
         case EVIDENCE: return tell_evidence(region, request, to, end, reply);
+        case SAMPLED:  return tell_sampled(region, (const char *) (request + 1), n_message - sizeof(*request), to, end);
         case MASK:
         case PARK:
         case WRITE:    park(region, request, begin_s, reply); break;
@@ -499,7 +517,7 @@ EXPORT int64_t psikv_serve(const void * message, int64_t n_message, void * answe
     const double begin_s = agent_now_s();
     pthread_mutex_lock(&serving);
     agent.problem[0] = 0;
-    to               = answer(request, to, end, &reply);
+    to               = answer(request, (size_t) n_message, to, end, &reply);
     const size_t n_problem = strlen(agent.problem);
     if (to) {
         memcpy(to, agent.problem, n_problem);

@@ -1,0 +1,191 @@
+"""Small real runs of the scenes without a neighbour, and what they are made of."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from psi_kv_governor.control.decision import Mode
+from psi_kv_governor.errors import PsiKvError
+from psi_kv_governor.events import ModeChanged, Trimmed
+from psi_kv_governor.policy import Range
+from psi_kv_governor.sandbox.messages import Done, Setup
+from psikv_bench.model import differing
+from psikv_bench.record import Recorder
+from psikv_bench.scenes import opening, overhead, policies, soak, trim
+
+
+def measured(scene, options, **given):
+    report = scene.SCENE.run(Recorder("any", options, **given))
+    return {(found.case, found.name): found for found in report.figures}
+
+
+class TestTrim:
+    @given(st.integers(1, 20_000), st.floats(0.01, 1.0), st.integers(1, 16))
+    def test_ranges_are_apart_of_one_size_and_leave_sinks_and_window(self, tokens, share, count):
+        try:
+            ranges = trim.ranges_in(tokens, share, count)
+        except PsiKvError:
+            assume(False)
+        assert len(ranges) == count
+        assert len({part.cells for part in ranges}) == 1
+        assert sum(part.cells for part in ranges) >= tokens * share
+        assert ranges[0].start == trim.SINK_CELLS
+        assert ranges[-1].stop <= tokens - trim.WINDOW_CELLS
+        assert all(left.stop < right.start for left, right in itertools.pairwise(ranges))
+
+    def test_known_ranges(self):
+        assert trim.ranges_in(1024, 0.5, 1) == [Range(64, 576)]
+        assert trim.ranges_in(1024, 0.5, 2) == [Range(64, 320), Range(416, 672)]
+
+    @pytest.mark.parametrize(("tokens", "share", "count"), [(300, 0.5, 1), (1024, 0.7, 1), (4096, 0.7, 2000)])
+    def test_ranges_that_do_not_fit_are_refused(self, tokens, share, count):
+        with pytest.raises(PsiKvError, match="too few"):
+            trim.ranges_in(tokens, share, count)
+
+    @pytest.mark.parametrize("cases", [trim._FULL, trim._QUICK])
+    def test_each_form_has_what_is_to_be_shown(self, cases):
+        assert {case.cache for case in cases} == {"f16", "q8_0"}
+        assert any(case.tokens == 4096 and case.ranges == 1 for case in cases)
+        assert any(case.ranges > 1 for case in cases)
+        for case in cases:
+            trim.ranges_in(case.tokens, trim.SHARE, case.ranges)
+
+    def test_logits_differ_by_their_bits(self):
+        left = np.array([0.0, 1.0, np.nan], dtype=np.float32)
+        assert differing(left, left.copy()) == 0
+        assert differing(left, np.array([-0.0, 1.0, np.nan], dtype=np.float32)) == 1
+        assert differing(left, np.nextafter(left, np.float32(2))) == 2
+
+    @pytest.mark.llama
+    def test_a_small_run_returns_the_rows_and_changes_no_bit(self, demo_model, monkeypatch):
+        monkeypatch.setattr(trim, "SHARE", 0.45)
+        cases = (trim.Case("f16", 600, 1), trim.Case("f16", 600, 2))
+        options = trim.TrimOptions(model=str(demo_model), repeats=1, again=1, again_cells=32, threads=1)
+        said: list[str] = []
+        found = list(
+            trim.measure(Recorder("trim", options, say=lambda doing, **_: said.append(doing)), cases)
+        )
+        for case in cases:
+            of = {entry.name: entry for entry in found if entry.case == str(case)}
+            exact = [entry for name, entry in of.items() if "unlike" in name or "changed" in name]
+            assert len(exact) == 3
+            assert all(entry.passed for entry in exact)
+            # A range may keep a page at each edge, in each of the 60 tensors of 384 bytes a row.
+            least = 1 - 2 * case.ranges * 4096 / (0.45 * case.tokens * 384)
+            for name in ("returned by a release", "returned by a trim"):
+                assert least <= of[name].median <= 1.01
+        (gain,) = [entry for entry in found if entry.name == "decoding again over restoring"]
+        assert gain.median > 1
+        assert said
+
+    @pytest.mark.llama
+    def test_a_range_that_is_gone_changes_the_logits_that_are_compared(self, demo_model):
+        """Else the comparison of logits could not fail."""
+        options = trim.TrimOptions(model=str(demo_model))
+        setup = Setup(variant="psi", model=str(demo_model), auto=False, context_tokens=160, cache="q8_0")
+        with trim._Filled(setup, Recorder("trim", options)) as filled:
+            whole = filled.next_logits()
+            filled.remove([Range(32, 96)])
+            assert differing(whole, filled.next_logits()) > 0
+            filled.refill()
+            assert differing(whole, filled.next_logits()) == 0
+            filled.mask([Range(64, 128)])
+            assert filled.missing_share() == pytest.approx(64 / 160)
+            filled.unmask()
+            assert differing(whole, filled.next_logits()) == 0
+
+
+class TestOverhead:
+    def test_every_second_pair_is_the_other_way_round_and_each_result_in_its_place(self):
+        order: list[str] = []
+
+        def turn(name: str, seconds: float) -> Done:
+            order.append(name)
+            return Done(seconds=seconds, cpu_s=seconds)
+
+        pairs = list(overhead.in_turns(lambda: turn("plain", 1.0), lambda: turn("governed", 2.0), 4))
+        assert order == ["plain", "governed", "governed", "plain"] * 2
+        assert [(plain.seconds, governed.seconds) for plain, governed in pairs] == [(1.0, 2.0)] * 4
+
+    @pytest.mark.parametrize(
+        "event",
+        [
+            ModeChanged(time_s=1.0, old=Mode.CALM, new=Mode.TRIMMING, reason="stall 40 %"),
+            Trimmed(time_s=1.0, cells=64, spilled=64, bytes_returned=1, seconds=0.1, reason="stall 40 %"),
+        ],
+    )
+    def test_a_machine_under_pressure_is_not_measured(self, event):
+        watch = overhead.CalmWatch()
+        watch.hear(event)
+        with pytest.raises(PsiKvError, match=r"not calm .stall 40 %"):
+            watch.check()
+
+    def test_a_machine_that_is_only_watched_is_calm_enough(self):
+        watch = overhead.CalmWatch()
+        watch.hear(ModeChanged(time_s=1.0, old=Mode.CALM, new=Mode.WATCHING, reason="stall 4 %"))
+        watch.check()
+
+    @pytest.mark.llama
+    def test_a_small_run_compares_the_two_in_processes_of_their_own(self, demo_model):
+        options = overhead.OverheadOptions(
+            model=str(demo_model), threads=1, openings=1, repeats=2, tokens=4, max_s=60.0, idle_s=0.05
+        )
+        of = measured(overhead, options)
+        ratio = of["1 thread", "governed over plain speed"]
+        assert len(ratio.values) == 2
+        assert ratio.asked == overhead.SPEED
+        assert ratio.median > 0  # 4 tokens on a busy machine say no more
+        assert of["1 thread", "plain"].median > 0
+        assert len(of["", "processor time while idle and calm"].values) == 1
+
+
+@pytest.mark.llama
+def test_a_governed_context_is_demand_paged_and_a_plain_one_is_not(demo_model):
+    options = opening.OpeningOptions(
+        model=str(demo_model), repeats=1, part_tokens=128, large_ctx=8192, threads=1
+    )
+    of = measured(opening, options)
+    rows_mb = 8192 * 23_040 / opening.MB
+    cases = [f"{name}, 8,192 cells" for name in opening._SETUPS]
+    governed, late, plain = (of[case, "anonymous memory added"] for case in cases)
+    assert governed.passed
+    assert governed.median < rows_mb / 3
+    assert late.median < rows_mb / 3
+    assert plain.median > rows_mb
+    assert of[cases[0], "peak above that of 512 cells"].passed
+    assert of[cases[2], "peak above that of 512 cells"].median > 0.8 * rows_mb
+    growth = of["128 more tokens in 8,192 cells", "growth over the bytes of their rows"]
+    assert growth.median > 0.9
+
+
+@pytest.mark.llama
+def test_what_policies_cost_is_taken_and_held_against_what_is_asked(demo_model, monkeypatch):
+    monkeypatch.setattr(policies, "_QUICK", (("q8_0", 96),))
+    monkeypatch.setattr(policies, "_TOKENS", 9)
+    options = policies.PoliciesOptions(model=str(demo_model), pairs=2, repeats=2)
+    of = measured(policies, options, quick=True)
+    assert {name: found.asked for (_, name), found in of.items() if found.asked} == {
+        "scoring by keynorm over a token": policies.KEY_SCORES,
+        "scoring by keydiff over a token": policies.KEY_SCORES,
+        "sampled over unsampled speed": policies.SAMPLING,
+    }
+    assert all(len(found.values) == 2 for found in of.values())
+    assert all(math.isfinite(value) and value > 0.0 for found in of.values() for value in found.values)
+    assert {case for case, _ in of} == {"q8_0, 96 tokens"}
+
+
+@pytest.mark.slow
+@pytest.mark.llama
+def test_a_soak_ends_whole_and_counts_the_governors_own_time(demo_model):
+    of = measured(soak, soak.SoakOptions(model=str(demo_model), repeats=2, cycle_s=0.5))
+    by_name = {name: found for (_, name), found in of.items()}
+    assert by_name["memory of the governor"].median > 0
+    assert len(by_name["share of one core"].values) == 2
+    assert by_name["cells not restored"].passed
+    assert by_name["more threads"].passed

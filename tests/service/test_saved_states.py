@@ -1,0 +1,78 @@
+"""A saved state is what was last written to it, wherever its pages are."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+
+import pytest
+
+from psi_kv_governor.cache import Plan, Result, Step, Verb
+from psi_kv_governor.engines.llama.fleet import Fleet
+from psi_kv_governor.engines.llama.library import agent_path
+
+pytestmark = pytest.mark.llama
+
+# A program that saves one sequence, and then another one into the same memory, as servers do for speculation.
+SAVES = """
+import ctypes, hashlib, sys
+import llama_cpp
+llm = llama_cpp.Llama(sys.argv[1], n_ctx=2048, n_threads=1, verbose=False, flash_attn=True)
+new = ctypes.CDLL(None)._Znwm
+new.restype, new.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
+at = None
+
+def save(token):
+    global at
+    llm.reset()
+    llm._ctx.kv_cache_clear()
+    llm.eval([token] * 200)
+    size = llama_cpp.llama_state_seq_get_size_ext(llm.ctx, 0, 0)
+    at = at or new(size)
+    to = ctypes.cast(at, ctypes.POINTER(ctypes.c_uint8))
+    assert llama_cpp.llama_state_seq_get_data_ext(llm.ctx, to, size, 0, 0) == size
+    return hashlib.sha256(ctypes.string_at(at, size)).hexdigest(), size
+
+first, size = save(504)
+print(first, flush=True)
+sys.stdin.readline()
+second, size = save(2365)
+print(second, flush=True)
+sys.stdin.readline()
+print(hashlib.sha256(ctypes.string_at(at, size)).hexdigest(), flush=True)
+"""
+
+
+def park_all(fleet: Fleet) -> tuple[int, Result]:
+    cache = next(cache for cache in fleet.snapshot().caches if cache.blobs)
+    steps = tuple(Step(verb=Verb.PARK, cache=cache.id, blob=blob.id) for blob in cache.blobs)
+    return len(steps), fleet.apply(Plan(steps=steps))
+
+
+def test_one_that_is_written_again_after_it_was_parked_is_the_new_one(demo_model, folder):
+    fleet = Fleet(place=str(folder), backing="memory")
+    environ = {
+        **os.environ,
+        "LD_PRELOAD": str(agent_path()),
+        "PSIKV_SOCKET": fleet.name,
+        "PSIKV_PLACE": str(folder),
+    }
+    results: list[tuple[int, Result]] = []
+    command = [sys.executable, "-c", SAVES, str(demo_model)]
+    with (
+        contextlib.closing(fleet),
+        subprocess.Popen(
+            command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as program,
+    ):
+        hashes = [program.stdout.readline()]
+        for _ in range(2):
+            results.append(park_all(fleet))
+            print(file=program.stdin, flush=True)
+            hashes.append(program.stdout.readline())
+    first, second, read_back = hashes
+    assert first != second == read_back
+    assert [n for n, _ in results] == [1, 1]
+    assert all(result.bytes_returned > 1 << 20 for _, result in results)
