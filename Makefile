@@ -52,8 +52,8 @@ demo: model ## Run a real model under real memory pressure, ungoverned and gover
 	@$(BIN)/psi-kv demo
 
 lint: $(READY) ## Check format, lint and types
-	$(BIN)/ruff format --check src tests scripts benchmarks
-	$(BIN)/ruff check src tests scripts benchmarks
+	$(BIN)/ruff format --check src tests scripts benchmarks examples hatch_build.py
+	$(BIN)/ruff check src tests scripts benchmarks examples hatch_build.py
 	$(BIN)/mypy
 	$(BIN)/mypy $(wildcard scripts/*.py benchmarks/*.py)
 	@if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh .ci/run; fi
@@ -84,8 +84,8 @@ $(TRANSFORMERS_READY): pyproject.toml | $(BIN)/python
 	@touch $@
 
 format: $(READY) ## Format the code, and fix what the linter can fix
-	$(BIN)/ruff check --fix src tests scripts benchmarks
-	$(BIN)/ruff format src tests scripts benchmarks
+	$(BIN)/ruff check --fix src tests scripts benchmarks examples hatch_build.py
+	$(BIN)/ruff format src tests scripts benchmarks examples hatch_build.py
 
 bench-quick: model ## Measure the governor on this machine, in minutes
 	@for what in trim overhead opening; do $(BIN)/psi-kv bench $$what --quick; done

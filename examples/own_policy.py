@@ -28,7 +28,7 @@ class Comb(Policy):
     def score(self, blocks: Sequence[Range], next_position: int, evidence: Evidence) -> Values:
         """1 for a block that stays, else 0, shape (len(blocks),)."""
         del next_position, evidence
-        size = min(block.cells for block in blocks)
+        size = max(block.cells for block in blocks)
         return np.array([float(block.start // size % self.teeth == 0) for block in blocks])
 
 
