@@ -11,8 +11,8 @@ from pathlib import Path
 import msgspec
 import pytest
 from click.testing import CliRunner, Result
-from engine.models import LLAMA, write_model
 
+from gguf_models import LLAMA, write_model
 from psi_kv_governor.cli import main
 from psi_kv_governor.errors import BadInputError
 from psikv_bench.fidelity.plan import PARTS, FidelityOptions

@@ -117,7 +117,7 @@ class TestOverhead:
         "event",
         [
             ModeChanged(time_s=1.0, old=Mode.CALM, new=Mode.TRIMMING, reason="stall 40 %"),
-            Trimmed(time_s=1.0, cells=64, spilled=64, bytes_returned=1, seconds=0.1, reason="stall 40 %"),
+            Trimmed(time_s=1.0, cells=64, masked=64, bytes_returned=1, seconds=0.1, reason="stall 40 %"),
         ],
     )
     def test_a_machine_under_pressure_is_not_measured(self, event):

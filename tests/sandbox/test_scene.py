@@ -34,7 +34,8 @@ class TestGentle:
         assert (result.tokens, result.killed, result.restored, result.bytes_returned) == (8, False, None, 0)
         assert result.p99_s >= result.p50_s > 0
         assert result.tokens_per_s == pytest.approx(8 / result.seconds)
-        assert result.peak_resident_bytes >= result.final_resident_bytes > 50 * MIB
+        # the peak is sampled, and a page may come after the last sample
+        assert result.peak_resident_bytes + MIB > result.final_resident_bytes > 50 * MIB
         stages = [event.stage for event in events if isinstance(event, StageChanged)]
         assert list(dict.fromkeys(stages)) == ["load", "prefill", "calm", "pressed"]
         assert not any(isinstance(event, Happened) for event in events)

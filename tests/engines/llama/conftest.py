@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from models import LLAMA, Shape, write_model
 
+from gguf_models import LLAMA, Shape, write_model
 from psi_kv_governor.engines.llama import library
 from psi_kv_governor.residence import find_place
 

@@ -7,8 +7,8 @@ import time
 
 import numpy as np
 import pytest
-from models import HYBRID, LARGE, LARGE_HYBRID, LARGE_SLIDING, MAMBA, SLIDING
 
+from gguf_models import HYBRID, LARGE, LARGE_HYBRID, LARGE_SLIDING, MAMBA, SLIDING
 from psi_kv_governor.cache import Plan, Range, Step, Verb
 from psi_kv_governor.engines.llama.client import Client, InProcess
 from psi_kv_governor.engines.llama.engine import LlamaEngine

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import scripts
-from models import LARGE
+
+from gguf_models import LARGE
 
 pytestmark = pytest.mark.llama
 

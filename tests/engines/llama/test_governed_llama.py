@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from models import LARGE, LLAMA
 
 from fakes import FakeSource
+from gguf_models import LARGE, LLAMA
 from psi_kv_governor import GovernedLlama, GovernorConfig
 from psi_kv_governor.cache import Plan, Range, Step, Verb
 from psi_kv_governor.engines.llama.options import LlamaOptions

@@ -15,8 +15,8 @@ import threading
 import time
 from pathlib import Path
 
-from models import Shape, write_model
-
+sys.path.insert(0, str(Path(__file__).parents[2]))  # it runs as a program of its own
+from gguf_models import Shape, write_model
 from psi_kv_governor.engines.llama import library
 from psi_kv_governor.engines.llama.client import Client, InProcess, Op
 

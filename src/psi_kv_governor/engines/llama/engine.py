@@ -210,7 +210,7 @@ class LlamaEngine:
             masked=masked,
             affected=info.affected,
             parked_bytes=parked * region.cell_bytes,
-            running=now_s - info.used_s < _RUNNING_S or (region.computing and len(region.sequences) == 1),
+            running=now_s - info.used_s < _RUNNING_S or (region.computing and info.used_s == region.used_s),
             last_used_s=info.used_s,
             head_cells=self.head_cells,
         )

@@ -478,10 +478,19 @@ void graph_before(struct lib * lib, ggml_backend_sched_t sched, struct ggml_cgra
     }
 }
 
+// A long prefill was in use until its end, and not only when it began.
 void graph_after(void) {
     pthread_mutex_lock(&agent.lock);
+    const double now_s = agent_now_s();
     for (int i = 0; i < call.n_touched; i++) {
-        call.touched[i]->computing = false;
+        struct region * region = call.touched[i];
+        for (int32_t j = 0; j < region->n_sequences; j++) {
+            if (region->sequences[j].used_s == region->used_s) {
+                region->sequences[j].used_s = now_s;
+            }
+        }
+        region->used_s    = now_s;
+        region->computing = false;
     }
     call.n_touched = 0;
     pthread_mutex_unlock(&agent.lock);
