@@ -184,7 +184,8 @@ class TestSwap:
             code = (
                 "from psi_kv_governor.pressure import discover\n"
                 "source = discover().source\n"
-                "print(source.name, min(level.limit_bytes for level in source.read().levels if level.limit_bytes))\n"
+                "limits = [level.limit_bytes for level in source.read().levels if level.limit_bytes]\n"
+                "print(source.name, min(limits))\n"
             )
             child = sandbox.popen(
                 [sys.executable, "-c", code],
