@@ -164,7 +164,7 @@ def prompts(kind: str, number: int, tokens: int) -> str:
 
 
 def scene(client: Client, talks: int, shots: int, tokens: int, shot_tokens: int) -> None:
-    """Conversations begin, one-shot prompts come in between, and the conversations return each time."""
+    """Conversations begin, one-shot prompts come in between, and the conversations return."""
     for number in range(talks):
         client.ask("first", number, prompts("Story", number, tokens))
     for number in range(shots):
@@ -285,6 +285,7 @@ def default_command() -> list[str]:
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def main(limit_mib: int, repeats: int, place: str, out: Path, command: tuple[str, ...], **plan: int) -> None:
     """Serve COMMAND in a limit, ungoverned and governed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server and its limit go with us
     words, limit_bytes, runs = list(command) or default_command(), limit_mib << 20, []
     for _ in range(repeats):
         for governed in (False, True):

@@ -88,6 +88,12 @@ def server_command(request, demo_model) -> Callable[[int], list[str]]:
 
 
 @pytest.fixture
+def xllamacpp(python_of_servers, demo_model) -> Callable[[int], list[str]]:
+    script = str(Path(__file__).with_name("xllamacpp_server.py"))
+    return lambda port: [str(python_of_servers), script, str(demo_model), str(port), "4096"]
+
+
+@pytest.fixture
 def python() -> str:
     return sys.executable
 

@@ -12,7 +12,7 @@ import sysconfig
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from fcntl import LOCK_EX, flock
 from pathlib import Path
@@ -20,12 +20,15 @@ from typing import Any, NamedTuple
 
 from platformdirs import user_cache_path
 
+from psi_kv_governor.engines.llama.library import agent_path
+
 HERE = Path(__file__).parent
 PSI_KV = (sys.executable, "-m", "psi_kv_governor.cli")
 CACHE = user_cache_path("psi-kv") / "test-servers"
 _FETCH_S = 600
 _READY_S = 120
 _ANSWER_S = 240
+WAIT_S = 60
 
 
 class Unavailable(Exception):
@@ -220,3 +223,27 @@ def resident_bytes(pid: int) -> int:
 def children_of(pid: int) -> list[int]:
     found = Path(f"/proc/{pid}/task").glob("*/children")
     return [int(child) for one in found for child in one.read_text().split()]
+
+
+def lines_of_ours(text: str) -> list[str]:
+    """What psi-kv said, among what the program did."""
+    return [line for line in text.splitlines() if line.startswith("psi-kv: ")]
+
+
+def with_agent(name: str, place: Path | str, backing: str, agent: Path | None = None) -> dict[str, str]:
+    """The environment that `psi-kv exec` makes, for a sidecar at `name`."""
+    return {
+        **os.environ,
+        "LD_PRELOAD": str(agent or agent_path()),
+        "PSIKV_SOCKET": name,
+        "PSIKV_PLACE": str(place),
+        "PSIKV_BACKING": backing,
+    }
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Wait for another process to bring it about."""
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 import sys
 
 import pytest
+from servers import with_agent
 
 from psi_kv_governor.cache import Plan, Result, Step, Verb
 from psi_kv_governor.engines.llama.fleet import Fleet
-from psi_kv_governor.engines.llama.library import agent_path
 
 pytestmark = pytest.mark.llama
 
@@ -53,18 +52,16 @@ def park_all(fleet: Fleet) -> tuple[int, Result]:
 
 def test_one_that_is_written_again_after_it_was_parked_is_the_new_one(demo_model, folder):
     fleet = Fleet(place=str(folder), backing="memory")
-    environ = {
-        **os.environ,
-        "LD_PRELOAD": str(agent_path()),
-        "PSIKV_SOCKET": fleet.name,
-        "PSIKV_PLACE": str(folder),
-    }
     results: list[tuple[int, Result]] = []
     command = [sys.executable, "-c", SAVES, str(demo_model)]
     with (
         contextlib.closing(fleet),
         subprocess.Popen(
-            command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command,
+            env=with_agent(fleet.name, folder, "memory"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         ) as program,
     ):
         hashes = [program.stdout.readline()]
