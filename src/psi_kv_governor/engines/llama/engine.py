@@ -228,6 +228,7 @@ class LlamaEngine:
                 total = msgspec.structs.replace(total, done=False)
                 break
             total = added(total, self._step(step, left_s, left_bytes))
+            self._counted_s = -math.inf  # the next look counts what is there now
         return msgspec.structs.replace(total, seconds=time.monotonic() - begin_s)
 
     def _step(self, step: Step, left_s: float, left_bytes: float) -> Result:
