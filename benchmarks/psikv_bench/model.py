@@ -62,6 +62,8 @@ class Context:
         if why := llms.why_not_governable(self.llm):
             self.close()
             raise PsiKvError(f"nothing to measure with this model: {why}")
+        self.llm.eval([0])  # the engine knows a cache from the first decode on
+        llms.cut(self.llm, 0)
 
     def __enter__(self: _C) -> _C:
         return self
@@ -149,6 +151,8 @@ class Context:
 
     def mask(self, ranges: Sequence[Range]) -> float:
         """Give `ranges` up, to come back bit for bit; gives the seconds. Raises PsiKvError for less."""
+        if not ranges:  # to the engine that is all of it
+            return 0.0
         done = self.apply(Verb.MASK, ranges)
         if done.masked != cells_in(ranges):
             raise PsiKvError(f"{done.masked} of {cells_in(ranges)} cells were given up")

@@ -153,13 +153,12 @@ def test_a_governed_context_is_demand_paged_and_a_plain_one_is_not(demo_model):
     of = measured(opening, options)
     rows_mb = 8192 * 23_040 / opening.MB
     cases = [f"{name}, 8,192 cells" for name in opening._SETUPS]
-    governed, late, plain = (of[case, "anonymous memory added"] for case in cases)
+    governed, plain = (of[case, "anonymous memory added"] for case in cases)
     assert governed.passed
     assert governed.median < rows_mb / 3
-    assert late.median < rows_mb / 3
     assert plain.median > rows_mb
     assert of[cases[0], "peak above that of 512 cells"].passed
-    assert of[cases[2], "peak above that of 512 cells"].median > 0.8 * rows_mb
+    assert of[cases[1], "peak above that of 512 cells"].median > 0.8 * rows_mb
     growth = of["128 more tokens in 8,192 cells", "growth over the bytes of their rows"]
     assert growth.median > 0.9
 

@@ -69,14 +69,14 @@ class TestOom:
             some=0.5,
             full=0.2,
             headroom_bytes=0,
-            live_cells=77,
+            live_bytes=77 << 20,
             action="none",
-            cells=0,
+            n_bytes=0,
             mode="holding",
             reason="the floor holds",
         )
         said = oom_report.notes([trial(model_killed=True, trail=[turn], number=9)])
-        assert any("run 9" in note and "the floor holds" in note and "77 live" in note for note in said)
+        assert any("run 9" in note and "the floor holds" in note and "77 MiB live" in note for note in said)
 
     @given(st.integers(1, 200), st.integers(0, 5))
     def test_both_variants_go_through_the_same_rates_in_turns(self, runs, seed):

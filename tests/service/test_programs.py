@@ -76,7 +76,7 @@ def test_a_llama_in_a_python_program_is_governed_under_exec(demo_model, folder):
 def test_with_an_agent_of_another_version_the_program_runs_on_and_that_is_said_once(
     demo_model, folder, compiled, tmp_path
 ):
-    source = Path(str(agent_path.__globals__["_SOURCE_DIR"]))
+    source = Path(str(agent_path.__globals__["SOURCE_DIR"]))
     other = tmp_path / "agent"
     other.mkdir()
     for part in source.glob("*.[ch]"):

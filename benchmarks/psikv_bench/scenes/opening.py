@@ -32,7 +32,6 @@ MOST_GROWTH = Asked("<", 1.5, "max")
 
 _SETUPS = {
     "governed": Setup(variant="psi", model="", auto=False),
-    "governed, llama_cpp imported first": Setup(variant="psi", model="", auto=False, late=True),
     "plain llama_cpp.Llama": Setup(variant="fixed", model=""),
 }
 _GOVERNED = "governed"
@@ -123,7 +122,7 @@ def _figures(
         what = f"peak above that of {options.small_ctx:,} cells"
         yield figure(what, "MB", above, PEAK_ABOVE_SMALL if asked else None, case=case)
     if grown is not None:
-        more_bytes = grown.second.anonymous_bytes - grown.first.anonymous_bytes
+        more_bytes = grown.second.resident_bytes - grown.first.resident_bytes
         shares = [more_bytes / (options.part_tokens * grown.cell_bytes)]
         case = f"{options.part_tokens:,} more tokens in {options.large_ctx:,} cells"
         yield figure("growth over the bytes of their rows", "x", shares, LEAST_GROWTH, case=case)

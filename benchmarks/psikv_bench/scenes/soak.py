@@ -45,10 +45,12 @@ import numpy as np
 from psi_kv_governor.sandbox.process_memory import own_memory
 np.zeros(1)
 before = own_memory()
-from psi_kv_governor.engine.simulated import SimulatedEngine
+from psi_kv_governor.engines.simulated import SimulatedEngine
 from psi_kv_governor.governor import Governor
-engine = SimulatedEngine(8192)
-engine.grow(8000)
+engine = SimulatedEngine()
+engine.add_cache(8192)
+engine.decode(8000)
+engine.caches[1].sequence(0).running = True
 with Governor(engine) as governor:
     governor.trim(0.5)
     governor.restore()

@@ -190,13 +190,13 @@ def _round(filled: _Filled, ranges: Sequence[Range], plain: str) -> _Round:
     began_s = time.perf_counter()
     returned = filled.release()
     release_s = time.perf_counter() - began_s
-    released = before.anonymous_bytes - own_memory().anonymous_bytes
+    released = before.resident_bytes - own_memory().resident_bytes
     after_release = filled.next_logits()
 
     filled.refill()
     before = own_memory()
     mask_s = filled.mask(ranges)
-    masked = before.anonymous_bytes - own_memory().anonymous_bytes
+    masked = before.resident_bytes - own_memory().resident_bytes
     unmask_s = filled.unmask()
     restored = filled.next_logits()
     return _Round(

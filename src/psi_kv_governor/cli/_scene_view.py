@@ -14,6 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from psi_kv_governor.events import (
+    CacheClosed,
+    CacheOpened,
     Degraded,
     Event,
     ModeChanged,
@@ -150,6 +152,10 @@ def words_of(event: Event) -> str:
             words = f"does without {event.what}: {event.why}"
         case ModeChanged():
             words = f"{event.new.value}: {event.reason}"
+        case CacheOpened():
+            words = f"governs {event.name}"
+        case CacheClosed():
+            words = f"{event.name} is gone"
         case SourceChanged():
             words = f"reads {event.source} ({event.why})"
     return words

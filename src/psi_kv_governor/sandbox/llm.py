@@ -36,7 +36,7 @@ def is_plain(variant: Variant) -> bool:
     return variant in {"fixed", "reference"}
 
 
-def llama_class(variant: Variant, *, late: bool = False) -> Any:
+def llama_class(variant: Variant) -> Any:
     """The class of a variant, with all of its modules loaded: which comes first matters.
 
     Raises PsiKvError where plain llama.cpp is not plain in this process.
@@ -46,8 +46,6 @@ def llama_class(variant: Variant, *, late: bool = False) -> Any:
 
         check_plain()
         return llama_cpp.Llama
-    if late:
-        import llama_cpp
     from psi_kv_governor import GovernedLlama
 
     return GovernedLlama

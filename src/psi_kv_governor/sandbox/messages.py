@@ -49,8 +49,6 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     """File with the context; empty: it is decoded."""
     auto: bool = True
     """Whether the governor acts by itself."""
-    late: bool = False
-    """Whether llama_cpp is imported before the governor's package."""
     settings: dict[str, Any] = {}
     """Of the governor."""
     keep: int | None = None

@@ -63,7 +63,7 @@ class Worker:
         threading.Thread(target=self._listen, daemon=True).start()
         setup = self._setup
         self._speaker.say(messages.Progress(stage="load", done=0, total=1))
-        llms.llama_class(setup.variant, late=setup.late)
+        llms.llama_class(setup.variant)
         imported = own_memory()
         self._llm = llms.open_llm(setup, setup.cells, setup.prefill_threads or os.cpu_count() or 1)
         try:

@@ -17,13 +17,18 @@ from psi_kv_governor.errors import BadInputError
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
 """Exit statuses of a program that can't be started, as shells give them."""
 
-_HANDED_ON = (
-    signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
-    signal.SIGWINCH, signal.SIGCONT,
+
+def _signals(*names: str) -> tuple[signal.Signals, ...]:
+    """Those of `names` that there are: `doctor` runs on systems that have few of them."""
+    return tuple(signal.Signals[name] for name in names if name in signal.Signals.__members__)
+
+
+_HANDED_ON = _signals(
+    "SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGWINCH", "SIGCONT"
 )  # fmt: skip
-_ENDS = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT}
+_ENDS = set(_signals("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT"))
 _LOOK_S = 0.5
-_OF_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
+_OF_PYTHON = _signals("SIGPIPE", "SIGXFSZ")
 """Python ignores them from its start, and a program would inherit that."""
 _FROM_KERNEL = 0x80
 """`si_code` of a signal that the kernel sent (siginfo.h: SI_KERNEL), for instance for Ctrl-C: the terminal
