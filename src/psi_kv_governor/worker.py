@@ -57,6 +57,8 @@ class Worker:
             thread.start()
         self._idents = frozenset(thread.ident for thread in self._threads)
         self._end = weakref.finalize(self, _tell_to_end, self._tasks, threads)  # also when it is only dropped
+        # Not at the exit of Python: what is closed there still needs its threads.
+        self._end.atexit = False
 
     @property
     def inside(self) -> bool:

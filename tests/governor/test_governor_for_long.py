@@ -107,3 +107,21 @@ def test_a_forked_child_is_ungoverned_and_hangs_nowhere(engine):
                 assert time.monotonic() < end_s, "the child hangs"
                 time.sleep(0.002)
             assert os.waitstatus_to_exitcode(ended[1]) == 0
+
+
+def test_a_program_that_closes_nothing_ends_all_the_same():
+    """It is closed when Python ends, and needs its threads for that."""
+    program = (
+        "from psi_kv_governor.engines.simulated import SimulatedEngine\n"
+        "from psi_kv_governor.governor import Governor\n"
+        "engine = SimulatedEngine()\n"
+        "engine.add_cache(4096)\n"
+        "governor = Governor(engine)\n"
+        "governor.start()\n"
+        "print(governor.status().mode.value)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
