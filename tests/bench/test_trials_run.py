@@ -112,7 +112,7 @@ def test_a_limit_is_probed_until_the_longest_is_known(demo_model, tmp_path):
 
 
 def test_a_context_that_does_not_fit_survives_in_no_variant(demo_model):
-    options = CapacityOptions(limits=(48,), max_ctx=256, tokens=4)
+    options = CapacityOptions(limits=(32,), max_ctx=256, tokens=4)
     report = ran(capacity, demo_model, options)
     # Where no page is to be had it is killed; where mapped files still give some, it thrashes first.
     assert {row["ending"] for row in report.rows} <= {"killed", "slow"}
