@@ -8,7 +8,7 @@ from functools import partial
 
 import msgspec
 
-from psi_kv_governor.cli._scene_view import words_of
+from psi_kv_governor.cli._event_words import words_of
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.sandbox.messages import Stage, Variant
 from psi_kv_governor.sandbox.result import SceneResult

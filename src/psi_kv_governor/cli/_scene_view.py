@@ -13,18 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from psi_kv_governor.events import (
-    CacheClosed,
-    CacheOpened,
-    Degraded,
-    Event,
-    ModeChanged,
-    Recomputed,
-    Released,
-    Restored,
-    SourceChanged,
-    Trimmed,
-)
+from psi_kv_governor.cli._event_words import words_of
 from psi_kv_governor.sandbox.host import MIB
 from psi_kv_governor.sandbox.messages import Variant
 from psi_kv_governor.sandbox.scene_options import Happened, SceneEvent, StageChanged, Tick
@@ -134,31 +123,6 @@ class SceneView:
             Text(),
             *(Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in self._lines),
         )
-
-
-def words_of(event: Event) -> str:
-    """An event of the governor in a line."""
-    match event:
-        case Trimmed():
-            words = f"gave up {event.cells} cells, {event.bytes_returned / MIB:.1f} MiB returned"
-        case Restored():
-            back = f"put {event.cells} cells back in {event.seconds * 1e3:.0f} ms"
-            words = f"{back}, {event.masked_bytes >> 20} MiB still masked"
-        case Recomputed():
-            words = f"computed {event.cells} cells again in {event.seconds:.1f} s"
-        case Released():
-            words = f"released {event.bytes_returned / MIB:.1f} MiB of free cells"
-        case Degraded():
-            words = f"does without {event.what}: {event.why}"
-        case ModeChanged():
-            words = f"{event.new.value}: {event.reason}"
-        case CacheOpened():
-            words = f"governs {event.name}"
-        case CacheClosed():
-            words = f"{event.name} is gone"
-        case SourceChanged():
-            words = f"reads {event.source} ({event.why})"
-    return words
 
 
 def _words_of_tick(tick: Tick) -> Iterator[str]:

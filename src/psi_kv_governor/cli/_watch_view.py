@@ -12,18 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from psi_kv_governor.cache import CacheState, SequenceState
-from psi_kv_governor.events import (
-    CacheClosed,
-    CacheOpened,
-    Degraded,
-    Event,
-    ModeChanged,
-    Recomputed,
-    Released,
-    Restored,
-    SourceChanged,
-    Trimmed,
-)
+from psi_kv_governor.cli._event_words import mib, words_of
+from psi_kv_governor.events import Event
 from psi_kv_governor.status import Status
 from psi_kv_governor.status_socket import Update
 
@@ -91,8 +81,8 @@ class WatchView:
         yield (
             "memory",
             Text(
-                f"{_mib(status.resident_bytes)} resident, {_mib(status.parked_bytes)} parked, "
-                f"{_mib(status.dirty_bytes)} dirty; {_mib(status.written_bytes)} written so far"
+                f"{mib(status.resident_bytes)} resident, {mib(status.parked_bytes)} parked, "
+                f"{mib(status.dirty_bytes)} dirty; {mib(status.written_bytes)} written so far"
             ),
         )
         if status.affected_tokens:
@@ -112,7 +102,7 @@ class WatchView:
 def limit_words(status: Status) -> str:
     """What may be held under pressure."""
     if status.limit_bytes is not None:
-        return f"{_mib(status.limit_bytes)} under pressure"
+        return f"{mib(status.limit_bytes)} under pressure"
     return "none" if status.limit is None else f"{status.limit:.0%} of the cells under pressure"
 
 
@@ -122,7 +112,7 @@ def cache_lines(status: Status, now_s: float) -> Iterator[Text]:
         yield Text.assemble(
             (f"{cache.name} ", "bold"),
             f"cache {cache.id} of process {cache.pid}: {cache.capacity_cells:,} cells, "
-            f"{_mib(cache.resident_bytes)} resident",
+            f"{mib(cache.resident_bytes)} resident",
             "" if cache.maskable else f"; can't be masked: {cache.why_not_maskable}",
         )
         for sequence in cache.sequences[:MOST_SEQUENCES]:
@@ -132,7 +122,7 @@ def cache_lines(status: Status, now_s: float) -> Iterator[Text]:
         if cache.blobs:
             parked = [blob.n_bytes for blob in cache.blobs if blob.parked]
             total = sum(blob.n_bytes for blob in cache.blobs)
-            yield Text(f"  {len(cache.blobs)} saved states, {_mib(total)}; {_mib(sum(parked))} of it parked")
+            yield Text(f"  {len(cache.blobs)} saved states, {mib(total)}; {mib(sum(parked))} of it parked")
 
 
 def _sequence_line(cache: CacheState, sequence: SequenceState, now_s: float) -> Text:
@@ -148,10 +138,6 @@ def _sequence_line(cache: CacheState, sequence: SequenceState, now_s: float) -> 
 def _cells(live: int, masked: int, lost: int, parked: int = 0) -> str:
     away = f" ({parked:,} parked)" if parked else ""
     return f"{live:,} live{away}, {masked:,} masked, {lost:,} lost"
-
-
-def _mib(n_bytes: int) -> str:
-    return f"{n_bytes / MIB:,.1f} MiB"
 
 
 def sparkline(shares: deque[float]) -> str:
@@ -181,36 +167,6 @@ def plain_line(update: Update) -> str:
     headroom = "" if status.headroom_bytes is None else f", headroom {status.headroom_bytes / MIB:,.0f} MiB"
     cells = _cells(status.live_cells, status.masked_cells, status.lost_cells)
     return f"{status.mode.value}: stall {status.some:.1%}{headroom}, {cells}"
-
-
-def words_of(event: Event) -> str:
-    """An event of the governor in a line."""
-    match event:
-        case CacheOpened():
-            words = f"governs cache {event.cache} ({event.name}) of process {event.pid}"
-        case CacheClosed():
-            words = f"cache {event.cache} ({event.name}) is closed"
-        case Trimmed():
-            kind = (
-                f"{event.cells:,} cells, {event.masked:,} of them masked" if event.cells else "saved states"
-            )
-            words = f"gave up {kind}: {_mib(event.bytes_returned)} returned"
-        case Restored():
-            words = (
-                f"brought {event.cells:,} cells back in {event.seconds * 1e3:.0f} ms, "
-                f"{_mib(event.masked_bytes)} still masked"
-            )
-        case Recomputed():
-            words = f"decoded {event.cells:,} tokens again in {event.seconds:.1f} s"
-        case Released():
-            words = f"released {_mib(event.bytes_returned)} of free cells"
-        case Degraded():
-            words = f"does without {event.what}: {event.why}"
-        case ModeChanged():
-            words = f"{event.new.value}: {event.reason}"
-        case SourceChanged():
-            words = f"reads {event.source} ({event.why})"
-    return words
 
 
 def event_line(event: Event, now_s: float) -> str:
