@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -112,6 +113,17 @@ def debian_server() -> list[str]:
     return [str(loader), "--library-path", path, str(root / "usr/bin/llama-server")]
 
 
+def _mirror() -> str:
+    """The mirror of Debian that this machine uses itself. Raises Unavailable."""
+    files = [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*.*"))]
+    for file in files:
+        if file.suffix in {".list", ".sources"} and file.is_file():
+            found = re.search(r"^[^#\n]*?(https?://\S+/debian)/?(?:\s|$)", file.read_text(), re.MULTILINE)
+            if found:
+                return found[1]
+    raise Unavailable("Debian's llama.cpp-tools: apt on this machine knows no mirror of Debian")
+
+
 def _fetch_debs(folder: Path) -> None:
     """Debian sid's packages into a root of their own: apt on this machine is not touched."""
     key = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
@@ -120,9 +132,7 @@ def _fetch_debs(folder: Path) -> None:
     for part in ("etc/apt", "var/lib/apt/lists/partial", "var/cache/apt/archives/partial", "var/lib/dpkg"):
         (folder / part).mkdir(parents=True)
     (folder / "var/lib/dpkg/status").touch()
-    (folder / "etc/apt/sources.list").write_text(
-        f"deb [signed-by={key}] http://deb.debian.org/debian sid main\n"
-    )
+    (folder / "etc/apt/sources.list").write_text(f"deb [signed-by={key}] {_mirror()} sid main\n")
     config = folder / "apt.conf"
     # A mirror that is some weeks behind is fine here: the packages are checked by their sums.
     config.write_text(
