@@ -82,6 +82,10 @@ class SequenceState(msgspec.Struct, frozen=True, kw_only=True):
     head_cells: int = 0
     """First positions that hold the system prompt; 0 where it is not known."""
 
+    def parked_cells(self, cell_bytes: int) -> int:
+        """Live positions that are not resident, in a cache of `cell_bytes` a cell."""
+        return self.parked_bytes // cell_bytes if cell_bytes else 0
+
     @property
     def live_cells(self) -> int:
         return cells_in(self.live)

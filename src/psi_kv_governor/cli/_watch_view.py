@@ -126,7 +126,7 @@ def cache_lines(status: Status, now_s: float) -> Iterator[Text]:
 
 
 def _sequence_line(cache: CacheState, sequence: SequenceState, now_s: float) -> Text:
-    parked = sequence.parked_bytes // cache.cell_bytes if cache.cell_bytes else 0
+    parked = sequence.parked_cells(cache.cell_bytes)
     state = "running" if sequence.running else f"idle {max(0.0, now_s - sequence.last_used_s):.0f} s"
     words = _cells(sequence.live_cells, sequence.masked_cells, sequence.lost_cells, parked)
     line = Text(f"  {sequence.id:>4} {state:<10} ", no_wrap=True, overflow="ellipsis")

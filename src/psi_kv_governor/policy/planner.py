@@ -100,7 +100,7 @@ class Planner:
         if n_bytes < rung.n_bytes:
             block, cell_bytes = self._config.block_cells, rung.cache.cell_bytes
             # What was parked before are its oldest ones too: they cost nothing to name.
-            parked = rung.sequence.parked_bytes // cell_bytes
+            parked = rung.sequence.parked_cells(cell_bytes)
             cells = parked + _in_blocks(n_bytes, cell_bytes, block)
             ranges = tuple(_first(rung.sequence.live, cells))
         return Step(verb=rung.verb, cache=rung.cache.id, sequence=rung.sequence.id, ranges=ranges)

@@ -104,7 +104,7 @@ def _cache(cache: CacheState) -> CacheView:
 def blocks_of(sequence: SequenceState, cache: CacheState) -> list[tuple[str, int]]:
     """The blocks of one sequence, as `Strip` has them. They fill the cache, or what the sequence has if that
     is more (positions that were never decoded count as free)."""
-    parked = sequence.parked_bytes // cache.cell_bytes if cache.cell_bytes else 0
+    parked = sequence.parked_cells(cache.cell_bytes)
     blocks: list[tuple[str, int]] = []
     at = 0
     for kind, start, stop in sorted(_ranges(sequence), key=lambda one: one[1]):
