@@ -27,7 +27,7 @@ class AgentHook(BuildHookInterface[Any]):
     _folder = ""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile, and have the result included at the place where `library.py` looks for it."""
+        """Compile, and have the result included at the place where `loader.py` looks for it."""
         wanted = os.environ.get("PSIKV_PLATFORM", "")
         platform = wanted or sysconfig.get_platform().replace("-", "_").replace(".", "_")
         if version == "editable" or "linux" not in platform:

@@ -17,9 +17,9 @@ from psi_kv_governor.model_fetch import OfflineError
 from psi_kv_governor.sandbox.sandbox import Sandbox
 
 if importlib.util.find_spec("llama_cpp") is not None:
-    from psi_kv_governor.engines.llama import library
+    from psi_kv_governor.engines.llama import loader
 
-    library.load()  # before any test imports llama_cpp: behind it no cache of this process could be governed
+    loader.load()  # before any test imports llama_cpp: behind it no cache of this process could be governed
 
 # A shell ignores Ctrl-C for what it starts in the background, and children inherit that: the programs that
 # the tests interrupt would not notice.

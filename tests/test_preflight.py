@@ -7,7 +7,7 @@ import pytest
 
 from psi_kv_governor import preflight
 from psi_kv_governor.config import GovernorConfig
-from psi_kv_governor.engines.llama import library
+from psi_kv_governor.engines.llama import loader
 from psi_kv_governor.errors import EngineError
 from psi_kv_governor.sandbox.sandbox import Sandbox
 
@@ -168,7 +168,7 @@ def refuse(*_):
 
 
 def test_without_llama_cpp_the_rest_of_the_engine_is_not_tried(monkeypatch, tmp_path):
-    monkeypatch.setattr(library, "llama_cpp_version", refuse)
+    monkeypatch.setattr(loader, "llama_cpp_version", refuse)
     found = {check.name: check for check in preflight.run_checks(GovernorConfig(), tmp_path / "none.gguf")}
     assert (found["llama.cpp"].state, found["llama.cpp"].remedy) == ("warn", "install it")
     assert not any(name.startswith("can ") for name in found)
@@ -176,7 +176,7 @@ def test_without_llama_cpp_the_rest_of_the_engine_is_not_tried(monkeypatch, tmp_
 
 
 def test_an_agent_that_does_not_compile_is_a_failure(monkeypatch):
-    monkeypatch.setattr(library, "agent_path", refuse)
+    monkeypatch.setattr(loader, "agent_path", refuse)
     found = preflight.check_agent()
     assert (found.state, found.remedy) == ("fail", "install it")
 

@@ -13,14 +13,14 @@ from typing import Any
 
 from psi_kv_governor.cache import Engine
 from psi_kv_governor.config import load_config
-from psi_kv_governor.engines.llama import library, process
+from psi_kv_governor.engines.llama import loader, process
 from psi_kv_governor.governor import Governor
 
 _log = logging.getLogger("psi_kv_governor")
 
 
 def _start() -> Governor:
-    loaded = library.load()
+    loaded = loader.load()
     config = load_config()
     engine: Engine
     if loaded.why:

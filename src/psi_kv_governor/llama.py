@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from psi_kv_governor.cache import Engine
 from psi_kv_governor.config import GovernorConfig, load_config
-from psi_kv_governor.engines.llama import library, process
+from psi_kv_governor.engines.llama import loader, process
 from psi_kv_governor.engines.llama.engine import LlamaEngine
 from psi_kv_governor.errors import EngineError
 from psi_kv_governor.gguf_file import read_gguf
@@ -19,7 +19,7 @@ from psi_kv_governor.governor import Governor
 from psi_kv_governor.policy import Policy
 from psi_kv_governor.pressure.reading import PressureSource
 
-LOADED = library.load()  # the agent has to be there before llama_cpp
+LOADED = loader.load()  # the agent has to be there before llama_cpp
 
 import llama_cpp  # noqa: E402
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 from psi_kv_governor.cache import Capability, Plan, Range, Step, Verb
 from psi_kv_governor.config import GovernorConfig
-from psi_kv_governor.engines.llama import library
+from psi_kv_governor.engines.llama import loader
 from psi_kv_governor.errors import BadInputError, EngineError, PsiKvError
 from psi_kv_governor.model import check, demo_model_path
 from psi_kv_governor.pressure.cgroup import find_cgroups
@@ -202,9 +202,9 @@ def _may(capability: int, root: Path) -> bool:
 def check_compiler() -> Check:
     """The C compiler that builds the agent where it did not come compiled."""
     try:
-        return Check("compiler", "ok", library.compiler())
+        return Check("compiler", "ok", loader.compiler())
     except EngineError as error:
-        shipped = library.shipped()
+        shipped = loader.shipped()
         state: State = "ok" if shipped else "warn"
         return Check(
             "compiler",
@@ -218,7 +218,7 @@ def check_llama() -> Check:
     """llama-cpp-python; programs under `psi-kv exec` bring their own llama.cpp."""
     try:
         return Check(
-            "llama.cpp", "ok", f"{library.llama_cpp_version()} in {library.llama_cpp_library().parent}"
+            "llama.cpp", "ok", f"{loader.llama_cpp_version()} in {loader.llama_cpp_library().parent}"
         )
     except EngineError as error:
         return Check("llama.cpp", "warn", "not usable from Python; psi-kv exec works without", str(error))
@@ -227,7 +227,7 @@ def check_llama() -> Check:
 def check_agent() -> Check:
     """The agent between a program and llama.cpp: without it nothing can be returned."""
     try:
-        return Check("agent", "ok", str(library.agent_path()))
+        return Check("agent", "ok", str(loader.agent_path()))
     except EngineError as error:
         return Check("agent", "fail", "can't be had, so that no memory can be returned", str(error))
 

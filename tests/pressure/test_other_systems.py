@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import psi_kv_governor
-from psi_kv_governor.engines.llama import library
+from psi_kv_governor.engines.llama import loader
 from psi_kv_governor.errors import EngineError
 
 RUNNER = Path(__file__).with_name("other_system.py")
@@ -100,4 +100,4 @@ def test_the_governor_runs_on_what_psutil_tells(system, tmp_path):
 def test_on_windows_no_memory_can_be_returned_and_it_says_so(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(EngineError, match="needs Linux"):
-        library.agent_path()
+        loader.agent_path()

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from platformdirs import user_cache_path
 
-from psi_kv_governor.engines.llama.library import agent_path
+from psi_kv_governor.engines.llama.loader import agent_path
 
 HERE = Path(__file__).parent
 PSI_KV = (sys.executable, "-m", "psi_kv_governor.cli")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.engines.llama.fleet import Fleet
-from psi_kv_governor.engines.llama.library import agent_path
+from psi_kv_governor.engines.llama.loader import agent_path
 from psi_kv_governor.engines.llama.process import Chosen, choose
 from psi_kv_governor.errors import BadInputError, EngineError
 from psi_kv_governor.governor import Governor

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gguf_models import LLAMA, Shape, write_model
-from psi_kv_governor.engines.llama import library
+from psi_kv_governor.engines.llama import loader
 from psi_kv_governor.residence import find_place
 
 
@@ -41,8 +41,8 @@ def folder(tmp_path, request) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def agent() -> library.Agent:
+def agent() -> loader.Agent:
     """The agent in this process, with llama_cpp behind it."""
-    loaded = library.load()
+    loaded = loader.load()
     assert loaded.agent is not None, loaded.why
     return loaded.agent

@@ -2,8 +2,8 @@
 
 FORK = """
 import ctypes, os, sys
-from psi_kv_governor.engines.llama import library
-agent = library.load().agent
+from psi_kv_governor.engines.llama import loader
+agent = loader.load().agent
 agent.configure(sys.argv[2], in_file=sys.argv[3] == "file", reserve_bytes=0, limit_bytes=0)
 import llama_cpp, numpy as np
 from psi_kv_governor.engines.llama.client import Client, InProcess, Op
@@ -63,8 +63,8 @@ code = ctypes.create_string_buffer(filters)
 program = struct.pack("HxxxxxxQ", 4, ctypes.addressof(code))
 assert libc.prctl(38, 1, 0, 0, 0) == 0
 assert libc.prctl(22, 2, program, 0, 0) == 0, os.strerror(ctypes.get_errno())
-from psi_kv_governor.engines.llama import library
-agent = library.load().agent
+from psi_kv_governor.engines.llama import loader
+agent = loader.load().agent
 agent.configure(sys.argv[2], in_file=sys.argv[3] == "file", reserve_bytes=0, limit_bytes=0)
 import llama_cpp
 from psi_kv_governor.engines.llama.client import Client, InProcess, Op
@@ -80,8 +80,8 @@ print("alive")
 
 BATCHES = """
 import sys
-from psi_kv_governor.engines.llama import library
-agent = library.load().agent
+from psi_kv_governor.engines.llama import loader
+agent = loader.load().agent
 agent.configure(sys.argv[2], in_file=sys.argv[3] == "file", reserve_bytes=0, limit_bytes=0)
 import llama_cpp
 for n_batch in (1, 2, 7):
@@ -93,8 +93,8 @@ print("all sizes")
 
 LIMITED = """
 import resource, sys
-from psi_kv_governor.engines.llama import library
-agent = library.load().agent
+from psi_kv_governor.engines.llama import loader
+agent = loader.load().agent
 agent.configure(sys.argv[2], in_file=sys.argv[3] == "file", reserve_bytes=0, limit_bytes=0)
 import llama_cpp, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -116,8 +116,8 @@ import os, sys
 from pathlib import Path
 import importlib.util
 os.environ["LLAMA_CPP_LIB_PATH"] = sys.argv[2]
-from psi_kv_governor.engines.llama import library
-loaded = library.load()
+from psi_kv_governor.engines.llama import loader
+loaded = loader.load()
 assert os.environ["LLAMA_CPP_LIB_PATH"] == sys.argv[2]
 import llama_cpp
 mapped = Path("/proc/self/maps").read_text()
@@ -131,8 +131,8 @@ print("governed all the same")
 IMPORTED_BEFORE = """
 import sys
 import llama_cpp
-from psi_kv_governor.engines.llama import library
-loaded = library.load()
+from psi_kv_governor.engines.llama import loader
+loaded = loader.load()
 assert loaded.agent is None and "psi_kv_governor.auto" in loaded.why, loaded.why
 llm = llama_cpp.Llama(sys.argv[1], n_ctx=512, n_threads=1, verbose=False)
 llm.eval([5, 6])
@@ -142,8 +142,8 @@ print("plain")
 LOCKED = """
 import ctypes, sys
 libc = ctypes.CDLL(None, use_errno=True)
-from psi_kv_governor.engines.llama import library
-agent = library.load().agent
+from psi_kv_governor.engines.llama import loader
+agent = loader.load().agent
 agent.configure(sys.argv[2], in_file=sys.argv[3] == "file", reserve_bytes=0, limit_bytes=0)
 import llama_cpp
 from psi_kv_governor.engines.llama.client import Client, InProcess, Op
@@ -166,8 +166,8 @@ print("runs on")
 MANY_MAPPINGS = """
 import ctypes, mmap, sys
 from pathlib import Path
-from psi_kv_governor.engines.llama import library
-agent = library.load().agent
+from psi_kv_governor.engines.llama import loader
+agent = loader.load().agent
 agent.configure(sys.argv[2], in_file=False, reserve_bytes=0, limit_bytes=0)
 import llama_cpp
 from psi_kv_governor.engines.llama.client import Client, InProcess, Op

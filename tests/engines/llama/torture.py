@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # it runs as a program of its own
 from gguf_models import Shape, write_model
-from psi_kv_governor.engines.llama import library
+from psi_kv_governor.engines.llama import loader
 from psi_kv_governor.engines.llama.client import Client, InProcess, Op
 
 N_SEQ = 4
@@ -178,7 +178,7 @@ def torture(
     operations: int, seed: int, *, backing: str, unified: bool, flash: bool, place: Path, model: Path
 ) -> str:
     """Run it; gives a line of figures. Raises AssertionError at the first difference."""
-    loaded = library.load()
+    loaded = loader.load()
     assert loaded.agent is not None, loaded.why
     import llama_cpp as api
 

@@ -1,4 +1,4 @@
-"""Speaks with an agent: one message there, one back, the same in-process and over a socket (serve.c)."""
+"""Speaks with an agent: one message there, one back, the same in-process and over a socket (protocol.h)."""
 
 from __future__ import annotations
 

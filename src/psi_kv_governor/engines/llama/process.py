@@ -21,7 +21,7 @@ from psi_kv_governor.cache import (
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.engines.llama.client import Client, InProcess
 from psi_kv_governor.engines.llama.engine import LlamaEngine
-from psi_kv_governor.engines.llama.library import load
+from psi_kv_governor.engines.llama.loader import load
 from psi_kv_governor.errors import BadInputError, EngineError
 from psi_kv_governor.residence import choose_backing, find_place, swap_state
 

@@ -66,7 +66,7 @@ void gate_give(void);
 bool gate_inside(void);          // this thread is inside of a call
 void gate_after_fork(void);
 
-// ---- region.c: buffers of caches, and where their bytes reside ------------------------------------------------
+// ---- region.c: the buffers of caches, from birth to end -------------------------------------------------------
 
 enum row_flag { ROW_USED = 1, ROW_MASKED = 2, ROW_PARKED = 4, ROW_AFFECTED = 8 };
 
@@ -150,9 +150,19 @@ void region_gone(ggml_backend_buffer_t buffer);
 struct region * region_of_address(uint64_t address);
 struct region * region_of_id(uint32_t id);
 struct tensor * region_tensor(struct region * region, uint64_t address);
-uint64_t resident_in(uint64_t first, uint64_t last);
 void regions_after_fork(bool child);
 
+// ---- place.c: the folder where parked bytes live --------------------------------------------------------------
+
+int open_unlinked(int flags);
+bool space_for(uint64_t bytes);
+bool bear_in_file(struct region * region);
+bool have_file(struct region * region);
+void no_read_ahead(uint64_t first, uint64_t last);
+
+// ---- pages.c: the pages of a range, and where their bytes reside ----------------------------------------------
+
+uint64_t resident_in(uint64_t first, uint64_t last);
 // Parks pages [first, last). Gives the resident bytes that went; agent.problem says why less.
 uint64_t park_pages(struct region * region, uint64_t first, uint64_t last, uint64_t * written);
 // Writes them while they stay resident.
@@ -165,6 +175,8 @@ void expect_pages(struct region * region, uint64_t first, uint64_t last);
 uint64_t drop_pages(struct region * region, uint64_t first, uint64_t last);
 // Whether the graph that runs may write into these pages.
 bool being_written(const struct region * region, uint64_t first, uint64_t last);
+// Moves pages of a mapping of our own, which nobody writes, to an unlinked file that vanishes with the mapping.
+uint64_t move_to_file(uint64_t first, uint64_t last);
 
 // ---- map.c: which rows belong to which sequence ---------------------------------------------------------------
 
@@ -211,9 +223,8 @@ void blob_used(const void * address);                   // a state is being read
 int  blobs_tell(struct blob * to, int most);
 uint64_t blob_park(uint32_t id, uint64_t * written);
 void blobs_refuse(bool refuse);                         // new entries of a prompt cache
-uint64_t move_to_file(uint64_t first, uint64_t last);   // pages of a mapping of our own, which nobody writes
 
-// ---- serve.c: the protocol, in-process and over a socket ------------------------------------------------------
+// ---- serve.c, and protocol.h for its parts: one message in, one out -------------------------------------------
 
 extern pthread_mutex_t serving;  // a request is being carried out: no buffer may go meanwhile
 extern pthread_mutex_t blob_lock, lib_lock;

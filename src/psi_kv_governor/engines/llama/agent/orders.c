@@ -1,0 +1,253 @@
+// Acting on what the governor asked: parking, masking, writing, releasing and bringing back, in slices and until a
+// deadline.
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "protocol.h"
+
+#define SLICE_BYTES (8u << 20)
+// How long a program's call may be kept waiting for us, and how long we wait for it.
+#define PATIENCE_S 0.02
+
+static bool late(const struct request * request, double begin_s) {
+    return request->deadline_s > 0 && agent_now_s() - begin_s >= request->deadline_s;
+}
+
+static bool enough(const struct request * request, const struct reply * reply) {
+    return request->max_bytes > 0 && reply->bytes >= request->max_bytes;
+}
+
+// Asks llama.cpp if the map is not what it would say, when nobody is in there. False: it stays as it was.
+bool refresh_map(struct region * region, bool anyway) {
+    if (!region->ctx || !region->cells || (!anyway && map_fresh(region))) {
+        return region->ctx != NULL;
+    }
+    if (gate_inside() || !gate_take(true, PATIENCE_S)) {
+        return false;
+    }
+    const bool done = region->alive && map_refresh(region->ctx, region->lib);
+    gate_give();
+    return done;
+}
+
+static bool asked_for(const struct request * request, int32_t pos) {
+    for (uint32_t i = 0; i < request->n_ranges; i++) {
+        if (pos >= request->ranges[i].start && pos < request->ranges[i].stop) {
+            return true;
+        }
+    }
+    return request->n_ranges == 0;
+}
+
+// ---- parking --------------------------------------------------------------------------------------------------
+
+// Pages that hold nothing but rows [from, to) of a tensor, within the region.
+static bool pages_of(const struct region * region, const struct tensor * tensor, int64_t from, int64_t to, bool outward,
+                     uint64_t * first, uint64_t * last) {
+    const uint64_t page = page_bytes() - 1;
+    const uint64_t a = tensor->base + (uint64_t) from * tensor->row_bytes, b = tensor->base + (uint64_t) to * tensor->row_bytes;
+    *first = outward ? a & ~page : (a + page) & ~page;
+    *last  = outward ? (b + page) & ~page : b & ~page;
+    *first = *first < region->first ? region->first : *first;
+    *last  = *last > region->last ? region->last : *last;
+    return *first < *last;
+}
+
+enum act { ACT_PARK, ACT_WRITE, ACT_DROP };
+
+static void act_on(struct region * region, enum act act, uint64_t first, uint64_t last, struct reply * reply) {
+    // A shared file holds what was written, whoever writes now; anonymous pages are moved while nobody writes them.
+    const bool gate = region->backing == BACKING_MEMORY && act != ACT_DROP;
+    if (gate && (gate_inside() || !gate_take(false, PATIENCE_S))) {
+        snprintf(agent.problem, sizeof(agent.problem), "the program is busy in llama.cpp: nothing can be moved now");
+        return;
+    }
+    if (act == ACT_PARK) {
+        reply->bytes += park_pages(region, first, last, &reply->written);
+    } else if (act == ACT_WRITE) {
+        write_pages(region, first, last);
+    } else {
+        reply->bytes += drop_pages(region, first, last);
+    }
+    if (gate) {
+        gate_give();
+    }
+}
+
+// Runs of rows with all of `set` and none of `clear`, page by page over all tensors; at most a slice at a time.
+static void act_on_rows(struct region * region, const struct request * request, double begin_s, enum act act, const uint8_t * rows, struct reply * reply) {
+    for (int32_t i = 0; i < region->n_tensors && region->alive; i++) {
+        const struct tensor * tensor = &region->tensors[i];
+        if (!tensor->whole_rows) {
+            continue;
+        }
+        for (int64_t from = 0; from < region->n_rows;) {
+            if (!rows[from]) {
+                from++;
+                continue;
+            }
+            int64_t to = from, wanted = 0;
+            for (; to < region->n_rows && rows[to]; to++) {
+                wanted += rows[to] > 1;  // 2: asked for; 1: cold neighbours, which only round the pages
+            }
+            uint64_t first, last;
+            if (wanted && pages_of(region, tensor, from, to, false, &first, &last)) {
+                for (uint64_t at = first; at < last; at += SLICE_BYTES) {
+                    if (late(request, begin_s)) {
+                        reply->done = 0;
+                        return;
+                    }
+                    act_on(region, act, at, at + SLICE_BYTES < last ? at + SLICE_BYTES : last, reply);
+                }
+            }
+            from = to;
+        }
+    }
+}
+
+static void act_on_all(struct region * region, const struct request * request, double begin_s, enum act act, struct reply * reply) {
+    for (uint64_t at = region->first; at < region->last; at += SLICE_BYTES) {
+        if (late(request, begin_s) || enough(request, reply)) {
+            reply->done = 0;
+            return;
+        }
+        act_on(region, act, at, at + SLICE_BYTES < region->last ? at + SLICE_BYTES : region->last, reply);
+    }
+}
+
+// Rows of the sequence that are asked for become 2, other cold ones (parked, free) 1. Rows that a sequence used later
+// has as well stay out.
+static void choose_rows(struct region * region, const struct request * request, struct sequence * sequence, uint8_t * rows, uint8_t set, struct reply * reply) {
+    for (int64_t i = 0; i < region->n_rows; i++) {
+        rows[i] = (region->flags[i] & ROW_PARKED) || !(region->flags[i] & ROW_USED);
+    }
+    for (int32_t i = 0; i < sequence->n; i++) {
+        const int32_t row = sequence->rows[i];
+        if ((region->flags[row] & ROW_USED) && asked_for(request, region->pos[row])) {
+            rows[row] = 2;
+        }
+    }
+    for (int32_t j = 0; !(set & ROW_MASKED) && j < region->n_sequences; j++) {
+        const struct sequence * other = &region->sequences[j];
+        for (int32_t i = 0; other != sequence && other->used_s > sequence->used_s && i < other->n; i++) {
+            rows[other->rows[i]] = 0;
+        }
+    }
+    for (int32_t i = 0; i < sequence->n; i++) {
+        const int32_t row = sequence->rows[i];
+        if (rows[row] == 2) {
+            reply->cells++;
+            reply->masked += (set & ROW_MASKED) && !(region->flags[row] & ROW_MASKED);
+            region->n_masked += (set & ROW_MASKED) && !(region->flags[row] & ROW_MASKED);
+            region->flags[row] |= set;
+        }
+    }
+    sequence->parked = sequence->parked || (set & ROW_PARKED);
+}
+
+void order_park(struct region * region, const struct request * request, double begin_s, struct reply * reply) {
+    if (request->sequence < 0) {
+        act_on_all(region, request, begin_s, request->op == WRITE ? ACT_WRITE : ACT_PARK, reply);
+        return;
+    }
+    (void) refresh_map(region, false);
+    uint8_t * rows = region->cells ? malloc((size_t) region->n_rows) : NULL;
+    pthread_mutex_lock(&agent.lock);
+    struct sequence * sequence = rows ? map_sequence(region, request->sequence, false) : NULL;
+    if (sequence) {
+        const uint8_t set = request->op == MASK ? ROW_MASKED | ROW_PARKED : request->op == PARK ? ROW_PARKED : 0;
+        choose_rows(region, request, sequence, rows, set, reply);
+    }
+    pthread_mutex_unlock(&agent.lock);
+    reply->status = sequence ? 0 : 1;
+    if (sequence) {
+        act_on_rows(region, request, begin_s, request->op == WRITE ? ACT_WRITE : ACT_PARK, rows, reply);
+    }
+    free(rows);
+}
+
+// ---- back again -------------------------------------------------------------------------------------------------
+
+// Reads a slice of rows back and has attention look at them again, until the time or the bytes are up.
+void order_unpark(struct region * region, const struct request * request, double begin_s, struct reply * reply) {
+    (void) refresh_map(region, false);
+    pthread_mutex_lock(&agent.lock);
+    struct sequence * sequence = region->cells ? map_sequence(region, request->sequence, false) : NULL;
+    pthread_mutex_unlock(&agent.lock);
+    if (!sequence) {
+        reply->status = 1;
+        return;
+    }
+    const uint8_t from_flag = request->op == UNMASK ? ROW_MASKED : ROW_PARKED;
+    int32_t i = 0;
+    while (i < sequence->n) {
+        if (late(request, begin_s) || enough(request, reply)) {
+            reply->done = 0;
+            return;
+        }
+        int32_t batch[64], n = 0;
+        pthread_mutex_lock(&agent.lock);
+        for (; i < sequence->n && n < 64; i++) {
+            const int32_t row = sequence->rows[i];
+            if ((region->flags[row] & from_flag) && asked_for(request, region->pos[row])) {
+                batch[n++] = row;
+            }
+        }
+        pthread_mutex_unlock(&agent.lock);
+        for (int32_t t = 0; t < region->n_tensors; t++) {
+            for (int32_t a = 0; a < n;) {
+                int32_t b = a + 1;
+                while (b < n && batch[b] == batch[b - 1] + 1) {
+                    b++;
+                }
+                uint64_t first, last;
+                if (region->tensors[t].whole_rows && pages_of(region, &region->tensors[t], batch[a], batch[b - 1] + 1, true, &first, &last)) {
+                    reply->bytes += unpark_pages(region, first, last);
+                }
+                a = b;
+            }
+        }
+        pthread_mutex_lock(&agent.lock);
+        for (int32_t a = 0; a < n; a++) {
+            region->n_masked -= (region->flags[batch[a]] & ROW_MASKED) != 0;
+            region->flags[batch[a]] &= (uint8_t) ~(ROW_MASKED | ROW_PARKED);
+        }
+        pthread_mutex_unlock(&agent.lock);
+        reply->cells += (uint64_t) n;
+    }
+}
+
+void forget_masks(struct region * region) {
+    pthread_mutex_lock(&agent.lock);
+    for (int64_t i = 0; region->cells && i < region->n_rows; i++) {
+        region->flags[i] &= (uint8_t) ~ROW_MASKED;
+    }
+    region->n_masked = 0;
+    pthread_mutex_unlock(&agent.lock);
+}
+
+// ---- free cells --------------------------------------------------------------------------------------------------
+
+void order_release(struct region * region, const struct request * request, double begin_s, struct reply * reply) {
+    if (!region->cells || !region->ctx || gate_inside() || !gate_take(true, PATIENCE_S)) {
+        reply->done = 0;
+        return;
+    }
+    uint8_t * rows = malloc((size_t) region->n_rows);
+    // Asked at this very moment, and nobody gets in before the pages are gone.
+    if (rows && region->alive && map_refresh(region->ctx, region->lib)) {
+        int64_t used = 0;
+        for (int64_t i = 0; i < region->n_rows; i++) {
+            rows[i] = region->flags[i] & ROW_USED ? 0 : 2;
+            used += rows[i] == 0;
+        }
+        if (used == 0) {
+            act_on_all(region, request, begin_s, ACT_DROP, reply);
+        } else {
+            act_on_rows(region, request, begin_s, ACT_DROP, rows, reply);
+        }
+    }
+    gate_give();
+    free(rows);
+}

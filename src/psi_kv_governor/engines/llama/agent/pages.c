@@ -1,0 +1,297 @@
+// The pages of a range: which of them are resident, parking, writing and dropping them, and reading them back.
+
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "agent.h"
+
+// Under a seccomp filter mincore may be death (systemd's @system-service leaves it out); the page map is a file.
+static int filtered(void) {
+    static int answer = -1;
+    if (answer < 0) {
+        char   text[8192];
+        FILE * file = fopen("/proc/self/status", "re");
+        size_t n    = file ? fread(text, 1, sizeof(text) - 1, file) : 0;
+        text[n]     = 0;
+        if (file) {
+            fclose(file);
+        }
+        const char * line = strstr(text, "\nSeccomp:");
+        answer            = !line || line[9 + strspn(line + 9, " \t")] != '0';
+    }
+    return answer;
+}
+
+#define MAP_BATCH 4096
+#define IN_MEMORY (1ull << 63)
+#define IN_SWAP   (1ull << 62)
+#define OF_FILE   (1ull << 61)
+
+// The page map of [first, first + n pages); false where it can't be read.
+static bool page_map(uint64_t first, size_t n, uint64_t * entries) {
+    static int fd = -2;
+    static pid_t owner;
+    if (fd == -2 || owner != getpid()) {
+        fd    = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+        owner = getpid();
+    }
+    return fd >= 0 && pread(fd, entries, n * 8, (off_t) (first / page_bytes() * 8)) == (ssize_t) (n * 8);
+}
+
+// Resident bytes of [first, last), counted by the kernel: for pages of a file those in the page cache too.
+uint64_t resident_in(uint64_t first, uint64_t last) {
+    const size_t page  = page_bytes();
+    uint64_t     pages = 0;
+    while (first < last) {
+        size_t n = (last - first) / page;
+        n        = n > MAP_BATCH ? MAP_BATCH : n;
+        if (filtered()) {
+            uint64_t entries[MAP_BATCH];
+            if (page_map(first, n, entries)) {
+                for (size_t i = 0; i < n; i++) {
+                    pages += entries[i] >> 63;
+                }
+            }
+        } else {
+            unsigned char here[MAP_BATCH];
+            if (mincore((void *) first, n * page, here) == 0) {
+                for (size_t i = 0; i < n; i++) {
+                    pages += here[i] & 1;
+                }
+            }
+        }
+        first += n * page;
+    }
+    return pages * page;
+}
+
+bool being_written(const struct region * region, uint64_t first, uint64_t last) {
+    if (!region->computing) {
+        return false;
+    }
+    if (region->writes_all) {
+        return true;
+    }
+    for (int32_t i = 0; i < region->n_tensors; i++) {
+        const struct tensor * tensor = &region->tensors[i];
+        if (tensor->base >= last || tensor->base + tensor->row_bytes * tensor->n_rows <= first) {
+            continue;
+        }
+        if (!tensor->whole_rows) {
+            return true;
+        }
+        for (int64_t j = 0; j < region->n_write_rows; j++) {
+            const uint64_t row = tensor->base + (uint64_t) region->write_rows[j] * tensor->row_bytes;
+            if (row < last && row + tensor->row_bytes > first) {
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
+static void refused(const char * what) {
+    snprintf(agent.problem, sizeof(agent.problem), "%s: %s", what,
+             errno == EINVAL ? "the memory is locked (mlock), or of a kind that can't be dropped" : strerror(errno));
+}
+
+// Pages of a shared file are what the file holds, whoever writes meanwhile: they can be dropped at any moment.
+static uint64_t park_shared(struct region * region, uint64_t first, uint64_t last) {
+    const uint64_t before = resident_in(first, last);
+    const off_t    offset = (off_t) (first - region->first), bytes = (off_t) (last - first);
+    if (sync_file_range(region->fd, offset, bytes,
+                        SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER) != 0 &&
+        errno != ENOSYS && errno != EPERM) {
+        refused("parked pages can't be written");
+        return 0;  // they stay: a page that the disk refused is safe only in memory
+    }
+    if (madvise((void *) first, (size_t) bytes, MADV_DONTNEED) != 0) {
+        refused("pages can't be dropped");
+        return 0;
+    }
+    (void) posix_fadvise(region->fd, offset, bytes, POSIX_FADV_DONTNEED);
+    const uint64_t after = resident_in(first, last);
+    return before > after ? before - after : 0;
+}
+
+// Writes [first, last) to the region's file; past the page cache where `direct`.
+static bool copy_out(struct region * region, uint64_t first, uint64_t last, bool direct) {
+    while (first < last) {
+        const off_t offset = (off_t) (first - region->first);
+        const int   fd     = direct && region->direct_fd >= 0 ? region->direct_fd : region->fd;
+        ssize_t     n      = pwrite(fd, (void *) first, last - first, offset);
+        if (n < 0 && fd == region->direct_fd && (errno == EINVAL || errno == EFAULT)) {
+            close(region->direct_fd);
+            region->direct_fd = -1;
+            continue;
+        }
+        if (n <= 0) {
+            refused(n == 0 ? "the file for parked pages takes no more" : "parked pages can't be written");
+            return false;
+        }
+        first += (uint64_t) n;
+    }
+    return true;
+}
+
+// Moves anonymous pages to the file and maps them from there. Nobody may write them meanwhile.
+static bool move_out(struct region * region, uint64_t first, uint64_t last, bool direct) {
+    if (!copy_out(region, first, last, direct)) {
+        return false;
+    }
+    const off_t offset = (off_t) (first - region->first);
+    if (mmap((void *) first, last - first, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, region->fd,
+             offset) == MAP_FAILED) {
+        refused("parked pages can't be mapped (vm.max_map_count?)");
+        return false;  // the old pages are still there
+    }
+    no_read_ahead(first, last);
+    region->mapped = true;
+    sigbus_install();
+    memset(region->in_file + (first - region->first) / page_bytes(), 1, (last - first) / page_bytes());
+    return true;
+}
+
+static uint64_t park_private(struct region * region, uint64_t first, uint64_t last, bool drop, uint64_t * written) {
+    if (!have_file(region)) {
+        return 0;
+    }
+    const size_t   page   = page_bytes();
+    const uint64_t before = resident_in(first, last);
+    uint64_t       entries[MAP_BATCH];
+    for (uint64_t at = first; at < last;) {
+        size_t n = (last - at) / page;
+        n        = n > MAP_BATCH ? MAP_BATCH : n;
+        if (!page_map(at, n, entries)) {
+            refused("/proc/self/pagemap can't be read");
+            break;
+        }
+        for (size_t i = 0; i < n;) {
+            // Runs of a kind: anonymous and present is moved. What is swapped out stays there: to move it would take
+            // memory first. A page that is in the file and was not written since is dropped as it is.
+            const bool moves = (entries[i] & IN_MEMORY) && !(entries[i] & OF_FILE);
+            const bool drops = !moves && !(entries[i] & IN_SWAP) && region->in_file[(at - region->first) / page + i];
+            size_t     j     = i + 1;
+            while (j < n && (((entries[j] & IN_MEMORY) && !(entries[j] & OF_FILE)) == moves) &&
+                   ((!((entries[j] & IN_MEMORY) && !(entries[j] & OF_FILE)) && !(entries[j] & IN_SWAP) &&
+                     region->in_file[(at - region->first) / page + j]) == drops)) {
+                j++;
+            }
+            const uint64_t from = at + i * page, to = at + j * page;
+            if (moves) {
+                if (!space_for(to - from) || !move_out(region, from, to, drop)) {
+                    goto out;
+                }
+                *written += to - from;
+            }
+            if (drop && (moves || drops)) {
+                (void) madvise((void *) from, to - from, MADV_DONTNEED);
+                if (region->direct_fd < 0) {
+                    (void) sync_file_range(region->fd, (off_t) (from - region->first), (off_t) (to - from),
+                                           SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
+                }
+                (void) posix_fadvise(region->fd, (off_t) (from - region->first), (off_t) (to - from), POSIX_FADV_DONTNEED);
+            }
+            i = j;
+        }
+        at += n * page;
+    }
+out:;
+    const uint64_t after = resident_in(first, last);
+    return before > after ? before - after : 0;
+}
+
+uint64_t park_pages(struct region * region, uint64_t first, uint64_t last, uint64_t * written) {
+    if (region->backing == BACKING_FILE) {
+        return park_shared(region, first, last);
+    }
+    if (being_written(region, first, last)) {
+        return 0;
+    }
+    const uint64_t before = *written;
+    const uint64_t bytes  = park_private(region, first, last, true, written);
+    agent.written_bytes += *written - before;
+    return bytes;
+}
+
+void write_pages(struct region * region, uint64_t first, uint64_t last) {
+    if (region->backing == BACKING_FILE) {
+        (void) sync_file_range(region->fd, (off_t) (first - region->first), (off_t) (last - first), SYNC_FILE_RANGE_WRITE);
+    } else if (!being_written(region, first, last)) {
+        uint64_t written = 0;
+        (void) park_private(region, first, last, false, &written);
+        agent.written_bytes += written;
+    }
+}
+
+void expect_pages(struct region * region, uint64_t first, uint64_t last) {
+    if (region->fd >= 0) {
+        (void) posix_fadvise(region->fd, (off_t) (first - region->first), (off_t) (last - first), POSIX_FADV_WILLNEED);
+    }
+}
+
+uint64_t unpark_pages(struct region * region, uint64_t first, uint64_t last) {
+    const uint64_t before = resident_in(first, last);
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22
+#endif
+    expect_pages(region, first, last);
+    // Read, never written: what comes back comes back clean, and the kernel can take it again.
+    (void) madvise((void *) first, last - first, MADV_POPULATE_READ);
+    const uint64_t after = resident_in(first, last);
+    return after > before ? after - before : 0;
+}
+
+// A saved state: its own unlinked file, which vanishes with the mapping.
+uint64_t move_to_file(uint64_t first, uint64_t last) {
+    if (!agent.place[0] || !space_for(last - first)) {
+        return 0;
+    }
+    const uint64_t before = resident_in(first, last);
+    struct region  one    = {.first = first, .last = last, .fd = open_unlinked(0), .direct_fd = -1};
+    one.in_file           = calloc((last - first) / page_bytes(), 1);
+    if (one.fd < 0 || !one.in_file) {
+        refused("no file can be made for a saved state");
+    } else if (move_out(&one, first, last, false)) {
+        (void) sync_file_range(one.fd, 0, (off_t) (last - first), SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
+        (void) posix_fadvise(one.fd, 0, (off_t) (last - first), POSIX_FADV_DONTNEED);
+        agent.written_bytes += last - first;
+    }
+    close(one.fd);
+    free(one.in_file);
+    const uint64_t after = resident_in(first, last);
+    return before > after ? before - after : 0;
+}
+
+uint64_t drop_pages(struct region * region, uint64_t first, uint64_t last) {
+    const uint64_t before = resident_in(first, last);
+    if (before == 0 && !region->mapped) {
+        return 0;
+    }
+    const uint64_t bytes = last - first;
+    if (region->backing == BACKING_FILE) {
+        const off_t offset = (off_t) (first - region->first);
+#ifndef FALLOC_FL_ZERO_RANGE
+#define FALLOC_FL_ZERO_RANGE 0x10
+#endif
+        // Zeros without pages, and the space stays reserved.
+        if (fallocate(region->fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, offset, (off_t) bytes) != 0) {
+            (void) park_shared(region, first, last);
+        }
+    } else if (!region->mapped) {
+        if (madvise((void *) first, bytes, MADV_DONTNEED) != 0) {
+            refused("pages can't be dropped");
+        }
+    } else {
+        (void) mmap((void *) first, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+        (void) madvise((void *) first, bytes, MADV_NOHUGEPAGE);
+        memset(region->in_file + (first - region->first) / page_bytes(), 0, bytes / page_bytes());
+    }
+    const uint64_t after = resident_in(first, last);
+    return before > after ? before - after : 0;
+}

@@ -1,0 +1,59 @@
+// What the agent and its governor say to each other: one message in, one message out, the same in-process and over a
+// socket. Plain structs in the byte order of the machine: both ends are on it.
+
+#pragma once
+
+#include "agent.h"
+
+enum { VERSION = 1 };
+enum op { HELLO = 1, SNAPSHOT, SEQUENCE, MASK, UNMASK, PARK, UNPARK, WRITE, RELEASE, EVIDENCE, COLLECT, FORGET, BLOBS, PARK_BLOB, REFUSE, SAMPLED };
+enum kind { ARRIVALS = 1, KEY_NORMS, KEY_DIFFS, ATTENTION, LAST_USED };
+
+struct range { int32_t start, stop; };
+
+struct request {
+    uint32_t version, op, region;
+    int32_t  sequence;            // -1: all of the region
+    uint32_t flags, n_ranges;
+    uint64_t max_bytes;
+    double   deadline_s;
+    struct range ranges[];
+};
+
+struct reply {
+    int32_t  status;              // 0: answered, 1: no such region or sequence, 2: not understood
+    uint32_t count;               // of the items that follow
+    uint64_t bytes, cells, masked, written;
+    double   seconds;
+    uint32_t done, n_problem;     // the text of the problem stands at the very end
+};
+
+struct region_info {
+    uint32_t id, flags;           // 1: by cell, 2: maskable, 4: born in a file, 8: a graph runs, 16: the map is stale
+    uint64_t context, n_rows, cell_bytes, row_bytes, size, resident, masked, affected;
+    double   used_s;
+    uint32_t n_sequences, n_readable;  // tensors of keys that can be read
+    uint64_t written;             // by the agent, over all regions
+    char     why_no_mask[96];
+};
+
+struct blob_info { uint32_t id, flags; uint64_t bytes; double used_s; };  // 1: parked, 2: a checkpoint
+
+struct sequence_info { int32_t id, low, high, n, masked, affected, parked, unused; double used_s; };
+
+// ---- orders.c: acting on what was asked ------------------------------------------------------------------------
+
+bool refresh_map(struct region * region, bool anyway);
+void order_park(struct region * region, const struct request * request, double begin_s, struct reply * reply);
+void order_unpark(struct region * region, const struct request * request, double begin_s, struct reply * reply);
+void order_release(struct region * region, const struct request * request, double begin_s, struct reply * reply);
+void forget_masks(struct region * region);
+
+// ---- state.c: saying what is. Each gives where its reply ends, NULL if there was no place for it -----------------
+
+char * put(char * to, char * end, const void * from, size_t n);
+char * tell_region(struct region * region, char * to, char * end, bool count_resident);
+char * tell_sequence(struct region * region, const struct request * request, char * to, char * end, struct reply * reply);
+char * tell_evidence(struct region * region, const struct request * request, char * to, char * end, struct reply * reply);
+char * tell_sampled(struct region * region, const char * from, size_t n_from, char * to, char * end);
+char * tell_blobs(char * to, char * end, struct reply * reply);
