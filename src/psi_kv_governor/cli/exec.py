@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 @click.option(
     "--pid",
     type=click.IntRange(min=1),
-    help="Govern again a program of psi-kv exec, whose governor was killed.",
+    help="Govern again a program of psi-kv exec whose governor was killed; park any other once.",
 )
 @click.option(
     "--metrics", metavar="[HOST:]PORT", help="Serve figures for Prometheus [off; this machine alone]."

@@ -17,6 +17,7 @@ from psi_kv_governor.engines.llama.process import Chosen, choose
 from psi_kv_governor.errors import BadInputError, EngineError
 from psi_kv_governor.governor import Governor
 from psi_kv_governor.service.beside import Beside
+from psi_kv_governor.service.once import park_once
 from psi_kv_governor.service.program import HeldSignals, Program, find_program
 from psi_kv_governor.service.reach import Level, Reach, reach_of
 from psi_kv_governor.service.systemd import notify
@@ -160,17 +161,16 @@ def _harmless(action: Callable[[], None]) -> None:
 
 
 def attach(pid: int, config: GovernorConfig, held: HeldSignals, *, beside: Sequence[Beside] = ()) -> None:
-    """Govern a program, and its children, whose sidecar is gone, until it ends or we are told to.
+    """Govern a program, and its children, whose sidecar is gone, until it ends or we are told to. One that
+    was not started by `psi-kv exec` is parked once.
 
-    Raises BadInputError where that can't be.
+    Raises BadInputError where that can't be, and PsiKvError where it failed on the way.
     """
     environ = _environ_of(pid)
     name = environ.get(SOCKET, "")
     if not name:
-        raise BadInputError(
-            f"process {pid} was not started by psi-kv exec, so there is no agent in it: start it as "
-            "'psi-kv exec -- PROGRAM'"
-        )
+        _say(park_once(pid, config))
+        return
     if _listens(name):
         raise BadInputError(f"process {pid} has its governor already: psi-kv watch")
     fleet = Fleet(
