@@ -55,6 +55,7 @@ lint: $(READY) ## Check format, lint and types
 	$(BIN)/ruff format --check src tests scripts benchmarks examples hatch_build.py
 	$(BIN)/ruff check src tests scripts benchmarks examples hatch_build.py
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/mypy $(wildcard scripts/*.py benchmarks/*.py)
 	@if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh .ci/run; fi
 

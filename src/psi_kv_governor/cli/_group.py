@@ -18,6 +18,8 @@ INTERRUPTED = 130
 """128 + SIGINT, as shells count."""
 
 _EXTRAS = {
+    "click": "cli",
+    "rich": "cli",
     "llama_cpp": "llama",
     "prometheus_client": "metrics",
     "starlette": "dashboard",

@@ -13,6 +13,7 @@ from psi_kv_governor import model
 from psi_kv_governor.cli._group import NearestGroup, example
 from psi_kv_governor.errors import BadInputError
 from psi_kv_governor.gguf_file import GgufFile
+from psi_kv_governor.model_fetch import Progress
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -32,7 +33,7 @@ def command() -> None:
 )
 @_json_option
 def fetch(as_json: bool) -> None:
-    """Download the demo model, going on where an earlier try stopped. What is there is left alone."""
+    """Download the demo model. What is there is left alone."""
     with _progress() as on_progress:
         stages: set[str] = set()
 
@@ -104,7 +105,7 @@ def _entry(found: GgufFile) -> dict[str, object]:
 
 
 @contextmanager
-def _progress() -> Iterator[model.Progress]:
+def _progress() -> Iterator[Progress]:
     """A bar on the terminal, on stderr; nothing where nobody looks."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn

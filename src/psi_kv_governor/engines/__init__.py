@@ -9,6 +9,8 @@ from types import ModuleType
 from psi_kv_governor._nearest import unknown
 from psi_kv_governor.errors import BadInputError
 
+__all__ = ["ENTRY_POINTS", "engines", "get_engine"]
+
 ENTRY_POINTS = "psi_kv_governor.engines"
 """Group under which a package names its engines: `name = "package.module"`, what `Description.engine` says.
 The package's own are there too."""

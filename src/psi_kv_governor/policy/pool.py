@@ -9,6 +9,8 @@ import numpy as np
 from psi_kv_governor.cache import Range, Values
 from psi_kv_governor.errors import BadInputError
 
+__all__ = ["check_share", "highest", "ranks", "top_mean", "without_gaps"]
+
 
 def check_share(name: str, share: float) -> None:
     """Raises BadInputError unless `share`, a setting of the policy `name`, is above 0 and at most 1."""

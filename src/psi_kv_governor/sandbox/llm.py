@@ -46,7 +46,7 @@ def llama_class(variant: Variant) -> Any:
 
         check_plain()
         return llama_cpp.Llama
-    from psi_kv_governor import GovernedLlama
+    from psi_kv_governor.llama import GovernedLlama
 
     return GovernedLlama
 
@@ -81,7 +81,7 @@ def open_llm(setup: Setup, n_ctx: int, prefill_threads: int) -> Any:
     kind = llama_class(setup.variant)
     if is_plain(setup.variant):
         return kind(setup.model, **arguments)
-    from psi_kv_governor import load_config
+    from psi_kv_governor.config import load_config
 
     auto = setup.auto and is_governed(setup.variant)
     return kind(setup.model, config=load_config(**settings_of(setup)), auto=auto, **arguments)

@@ -227,7 +227,7 @@ class LlamaEngine:
             if left_s <= 0.0 or left_bytes <= 0:
                 total = msgspec.structs.replace(total, done=False)
                 break
-            total = added(total, self._step(step, left_s, left_bytes))
+            total = total.plus(self._step(step, left_s, left_bytes))
             self._counted_s = -math.inf  # the next look counts what is there now
         return msgspec.structs.replace(total, seconds=time.monotonic() - begin_s)
 
@@ -249,7 +249,7 @@ class LlamaEngine:
         if op is Op.PARK and step.sequence is not None and self._all_idle(step):
             # Nobody reads this cache now: what does not lie cell by cell (a transposed V) can go as well.
             rest = self.client.ask(op, step.cache, -1, deadline_s=0.0 if math.isinf(left_s) else left_s)
-            result = added(result, msgspec.structs.replace(_result(rest, step.verb), cells=0))
+            result = result.plus(msgspec.structs.replace(_result(rest, step.verb), cells=0))
         return result
 
     def _all_idle(self, step: Step) -> bool:
@@ -335,17 +335,4 @@ def _result(reply: Reply, verb: Verb) -> Result:
         written_bytes=reply.written,
         done=reply.done,
         problem=reply.problem or gone,
-    )
-
-
-def added(one: Result, other: Result) -> Result:
-    """The results of two steps as one."""
-    return Result(
-        bytes_returned=one.bytes_returned + other.bytes_returned,
-        bytes_back=one.bytes_back + other.bytes_back,
-        cells=one.cells + other.cells,
-        masked=one.masked + other.masked,
-        written_bytes=one.written_bytes + other.written_bytes,
-        done=one.done and other.done,
-        problem=one.problem or other.problem,
     )

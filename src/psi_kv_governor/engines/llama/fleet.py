@@ -27,7 +27,7 @@ from psi_kv_governor.cache import (
     Step,
 )
 from psi_kv_governor.engines.llama.client import VERSION, Client, Op
-from psi_kv_governor.engines.llama.engine import LlamaEngine, added
+from psi_kv_governor.engines.llama.engine import LlamaEngine
 from psi_kv_governor.errors import EngineError
 
 _LENGTH = struct.Struct("<I")
@@ -236,7 +236,7 @@ class Fleet:
             except EngineError:
                 self._gone(member)
                 continue
-            total = msgspec.structs.replace(added(total, result), seconds=total.seconds + result.seconds)
+            total = total.plus(result)
         return total
 
     def _member(self, step: Step) -> tuple[_Member | None, Step]:

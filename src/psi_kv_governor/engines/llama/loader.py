@@ -18,11 +18,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from platformdirs import user_cache_path
-
 from psi_kv_governor.engines.llama.compiling import FLAGS, SOURCE_DIR, compile_command
 from psi_kv_governor.engines.llama.elf import redirecting
 from psi_kv_governor.errors import EngineError
+from psi_kv_governor.user_folders import cache_folder
 
 INSTALL_HINT = "pip install 'psi-kv-governor[llama]'"
 _SHIPPED = Path(__file__).with_name("libpsikv_agent.so")
@@ -87,7 +86,7 @@ def _folders() -> list[Path]:
     service = [Path(v.split(":")[0]) for v in [os.environ.get("CACHE_DIRECTORY", "")] if v]
     home: list[Path] = []
     with contextlib.suppress(RuntimeError, KeyError, OSError):  # no HOME and no passwd entry
-        home = [user_cache_path("psi-kv") / "native"]
+        home = [cache_folder() / "native"]
     for_all: list[Path] = []
     with contextlib.suppress(FileNotFoundError):  # no folder can be written to at all
         for_all = [Path(tempfile.gettempdir()) / f"psi-kv-native-{os.getuid()}"]

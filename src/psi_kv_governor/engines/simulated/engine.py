@@ -141,7 +141,7 @@ class SimulatedEngine:
                     total = msgspec.structs.replace(total, done=False)
                     break
                 left_s = plan.deadline_s - total.seconds
-                total = _sum(total, self._step(step, _most(plan) - self._moved(total), left_s))
+                total = total.plus(self._step(step, _most(plan) - self._moved(total), left_s))
             self._written_bytes += total.written_bytes
         self._spend(total.seconds)
         return total
@@ -184,7 +184,7 @@ class SimulatedEngine:
         total = Result()
         for sequence in list(cache.of(step.sequence)):
             most = self._most_cells(step.verb, cache, most_bytes - self._moved(total), left_s - total.seconds)
-            total = _sum(total, self._sequence(step, cache, sequence, most))
+            total = total.plus(self._sequence(step, cache, sequence, most))
         return total
 
     def _why_not(self, step: Step, cache: PaperCache) -> str:
@@ -281,17 +281,4 @@ def _seconds(written_bytes: int, returned_bytes: int, back_bytes: int) -> float:
         written_bytes / PARK_BYTES_PER_S
         + returned_bytes / RELEASE_BYTES_PER_S
         + back_bytes / RESTORE_BYTES_PER_S
-    )
-
-
-def _sum(one: Result, other: Result) -> Result:
-    return Result(
-        bytes_returned=one.bytes_returned + other.bytes_returned,
-        bytes_back=one.bytes_back + other.bytes_back,
-        cells=one.cells + other.cells,
-        masked=one.masked + other.masked,
-        written_bytes=one.written_bytes + other.written_bytes,
-        done=one.done and other.done,
-        seconds=one.seconds + other.seconds,
-        problem=one.problem or other.problem,
     )

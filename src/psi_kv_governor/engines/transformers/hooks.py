@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
+from psi_kv_governor.engines.transformers.places import Places
 from psi_kv_governor.engines.transformers.versions import CACHE_NAMES
 
-if TYPE_CHECKING:
-    from psi_kv_governor.engines.transformers.cache import GovernedCache
 
-_hooked: weakref.WeakKeyDictionary[Any, weakref.WeakSet[GovernedCache]] = weakref.WeakKeyDictionary()
+class Followed(Protocol):
+    """What is asked of a cache here."""
+
+    affected: int
+
+    @property
+    def places(self) -> Places: ...
+
+    def begin_forward(self) -> None: ...
+
+    def end_forward(self) -> None: ...
+
+
+_hooked: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Followed]] = weakref.WeakKeyDictionary()
 """The caches of each module that has our hooks."""
 
 
-def hook(model: Any, cache: GovernedCache) -> None:
+def hook(model: Any, cache: Followed) -> None:
     """Tell `cache` of the forward passes of `model`. The hooks stay, and mind nothing but caches of ours."""
     module = model.base_model
     if module not in _hooked:
@@ -26,12 +38,12 @@ def hook(model: Any, cache: GovernedCache) -> None:
     _hooked[module].add(cache)
 
 
-def module_of(cache: GovernedCache) -> Any:
+def module_of(cache: Followed) -> Any:
     """The module whose forward passes `cache` is told of."""
     return next(module for module, caches in _hooked.items() if cache in caches)
 
 
-def _own(module: Any, args: Any, kwargs: Any) -> GovernedCache | None:
+def _own(module: Any, args: Any, kwargs: Any) -> Followed | None:
     """The cache of this pass, where it is one of this model's."""
     caches = _hooked[module]
     given = (kwargs[name] for name in CACHE_NAMES if name in kwargs)
@@ -61,7 +73,7 @@ def _before(module: Any, args: Any, kwargs: Any) -> Any:
     return (args[0], mask, *args[2:]), kwargs
 
 
-def with_packed_columns(mask: torch.Tensor, cache: GovernedCache, n_tokens: int) -> torch.Tensor:
+def with_packed_columns(mask: torch.Tensor, cache: Followed, n_tokens: int) -> torch.Tensor:
     """`mask` with the columns of the live positions where their rows stand.
 
     A mask of tokens [batch, positions] keeps its length, as the mask is later read from the number of holes

@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from psi_kv_governor.engines.transformers.versions import check_versions
-from psi_kv_governor.errors import BadInputError, StoreError
+from psi_kv_governor.errors import BadInputError, EngineError
 from psi_kv_governor.kernel.memory import PAGE_BYTES
 from psi_kv_governor.residence import Mapping, Place
 
@@ -31,7 +31,7 @@ class ParkedEnd:
         """Park the last `cells` positions of every layer with full attention in host memory.
 
         While they are parked nothing may be decoded with the cache. Raises BadInputError for a cache of
-        another kind, and StoreError, with the cache as it was, where the bytes can't be parked.
+        another kind, and EngineError, with the cache as it was, where the bytes can't be parked.
         """
         check_versions()
         layers = [(i, layer) for i, layer in enumerate(cache.layers) if _can_go(layer)]
@@ -56,7 +56,7 @@ class ParkedEnd:
         for slot in self._slots:
             if problem := self._park(slot):
                 self.put_back()
-                raise StoreError(f"the cache stays as it was: {problem}")
+                raise EngineError(f"the cache stays as it was: {problem}")
         _trim_heap()
 
     def _park(self, slot: _Slot) -> str:
