@@ -50,7 +50,7 @@ def chosen(base: _S, given: Mapping[str, Any]) -> _S:
 
 
 def _words(error: msgspec.ValidationError, given: Mapping[str, Any]) -> str:
-    """Expected `int` >= 1 - at `$.runs` -> --runs 0 is not usable: expected `int` >= 1"""
+    """What is wrong, by the option's name: "--runs 0 is not usable: expected int >= 1"."""
     what, _, place = str(error).partition(" - at `$.")
     name = place.rstrip("`").partition("[")[0]
     return f"{flag(name)} {given.get(name, '')} is not usable: {what[0].lower()}{what[1:]}"

@@ -1,5 +1,6 @@
-"""`import psi_kv_governor.auto` before `llama_cpp`: every `llama_cpp.Llama` of this process is governed, also
-those that a framework makes (LangChain, LlamaIndex, Haystack, outlines, guidance, llama_cpp.server).
+"""`import psi_kv_governor.auto` before `llama_cpp`: every `llama_cpp.Llama` of this process is governed.
+
+Also those that a framework makes (LangChain, LlamaIndex, Haystack, outlines, guidance, llama_cpp.server).
 
 Their completions get the key `psi_kv` where some of the context was masked; where a framework drops it,
 `psi_kv_governor.auto.governor.last_result` has it.

@@ -216,8 +216,12 @@ def load_config(
     named once in the log and left out. An override that is None counts as not given. Strings in the
     environment and in overrides are read as the type of their field.
 
-    Raises BadInputError on an unknown key of the file or an override, on a wrong type or a value out of its
-    range, saying where it came from.
+    Returns:
+        The configuration, checked as a whole.
+
+    Raises:
+        BadInputError: An unknown key of the file or an override, a wrong type, or a value out of its range,
+            saying where it came from.
     """
     if path is None and default_file and DEFAULT_FILE.is_file():
         path = DEFAULT_FILE

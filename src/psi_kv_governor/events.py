@@ -105,6 +105,7 @@ class JsonLinesSink:
     """Appends each event to a file, a line each, as it happens. Use it as a subscriber."""
 
     def __init__(self, path: Path) -> None:
+        """Raises BadInputError where `path` can't be written to."""
         try:
             # 0600: which ranges of a conversation went when is nobody else's matter.
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
@@ -113,7 +114,9 @@ class JsonLinesSink:
         self._file = os.fdopen(descriptor, "ab", buffering=0)
 
     def __call__(self, event: Event) -> None:
+        """Write `event`. Raises OSError."""
         self._file.write(msgspec.json.encode(event) + b"\n")
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()

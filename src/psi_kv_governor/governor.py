@@ -16,15 +16,7 @@ from psi_kv_governor.acting import Acting
 from psi_kv_governor.bus import Bus, Subscribers, words
 from psi_kv_governor.cache import Description, Engine, OneAtATime, Range, Result, Snapshot
 from psi_kv_governor.config import GovernorConfig, load_config
-from psi_kv_governor.control import (
-    LawState,
-    Mode,
-    Turn,
-    decide,
-    has_room,
-    nothing_new,
-    pause_s,
-)
+from psi_kv_governor.control import LawState, Mode, Turn, decide, has_room, nothing_new, pause_s
 from psi_kv_governor.errors import BadInputError, EngineError
 from psi_kv_governor.events import Event, ModeChanged, Recomputed
 from psi_kv_governor.lifetime import Ended, open_governors, run
@@ -70,9 +62,11 @@ class Governor:
         jitter: float | None = None,
         neighbours: Neighbourhood | None = None,
     ) -> None:
-        """Without a `source` the best of this machine is found; `policy` comes from `config`. `name` is what
-        others call it (`psi-kv watch`). A simulation brings its own `clock` (monotonic seconds), `jitter` (0
-        to 1, else chance) and `neighbours`."""
+        """Without a `source` the best of this machine is found; `policy` comes from `config`.
+
+        `name` is what others call it (`psi-kv watch`). A simulation brings its own `clock` (monotonic
+        seconds), `jitter` (0 to 1, else chance) and `neighbours`.
+        """
         self.config = config or load_config()
         self.engine = engine
         self.name = name
@@ -146,8 +140,7 @@ class Governor:
         return self._undisturbed(lambda: self._acting.restore_all(max_bytes))
 
     def park(self, sequence: int | None = None, *, pid: int | None = None) -> Result:
-        """Park every sequence that is not being decoded and the saved states, or this sequence alone. Of all
-        processes or of `pid`. No fidelity is lost: who decodes it reads it back. Raises EngineError."""
+        """Park what nobody decodes (of `pid`), or `sequence`; decoding reads it back. Raises EngineError."""
         return self._undisturbed(lambda: self._acting.park(sequence, pid))
 
     def unpark(self, sequence: int | None = None, *, pid: int | None = None) -> Result:
@@ -155,13 +148,11 @@ class Governor:
         return self._undisturbed(lambda: self._acting.unpark(sequence, pid))
 
     def limit(self, share: float | None = None, *, n_bytes: int | None = None) -> None:
-        """As `psi_set_cache_limit`, for this governor's caches alone: a share, or so many bytes of all of
-        them together. Neither lifts the limit. Raises BadInputError."""
+        """Limit these caches alone to a share, or to bytes in all; neither lifts it. Raises BadInputError."""
         self._limit.set(share, n_bytes)
 
     def protect(self, start: int, stop: int, sequence: int | None = None) -> None:
-        """Never mask the positions `start` to `stop` (exclusive) of `sequence` (default each), until
-        `unprotect`.
+        """Never mask positions `start` to `stop` (exclusive) of `sequence` (default each), until `unprotect`.
 
         They are positions, not tokens: they can be marked before they are decoded, and stay marked whatever
         is decoded there. Raises BadInputError.
@@ -279,8 +270,10 @@ class Governor:
             self._closing.release()
 
     def after_fork(self) -> None:
-        """In a forked child: threads did not come along, and locks may be held for ever by those that had
-        them. The child's copy of the cache is its own, ungoverned."""
+        """In a forked child: threads did not come along, and locks may be held for ever by the others.
+
+        The child's copy of the cache is its own, ungoverned.
+        """
         self._forked = True
         self._ended.set()
         self._thread = None

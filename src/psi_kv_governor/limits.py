@@ -8,8 +8,16 @@ _of_process: float | None = None
 
 
 def psi_set_cache_limit(share: float | None) -> None:
-    """From now on, while the machine is under pressure, every governed cache of this process holds at most
-    this `share` (0 to 1) of its cells. None lifts the limit. Raises BadInputError."""
+    """Limit what governed caches hold under pressure, from now on and in all of this process.
+
+    While the machine is under pressure, each holds at most this `share` of its cells.
+
+    Args:
+        share: From 0 to 1; None lifts the limit.
+
+    Raises:
+        BadInputError: It is no such share.
+    """
     global _of_process  # noqa: PLW0603  # the one-line form is process wide by definition
     _of_process = _checked(share)
 

@@ -95,24 +95,30 @@ class GovernedLlama(llama_cpp.Llama):  # type: ignore[misc]  # mypy here follows
 
         @functools.wraps(llama_cpp.Llama.generate)
         def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Any, None]:
+            """As upstream's; what a request builds on is healed first, where there is room."""
             tokens = list(tokens)
             _before_request(self, tokens)
             yield from super().generate(tokens, *args, **kwargs)
 
         @functools.wraps(llama_cpp.Llama.create_completion)
         def create_completion(self, *args: Any, **kwargs: Any) -> Any:
+            """As upstream's; the result has `psi_kv` where something was masked."""
             return annotated(self.governor, super().create_completion(*args, **kwargs))
 
         @functools.wraps(llama_cpp.Llama.create_chat_completion)
         def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
+            """As upstream's; the result has `psi_kv` where something was masked."""
             self._psi_kv_has_system = begins_with_system(messages)
             return annotated(self.governor, super().create_chat_completion(messages, *args, **kwargs))
 
     def heal(self) -> int:
         """Decode the tokens again that were decoded while others were masked, if there is room.
 
-        Gives the number of tokens decoded. What is still masked is brought back first; while the machine is
-        under pressure nothing is done. Runs in the thread that generates.
+        What is still masked is brought back first; while the machine is under pressure nothing is done. Runs
+        in the thread that generates.
+
+        Returns:
+            The number of tokens decoded.
         """
         return _heal(self, self.n_tokens, self.n_tokens)
 
@@ -131,8 +137,9 @@ class GovernedLlama(llama_cpp.Llama):  # type: ignore[misc]  # mypy here follows
 
 
 def begins_with_system(messages: Any) -> bool:
-    """Whether a chat begins with a system prompt. Whatever upstream takes is looked at and nothing more: a
-    generator is not begun, and what is no mapping is not asked for attributes."""
+    """Whether a chat begins with a system prompt."""
+    # Whatever upstream takes is looked at and nothing more: a generator is not begun, and what is no mapping
+    # is not asked for attributes.
     if not isinstance(messages, Sequence) or not messages or not isinstance(messages[0], Mapping):
         return False
     return messages[0].get("role") in _SYSTEM_ROLES
@@ -163,7 +170,10 @@ def _heal(llm: GovernedLlama, length: int, most: int) -> int:
     """Have upstream decode the affected tail of the first `length` tokens again, if it has at most `most`.
 
     A sequence's tail can only be decoded again as a whole: it is cut before the first affected position, and
-    the next evaluation does the rest. Gives the number of tokens cut.
+    the next evaluation does the rest.
+
+    Returns:
+        The number of tokens cut.
     """
     engine = llm.governor.engine
     if not isinstance(engine, LlamaEngine) or not length:

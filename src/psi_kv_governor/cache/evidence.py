@@ -34,12 +34,20 @@ class Evidence(Protocol):
         """Length of the keys: |k| in each layer and head over its mean there, averaged; 1 is the mean."""
 
     def key_diffs(self, part: Range) -> Values:
-        """How unlike its fellows a key is: -cos(k, a) averaged over layers and heads, where a is the mean
-        of the normalised keys of all live positions in that layer and head (KeyDiff, arXiv 2504.15364)."""
+        """How unlike its fellows a key is (KeyDiff, arXiv 2504.15364).
+
+        Returns:
+            -cos(k, a) averaged over layers and heads, where a is the mean of the normalised keys of all live
+            positions in that layer and head.
+        """
 
     def attention(self, part: Range) -> Values:
         """Attention received of late in the sampled layers; 1 is an equal share among all positions."""
 
     def last_used(self, part: Range) -> Values:
-        """Number of the newest sampled query that gave a position more than an equal share of its attention
-        (0: none did yet). Between sequences: the same clock."""
+        """When a position was last looked at. Between sequences: the same clock.
+
+        Returns:
+            Number of the newest sampled query that gave a position more than an equal share of its
+            attention; 0 where none did yet.
+        """

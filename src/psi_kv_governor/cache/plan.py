@@ -30,8 +30,10 @@ class Verb(str, Enum):
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing to do with one cache. Without ranges the whole sequence is meant, without a sequence all
-    that the verb applies to."""
+    """One thing to do with one cache.
+
+    Without ranges the whole sequence is meant, without a sequence all that the verb applies to.
+    """
 
     verb: Verb
     cache: int = 0

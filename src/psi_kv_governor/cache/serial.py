@@ -11,34 +11,42 @@ from psi_kv_governor.cache.snapshot import Description, Snapshot
 
 
 class OneAtATime:
-    """An `Engine` that passes calls on to another one after the other. For threads that no Ctrl-C reaches:
-    it would leave the lock closed."""
+    """An `Engine` that passes calls on to another one after the other.
+
+    For threads that no Ctrl-C reaches: it would leave the lock closed.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._lock = threading.Lock()
 
     def describe(self) -> Description:
+        """See Engine."""
         with self._lock:
             return self._engine.describe()
 
     def snapshot(self) -> Snapshot:
+        """See Engine."""
         with self._lock:
             return self._engine.snapshot()
 
     def apply(self, plan: Plan) -> Result:
+        """See Engine."""
         with self._lock:
             return self._engine.apply(plan)
 
     def collect(self, kinds: frozenset[Kind]) -> None:
+        """See Engine."""
         with self._lock:
             self._engine.collect(kinds)
 
     def evidence(self, cache: int, sequence: int) -> Evidence:
+        """See Engine."""
         with self._lock:
             return self._engine.evidence(cache, sequence)
 
     def close(self) -> None:
+        """See Engine."""
         with self._lock:
             self._engine.close()
 

@@ -88,14 +88,17 @@ class SequenceState(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def live_cells(self) -> int:
+        """Positions that attention looks at."""
         return cells_in(self.live)
 
     @property
     def masked_cells(self) -> int:
+        """Positions that are masked."""
         return cells_in(self.masked)
 
     @property
     def lost_cells(self) -> int:
+        """Positions whose content was dropped."""
         return cells_in(self.lost)
 
 

@@ -22,8 +22,15 @@ def engines() -> Mapping[str, metadata.EntryPoint]:
 
 
 def get_engine(name: str) -> ModuleType:
-    """The module of the engine called `name`. Raises BadInputError that names the known ones, or says why
-    that one can't be used: somebody else's code may raise whatever it likes."""
+    """The module of the engine called `name`.
+
+    Returns:
+        The module, which offers what `docs/how-it-works.md` says of engines.
+
+    Raises:
+        BadInputError: There is none of that name, or its package can't be imported: somebody else's code
+            may raise whatever it likes.
+    """
     known = engines()
     if name not in known:
         raise BadInputError(unknown("engine", name, known))

@@ -32,7 +32,11 @@ POLICIES: Mapping[str, type[Policy]] = MappingProxyType(
 def get_policy(name: str) -> Policy:
     """The policy called `name`, with its defaults.
 
-    Raises BadInputError that names the known ones, or says why a plug-in of that name can't be used.
+    Returns:
+        An instance.
+
+    Raises:
+        BadInputError: Names the known ones, or says why a plug-in of that name can't be used.
     """
     if name in POLICIES:  # so that no plug-in is even looked at, unless it is asked for
         return POLICIES[name]()
@@ -59,6 +63,9 @@ def plug_ins() -> tuple[Mapping[str, type[Policy]], Mapping[str, str]]:
     """The policies of other packages by name, and those that can't be used with the reason, in one line.
 
     Somebody else's code: whatever it raises is its own failure, and stops nobody else's.
+
+    Returns:
+        Policies, and reasons, by the names of their entry points.
     """
     policies: dict[str, type[Policy]] = {}
     broken: dict[str, str] = {}

@@ -144,7 +144,7 @@ def _open_door() -> tuple[int, int] | None:
 
 
 def _poll_of(door: tuple[int, int] | None, waker: Waker | None = None) -> Any:
-    """What is polled; None without a door. (select.poll is a function and no type.)"""
+    """What is polled; None without a door. Any, as select.poll is a function and no type."""
     if door is None:
         return None
     poll = select.poll()

@@ -11,8 +11,10 @@ MACHINE = "machine"
 
 
 class Level(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One thing that can run short: the machine, a cgroup on the way up to the root, or the line at which
-    another program begins to kill."""
+    """One thing that can run short.
+
+    The machine, a cgroup on the way up to the root, or the line at which another program begins to kill.
+    """
 
     name: str
     some: float | None = None
