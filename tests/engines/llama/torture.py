@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))  # it runs as a program of its own
 from gguf_models import Shape, write_model
 from psi_kv_governor.engines.llama import loader
-from psi_kv_governor.engines.llama.client import Client, InProcess, Op
+from psi_kv_governor.engines.llama.client import Client, InProcess, Op, Reply
 
 N_SEQ = 4
 N_CTX = 2048
@@ -41,6 +41,7 @@ class Context:
         params.flash_attn_type = 1 if flash else 0
         self.ctx = api.llama_init_from_model(model, params)
         self.memory = api.llama_get_memory(self.ctx)
+        self.buffer = (ctypes.c_uint8 * 1)()
 
     def decode(self, tokens: list[tuple[int, int, int]]) -> int:
         """(token, position, sequence) each."""
@@ -56,11 +57,13 @@ class Context:
         self.api.llama_batch_free(batch)
         return result
 
-    def state(self) -> bytes:
+    def state(self) -> memoryview:
+        """Valid until the next call."""
         size = self.api.llama_state_get_size(self.ctx)
-        buffer = (ctypes.c_uint8 * size)()
-        n = self.api.llama_state_get_data(self.ctx, buffer, size)
-        return bytes(buffer)[:n]
+        if size > len(self.buffer):
+            self.buffer = (ctypes.c_uint8 * (2 * size))()
+        n = self.api.llama_state_get_data(self.ctx, self.buffer, size)
+        return memoryview(self.buffer).cast("B")[:n]
 
     def sequence_state(self, sequence: int):
         size = self.api.llama_state_seq_get_size(self.ctx, sequence)
@@ -70,32 +73,51 @@ class Context:
 
 
 class Tormentor(threading.Thread):
-    """Orders whatever changes no answer, of one region, at random, without end."""
+    """Orders whatever changes no answer, of one region, at random, without end.
 
-    def __init__(self, client: Client, region: int, seed: int) -> None:
+    What is decoded while something is masked is another answer, so a mask is on only while nobody decodes:
+    it has to be gone from the next graph, and to change nothing that others read, copy, cut or save meanwhile.
+    """
+
+    def __init__(self, client: Client, region: int, seed: int, decoding: threading.Lock) -> None:
         super().__init__(daemon=True)
-        self.client, self.region = client, region
+        self.client, self.region, self.decoding = client, region, decoding
         self.random = random.Random(seed)
         self.done = 0
         self.cells = 0
         self.returned = 0
+        self.masked = 0
         self.ends = threading.Event()
 
     def run(self) -> None:
         while not self.ends.is_set():
-            op = self.random.choice(
-                [Op.PARK, Op.PARK, Op.UNPARK, Op.WRITE, Op.RELEASE, Op.SNAPSHOT, Op.SEQUENCE]
-            )
-            sequence = self.random.randrange(-1, N_SEQ)
-            start = self.random.randrange(0, 400)
-            ranges = [(start, start + self.random.randrange(1, 400))] if self.random.random() < 0.5 else []
-            reply = self.client.ask(
-                op, self.region, sequence, ranges=ranges, max_bytes=self.random.choice([0, 1 << 16]), flags=1
-            )
-            self.cells += reply.cells
-            self.returned += reply.n_bytes if op in (Op.PARK, Op.RELEASE) else 0
-            self.done += 1
+            if self.random.random() < 0.1:
+                self.mask_for_a_moment()
+            else:
+                self.order(
+                    self.random.choice(
+                        [Op.PARK, Op.PARK, Op.UNPARK, Op.WRITE, Op.RELEASE, Op.SNAPSHOT, Op.SEQUENCE]
+                    )
+                )
             self.ends.wait(self.random.random() * 0.004)  # as often as the calls
+
+    def mask_for_a_moment(self) -> None:
+        with self.decoding:
+            self.masked += self.order(Op.MASK).masked
+            self.ends.wait(self.random.random() * 0.004)
+            self.order(Op.UNMASK)
+            self.client.ask(Op.FORGET, self.region)
+
+    def order(self, op: Op) -> Reply:
+        sequence = self.random.randrange(-1, N_SEQ)
+        start = self.random.randrange(0, 400)
+        ranges = [(start, start + self.random.randrange(1, 400))] if self.random.random() < 0.5 else []
+        most = self.random.choice([0, 1 << 16])
+        reply = self.client.ask(op, self.region, sequence, ranges=ranges, max_bytes=most, flags=1)
+        self.cells += reply.cells
+        self.returned += reply.n_bytes if op in (Op.PARK, Op.MASK, Op.RELEASE) else 0
+        self.done += 1
+        return reply
 
 
 class Twins:
@@ -106,6 +128,7 @@ class Twins:
     ) -> None:
         self.api, self.contexts, self.chance, self.unified = api, contexts, chance, unified
         self.lengths = [0] * N_SEQ
+        self.decoding = threading.Lock()
 
     def call(self) -> None:
         """Make one call at random."""
@@ -126,7 +149,8 @@ class Twins:
             self.decode(batch)
 
     def decode(self, tokens: list[tuple[int, int, int]]) -> None:
-        results = {context.decode(tokens) for context in self.contexts}
+        with self.decoding:
+            results = {context.decode(tokens) for context in self.contexts}
         assert len(results) == 1, results
         for _, _, s in tokens if results == {0} else ():
             self.lengths[s] += 1
@@ -182,6 +206,7 @@ def torture(
     assert loaded.agent is not None, loaded.why
     import llama_cpp as api
 
+    _silence(api)
     api.llama_backend_init()
     weights = api.llama_model_load_from_file(str(model).encode(), api.llama_model_default_params())
     client = Client(InProcess(loaded.agent.serve))
@@ -194,8 +219,8 @@ def torture(
     loaded.agent.configure(str(place), in_file=backing == "file", reserve_bytes=0, limit_bytes=0)
     regions = client.regions(count_resident=False)
     assert [region.in_file for region in regions] == [backing == "file", False]
-    tormentor = Tormentor(client, regions[0].id, seed + 1)
     twins = Twins(api, (contexts[0], contexts[1]), chance, unified=unified)
+    tormentor = Tormentor(client, regions[0].id, seed + 1, twins.decoding)
     begin_s, calls = time.monotonic(), 0
     tormentor.start()
     while calls + tormentor.done < operations:
@@ -209,8 +234,15 @@ def torture(
     api.llama_model_free(weights)
     return (
         f"{calls} calls and {tormentor.done} orders in {time.monotonic() - begin_s:.0f} s, {tormentor.cells} "
-        f"cells and {tormentor.returned / 1e6:.0f} MB given up: no difference"
+        f"cells and {tormentor.returned / 1e6:.0f} MB given up, {tormentor.masked} cells masked: no difference"
     )
+
+
+def _silence(api) -> None:
+    """llama.cpp tells of each state that is written, through Python: hundreds of lines a second. Any function
+    of C that takes a number and does nothing hears it instead."""
+    deaf = ctypes.cast(ctypes.CDLL(None).abs, api.llama_log_callback)
+    api.llama_log_set(deaf, None)
 
 
 def main() -> None:
