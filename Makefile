@@ -17,8 +17,13 @@ TRANSFORMERS := .venv-transformers
 TRANSFORMERS_READY := $(TRANSFORMERS)/.psi-kv-ready
 TORCH ?= torch==2.13.0
 KVPRESS := kvpress==0.5.5
+# Frameworks that make or use a llama_cpp.Llama: half a GB, in an environment that borrows .venv's llama-cpp-python.
+FRAMEWORKS := .venv-frameworks
+FRAMEWORKS_READY := $(FRAMEWORKS)/.psi-kv-ready
+FRAMEWORK_PACKAGES := 'guidance>=0.3,<0.4' langchain-community llama-index-llms-llama-cpp llama-cpp-haystack outlines \
+  lm-format-enforcer openai uvicorn fastapi pydantic-settings sse-starlette starlette-context
 
-.PHONY: help setup demo test test-transformers lint format bench-quick model wheel man deb clean
+.PHONY: help setup demo test test-frameworks test-transformers lint format bench-quick model wheel man deb clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,12 +66,28 @@ lint: $(READY) ## Check format, lint and types
 
 test: lint model ## Lint, types and all tests; ends with what was skipped and why
 	$(BIN)/python -m pytest
+	@if timeout 400 $(MAKE) --no-print-directory $(FRAMEWORKS_READY) >$(VENV)/frameworks.log 2>&1; then \
+	  $(MAKE) --no-print-directory test-frameworks; \
+	else \
+	  echo "make: the tests of frameworks were left out: their environment can't be had here (the last line" \
+	    "of $(VENV)/frameworks.log: $$(tail -n 1 $(VENV)/frameworks.log))"; \
+	fi
 	@if timeout 900 $(MAKE) --no-print-directory $(TRANSFORMERS_READY) >$(VENV)/transformers.log 2>&1; then \
 	  $(MAKE) --no-print-directory test-transformers; \
 	else \
 	  echo "make: the tests of transformers were left out: their environment can't be had here (the last line" \
 	    "of $(VENV)/transformers.log: $$(tail -n 1 $(VENV)/transformers.log))"; \
 	fi
+
+test-frameworks: $(FRAMEWORKS_READY) model ## Tests of guidance, LangChain, LlamaIndex, Haystack and others on a governed Llama
+	$(FRAMEWORKS)/bin/python -m pytest tests/frameworks
+
+$(FRAMEWORKS_READY): pyproject.toml $(READY)
+	$(PYTHON) -m venv $(FRAMEWORKS)
+	{ echo '$(CURDIR)/src'; $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; } \
+	  > "$$($(FRAMEWORKS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"
+	$(FRAMEWORKS)/bin/python -m pip install --disable-pip-version-check --quiet $(FRAMEWORK_PACKAGES)
+	@touch $@
 
 test-transformers: $(TRANSFORMERS_READY) model ## Tests of the transformers engine, with its newest and oldest version
 	$(TRANSFORMERS)/bin/python -m pytest tests/transformers
@@ -103,5 +124,5 @@ deb: wheel ## Build Debian packages of the wheels into dist/
 	@for wheel in dist/*.whl; do $(BIN)/python scripts/build_deb.py "$$wheel"; done
 
 clean: ## Remove .venv and everything made by tools
-	rm -rf $(VENV) $(TRANSFORMERS) build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FRAMEWORKS) $(TRANSFORMERS) build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

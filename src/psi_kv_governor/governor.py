@@ -28,6 +28,7 @@ from psi_kv_governor.pressure.neighbours import Neighbourhood
 from psi_kv_governor.pressure.processes import holders
 from psi_kv_governor.pressure.reading import PressureSource, Reading
 from psi_kv_governor.refusing import Refusing
+from psi_kv_governor.results import Results
 from psi_kv_governor.sensor import Sensor
 from psi_kv_governor.status import Status
 from psi_kv_governor.status_socket import StatusSocket
@@ -42,7 +43,7 @@ _THREADS = 2
 """Threads for what is asked by hand: a look at the status does not wait for a long restore."""
 
 
-class Governor:
+class Governor(Results):
     """Watches the machine and trims and restores the caches of one engine.
 
     Acts by itself from `start` to `close`, in one thread; `step` is one turn of that loop. A failure in it
@@ -70,8 +71,7 @@ class Governor:
         self.config = config or load_config()
         self.engine = engine
         self.name = name
-        self.last_result: dict[str, int] = {}
-        """What the last completion was computed without (`psi_kv` of its result); empty where nothing was."""
+        self.healers = []
         policy = policy or get_policy(self.config.policy)
         self._clock = clock
         self._bus = bus = Bus(clock)

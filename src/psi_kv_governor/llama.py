@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import logging
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,13 @@ from psi_kv_governor.cache import Engine
 from psi_kv_governor.config import GovernorConfig, load_config
 from psi_kv_governor.engines.llama import loader, process
 from psi_kv_governor.engines.llama.engine import LlamaEngine
-from psi_kv_governor.errors import EngineError
+from psi_kv_governor.engines.llama.healing import context_of, cut_for_request, heal
+from psi_kv_governor.engines.llama.states import SavedStates, load
 from psi_kv_governor.gguf_file import read_gguf
 from psi_kv_governor.governor import Governor
 from psi_kv_governor.policy import Policy
 from psi_kv_governor.pressure.reading import PressureSource
+from psi_kv_governor.results import annotated
 
 LOADED = loader.load()  # the agent has to be there before llama_cpp
 
@@ -30,11 +32,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("psi_kv_governor")
 _SYSTEM_ROLES = frozenset({"system", "developer"})
-
-HEAL_AT_ONCE_CELLS = 256
-"""Tokens that a request decodes again by itself when it builds on some that were decoded while others were
-masked: a quarter of a second of prefill on the demo model, two on an 8B model with four cores. More are
-healed where they are no more than the request's own prompt has to decode anyway: then it at most doubles."""
 
 
 class GovernedLlama(llama_cpp.Llama):  # type: ignore[misc]  # mypy here follows no import of llama_cpp
@@ -63,6 +60,7 @@ class GovernedLlama(llama_cpp.Llama):  # type: ignore[misc]  # mypy here follows
         config = config or load_config()
         self._psi_kv_auto = auto
         self._psi_kv_has_system = False
+        self._psi_kv_states: SavedStates | None = None
         with process.opening:
             chosen: process.Chosen | None = None
             why = LOADED.why
@@ -79,15 +77,12 @@ class GovernedLlama(llama_cpp.Llama):  # type: ignore[misc]  # mypy here follows
             engine = process.NoEngine(why)
             _log.warning("this model is not governed: %s", why)
         else:
-            engine = process.engine(chosen, self._psi_kv_context)
+            engine = process.engine(chosen, functools.partial(context_of, weakref.ref(self)))
+            self._psi_kv_states = engine.states = SavedStates(chosen.place)
         self.governor = Governor(engine, config=config, source=source, policy=policy)
+        self.governor.healers.append(functools.partial(_heal_weakly, weakref.ref(self)))
         if auto:
             self.governor.start()
-
-    def _psi_kv_context(self) -> int:
-        """Address of the llama_context, which upstream may replace; 0 when it is closed."""
-        context = getattr(self._ctx, "ctx", None)
-        return ctypes.cast(context, ctypes.c_void_p).value or 0 if context is not None else 0
 
     # -- requests ---------------------------------------------------------------------------------------
 
@@ -111,16 +106,20 @@ class GovernedLlama(llama_cpp.Llama):  # type: ignore[misc]  # mypy here follows
             self._psi_kv_has_system = begins_with_system(messages)
             return annotated(self.governor, super().create_chat_completion(messages, *args, **kwargs))
 
+    def save_state(self) -> Any:
+        """As upstream. The bytes lie in a mapping of their own, and are parked when memory is short."""
+        saved = self._psi_kv_states.save(self) if self._psi_kv_states is not None else None
+        return super().save_state() if saved is None else saved
+
+    def load_state(self, state: Any) -> None:
+        """As upstream. Raises StateMismatchError (a RuntimeError) for a state that does not fit; the model is
+        empty then, and usable."""
+        load(self, state, super().load_state, self._psi_kv_states)
+
     def heal(self) -> int:
-        """Decode the tokens again that were decoded while others were masked, if there is room.
-
-        What is still masked is brought back first; while the machine is under pressure nothing is done. Runs
-        in the thread that generates.
-
-        Returns:
-            The number of tokens decoded.
-        """
-        return _heal(self, self.n_tokens, self.n_tokens)
+        """As `governor.heal()`. Runs in the thread that generates."""
+        engine = self.governor.engine
+        return heal(self, self.governor, engine) if isinstance(engine, LlamaEngine) else 0
 
     # -- the end ----------------------------------------------------------------------------------------
 
@@ -146,15 +145,19 @@ def begins_with_system(messages: Any) -> bool:
 
 
 def _before_request(llm: GovernedLlama, tokens: list[int]) -> None:
-    """Nothing in here may reach the request: what fails is said once in the log."""
+    """Nothing in here may reach the request: what fails is said in the log."""
     try:
         engine = llm.governor.engine
         if isinstance(engine, LlamaEngine):
             engine.head_cells = _head(llm, tokens) if llm._psi_kv_has_system else 0
-            kept = llm.longest_token_prefix(llm._input_ids.tolist(), tokens)
-            _heal(llm, kept, max(HEAL_AT_ONCE_CELLS, len(tokens) - kept))
+            cut_for_request(llm, llm.governor, engine, tokens)
     except Exception:
         _log.warning("a request goes on without the governor's preparation", exc_info=True)
+
+
+def _heal_weakly(llm: weakref.ref[GovernedLlama]) -> int:
+    alive = llm()
+    return 0 if alive is None else alive.heal()
 
 
 def _head(llm: GovernedLlama, tokens: list[int]) -> int:
@@ -164,62 +167,3 @@ def _head(llm: GovernedLlama, tokens: list[int]) -> int:
         if i and llama_cpp.llama_vocab_is_eog(vocabulary, token):
             return i + 1
     return 0
-
-
-def _heal(llm: GovernedLlama, length: int, most: int) -> int:
-    """Have upstream decode the affected tail of the first `length` tokens again, if it has at most `most`.
-
-    A sequence's tail can only be decoded again as a whole: it is cut before the first affected position, and
-    the next evaluation does the rest.
-
-    Returns:
-        The number of tokens cut.
-    """
-    engine = llm.governor.engine
-    if not isinstance(engine, LlamaEngine) or not length:
-        return 0
-    first = engine.first_affected(0)
-    if first is None or first >= length or length - first > most:
-        return 0
-    if not llm.governor.has_room():
-        return 0
-    llm.governor.restore()
-    if engine.masked(0):
-        return 0  # it would only be affected again
-    tokens = llm._input_ids[first:length].tolist()
-    llm.n_tokens = first
-    if length == most:  # by hand: now, and not with the next request
-        llm.eval(tokens)
-    return len(tokens)
-
-
-def annotated(governor: Governor, result: Any) -> Any:
-    """`result` of a completion, with `psi_kv` where it was computed without some of its context."""
-    if isinstance(result, dict):
-        return _annotate(governor, result)
-    return _annotated_stream(governor, result) if isinstance(result, Iterator) else result
-
-
-def _annotated_stream(governor: Governor, chunks: Iterator[Any]) -> Iterator[Any]:
-    for chunk in chunks:
-        choices = (chunk.get("choices") or []) if isinstance(chunk, dict) else []
-        last = any(choice.get("finish_reason") for choice in choices)
-        yield _annotate(governor, chunk) if last else chunk
-
-
-def _annotate(governor: Governor, result: dict[str, Any]) -> dict[str, Any]:
-    """Nothing in here may turn a finished answer into an exception."""
-    try:
-        snapshot = governor.engine.snapshot()
-        sequences = [sequence for cache in snapshot.caches if cache.maskable for sequence in cache.sequences]
-        masked = max((sequence.masked_cells for sequence in sequences), default=0)
-        affected = max((sequence.affected for sequence in sequences), default=0)
-        governor.last_result = {}
-        if masked or affected:
-            governor.last_result = {"masked_tokens": masked, "affected_tokens": affected}
-            result["psi_kv"] = governor.last_result
-    except EngineError:
-        pass  # the model was closed while its answer was made
-    except Exception:
-        _log.warning("a result is not marked", exc_info=True)
-    return result

@@ -14,9 +14,10 @@ from fakes import FakeSource
 from gguf_models import LARGE, LLAMA
 from psi_kv_governor import GovernedLlama, GovernorConfig
 from psi_kv_governor.cache import Plan, Range, Step, Verb
+from psi_kv_governor.engines.llama.healing import HEAL_AT_ONCE_CELLS
 from psi_kv_governor.engines.llama.options import LlamaOptions
 from psi_kv_governor.errors import BadInputError, EngineError
-from psi_kv_governor.llama import HEAL_AT_ONCE_CELLS, begins_with_system
+from psi_kv_governor.llama import begins_with_system
 
 pytestmark = pytest.mark.llama
 SMALL = {"n_ctx": 2048, "n_threads": 1, "n_threads_batch": 1, "verbose": False}

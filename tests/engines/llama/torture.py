@@ -76,7 +76,7 @@ class Tormentor(threading.Thread):
     """Orders whatever changes no answer, of one region, at random, without end.
 
     What is decoded while something is masked is another answer, so a mask is on only while nobody decodes:
-    it has to be gone from the next graph, and to change nothing that others read, copy, cut or save meanwhile.
+    it has to be gone from the next graph, and to change nothing that is read, copied, cut or saved meanwhile.
     """
 
     def __init__(self, client: Client, region: int, seed: int, decoding: threading.Lock) -> None:
@@ -234,7 +234,7 @@ def torture(
     api.llama_model_free(weights)
     return (
         f"{calls} calls and {tormentor.done} orders in {time.monotonic() - begin_s:.0f} s, {tormentor.cells} "
-        f"cells and {tormentor.returned / 1e6:.0f} MB given up, {tormentor.masked} cells masked: no difference"
+        f"cells and {tormentor.returned / 1e6:.0f} MB given up, {tormentor.masked} masked: no difference"
     )
 
 

@@ -27,6 +27,7 @@ from psi_kv_governor.cache import (
 )
 from psi_kv_governor.engines.llama.client import NO_SUCH, Client, Op, RegionInfo, Reply, SequenceInfo
 from psi_kv_governor.engines.llama.evidence import LlamaEvidence, Sampling
+from psi_kv_governor.engines.llama.states import FIRST_ID, SavedStates
 from psi_kv_governor.errors import EngineError
 
 _MASKED, _PARKED, _AFFECTED = 2, 4, 8  # enum row_flag in agent.h
@@ -63,6 +64,8 @@ class LlamaEngine:
         self.client = client
         self.head_cells = 0
         """First positions that hold the system prompt, where the front door knows them."""
+        self.states: SavedStates | None = None
+        """Those that the program saves in Python, where the front door has them."""
         self._pid = pid
         self._place = place
         self._backing = backing
@@ -81,7 +84,7 @@ class LlamaEngine:
         able = Capability(able=True)
         none_yet = Capability(able=False, why="no cache is open, or it is too small to matter (1 MiB)")
         placeless = Capability(able=False, why="there is no place to park")
-        no_blobs = Capability(able=False, why="saved states are parked under psi-kv exec")
+        no_blobs = Capability(able=False, why="states that are saved here are not known")
         by_cell = [region for region in regions if region.by_cell]
         mask = next((able for region in by_cell if region.maskable), none_yet)
         if not mask.able and by_cell:
@@ -93,7 +96,7 @@ class LlamaEngine:
                 release=able if by_cell else (state if regions else none_yet),
                 park=(able if self._place else placeless) if regions else none_yet,
                 mask=(mask if self._place else placeless) if by_cell or not regions else state,
-                blobs=placeless if not self._place else able if self._context is None else no_blobs,
+                blobs=placeless if not self._place else able if self._knows_blobs else no_blobs,
             ),
             backing=self._backing,
             place=self._place,
@@ -115,12 +118,15 @@ class LlamaEngine:
         written = max((region.written for region in regions), default=0)
         return Snapshot(time_s=now_s, caches=(*caches, *self._saved()), written_bytes=written)
 
+    @property
+    def _knows_blobs(self) -> bool:
+        return self._context is None or self.states is not None
+
     def _saved(self) -> tuple[CacheState, ...]:
         """The saved states of the process, as a cache without cells."""
         blobs = self.client.blobs() if self._context is None else []
-        if not blobs:
-            return ()
-        states = tuple(
+        states = () if self.states is None else self.states.blobs()
+        states += tuple(
             BlobState(
                 id=blob.id,
                 n_bytes=blob.n_bytes,
@@ -130,6 +136,8 @@ class LlamaEngine:
             )
             for blob in blobs
         )
+        if not states:
+            return ()
         return (
             CacheState(
                 id=SAVED_STATES,
@@ -138,7 +146,7 @@ class LlamaEngine:
                 capacity_cells=0,
                 cell_bytes=1,
                 row_bytes=1,
-                resident_bytes=sum(blob.n_bytes for blob in blobs if not blob.parked),
+                resident_bytes=sum(blob.n_bytes for blob in states if not blob.parked),
                 maskable=False,
                 why_not_maskable="nothing attends to a saved state",
                 blobs=states,
@@ -232,6 +240,8 @@ class LlamaEngine:
         return msgspec.structs.replace(total, seconds=time.monotonic() - begin_s)
 
     def _step(self, step: Step, left_s: float, left_bytes: float) -> Result:
+        if step.blob is not None and step.blob >= FIRST_ID and self.states is not None:
+            return self.states.park(step.blob)
         if step.blob is not None and step.verb is Verb.PARK:
             return _result(self.client.ask(Op.PARK_BLOB, step.blob), step.verb)
         op = _OPS.get(step.verb)

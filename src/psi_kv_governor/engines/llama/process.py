@@ -23,7 +23,7 @@ from psi_kv_governor.engines.llama.client import Client, InProcess
 from psi_kv_governor.engines.llama.engine import LlamaEngine
 from psi_kv_governor.engines.llama.loader import load
 from psi_kv_governor.errors import BadInputError, EngineError
-from psi_kv_governor.residence import choose_backing, find_place, swap_state
+from psi_kv_governor.residence import Place, choose_backing, find_place, swap_state
 
 
 class Chosen(NamedTuple):
@@ -33,6 +33,7 @@ class Chosen(NamedTuple):
     """Empty where there is no place to park."""
     backing: str
     why: str
+    place: Place | None = None
 
 
 opening = threading.RLock()
@@ -58,7 +59,7 @@ def choose(config: GovernorConfig) -> Chosen:
         raise BadInputError(search.why_none)
     backing, why = choose_backing(config.backing, search.place, *swap_state())
     folder = search.place.folder if search.place else ""
-    return Chosen(folder, backing, why if folder else search.why_none)
+    return Chosen(folder, backing, why if folder else search.why_none, search.place)
 
 
 def prepare(config: GovernorConfig) -> Chosen:

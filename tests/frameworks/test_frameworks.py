@@ -1,0 +1,42 @@
+"""Whoever makes or uses the `Llama`: answers and logits are those without us, whatever is parked."""
+
+from __future__ import annotations
+
+import pytest
+from subjects import SUBJECTS
+
+pytestmark = [pytest.mark.llama, pytest.mark.timeout(1800)]
+every_framework = pytest.mark.parametrize("name", SUBJECTS)
+either_backing = pytest.mark.parametrize("way", ["file", "memory"])
+
+
+@every_framework
+@either_backing
+def test_answers_and_logits_are_those_without_us_before_during_and_after_parking(played, name, way):
+    ours, theirs = played[way][name], played["plain"][name]
+    assert "error" not in theirs, theirs["error"]
+    assert "error" not in ours, ours["error"]
+    assert ours["answers"] == theirs["answers"]
+    assert all(text.strip() for text, _ in ours["answers"])
+    assert ours["returned"] > 1 << 20  # it was parked, and read back
+
+
+COMPUTES_ALL_AGAIN = {"outlines"}
+"""It resets the model before each request, so that nothing of its context stays masked."""
+
+
+@every_framework
+@either_backing
+def test_after_masking_it_is_said_what_the_result_was_computed_without(played, name, way):
+    said = played[way][name]["said"]
+    if name in COMPUTES_ALL_AGAIN:
+        assert said == {}
+        assert played[way][name]["last"] == played["plain"][name]["last"]
+    else:
+        assert said["masked_tokens"] == 50
+        assert said["affected_tokens"] > 0
+
+
+def test_a_framework_that_hands_the_result_on_has_it_in_there(played):
+    """LlamaIndex has upstream's result in `raw`; the types of `llama_cpp.server` leave it out."""
+    assert played["file"]["llama_index"]["handed_on"]["masked_tokens"] == 50
