@@ -112,8 +112,11 @@ class GovernedLlama(llama_cpp.Llama):  # type: ignore[misc]  # mypy here follows
         return super().save_state() if saved is None else saved
 
     def load_state(self, state: Any) -> None:
-        """As upstream. Raises StateMismatchError (a RuntimeError) for a state that does not fit; the model is
-        empty then, and usable."""
+        """As upstream, but a state that does not fit leaves the model empty and usable.
+
+        Raises:
+            StateMismatchError: it is of another model or kind of cache; a RuntimeError, as upstream's.
+        """
         load(self, state, super().load_state, self._psi_kv_states)
 
     def heal(self) -> int:
