@@ -266,6 +266,7 @@ def test_trim_says_why_nothing_went(open_llm):
     llm = open_llm(settings={"floor_cells": 4000})
     assert llm.governor.trim().problem
     llm.eval(llm.tokenize(PROMPT.encode()))
+    llm.governor.trim()  # pages of free cells, which flash attention read up to a multiple of 256
     assert "floor" in llm.governor.trim().problem
 
 
