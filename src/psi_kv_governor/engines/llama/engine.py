@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import time
 from collections.abc import Callable
 
@@ -196,11 +197,15 @@ class LlamaEngine:
         )
 
     def _free_resident(self, region: RegionInfo) -> int:
-        """Counted bytes beyond what the used cells take. Parked cells hide some: a lower bound."""
+        """Counted bytes beyond what the used cells take.
+
+        Parked cells hide some: a lower bound. The page in which used rows of a tensor end can't go.
+        """
         if not region.by_cell:
             return 0
         used = sum(sequence.cells for sequence in region.sequences) * region.cell_bytes
-        return max(0, self._resident.get(region.id, 0) - used)
+        edges = region.cell_bytes // max(1, region.row_bytes) * mmap.PAGESIZE
+        return max(0, self._resident.get(region.id, 0) - used - edges)
 
     def _sequence(self, region: RegionInfo, info: SequenceInfo, now_s: float) -> SequenceState:
         live: tuple[Range, ...] = (Range(info.low, info.high + 1),)
