@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import socket
@@ -111,6 +112,21 @@ def debian_server() -> list[str]:
     ]
     path = ":".join(map(str, folders))
     return [str(loader), "--library-path", path, str(root / "usr/bin/llama-server")]
+
+
+def node_addon() -> Path:
+    """npm's llama.cpp for node: one file, static. Raises Unavailable."""
+    name = "@fugood/node-llama-linux-x64"
+    if shutil.which("npm") is None or platform.machine() != "x86_64":
+        raise Unavailable(f"{name}: there is no npm here, or it is another machine")
+    with _alone("node") as folder:
+        if not (folder / "ready").is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            (archive,) = _run(["npm", "pack", "--silent", name], cwd=folder).split()
+            _run(["tar", "-xzf", archive], cwd=folder)
+            (folder / "ready").touch()
+        return folder / "package" / "index.node"
 
 
 def _mirror() -> str:

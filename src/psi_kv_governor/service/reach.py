@@ -34,6 +34,8 @@ class Level(str, Enum):
 
     FULL = "full"
     """Its caches, sequences and saved states."""
+    PAGED = "paged"
+    """Its caches are not resident before they are used, and nothing of them is parked."""
     LATER = "later"
     """What it opens while it runs."""
     CHILDREN = "children"
@@ -44,6 +46,7 @@ class Level(str, Enum):
 
 _MEANINGS = {
     Level.FULL: "caches, slots and saved states are governed",
+    Level.PAGED: "its cache grows as it is used, and is not governed",
     Level.LATER: "governed as soon as it opens a llama.cpp",
     Level.CHILDREN: "only what it starts is governed",
     Level.NONE: "runs ungoverned",
@@ -129,9 +132,9 @@ def _of_program(path: Path) -> Reach:
     """A dynamic program that needs no library with llama.cpp in it."""
     if _traces(path):
         return Reach(
-            level=Level.CHILDREN,
-            how="llama.cpp is linked into the program itself, and calls itself by address: nothing of it is "
-            "reached (demand paging alone, by hooks of libc, is not built)",
+            level=Level.PAGED,
+            how="llama.cpp is linked into the program itself, and calls itself by address: only what it asks "
+            "of the C library is reached",
             remedy="take a build with shared libraries (-DBUILD_SHARED_LIBS=ON)",
         )
     if path.name.startswith(("python", "pypy")):
@@ -146,7 +149,7 @@ def _of_static(path: Path) -> Reach:
     return Reach(
         level=Level.CHILDREN,
         how="it is linked statically, so no library can be put before "
-        + ("its llama.cpp (demand paging alone, by hooks of libc, is not built)" if built_in else "anything"),
+        + ("its llama.cpp, and not before the C library either" if built_in else "anything"),
         remedy="take a build with shared libraries (-DBUILD_SHARED_LIBS=ON)" if built_in else "",
     )
 
@@ -156,7 +159,7 @@ def _of_library(library: Path) -> Reach:
         dynamic: Any = ELFFile(file).get_section_by_name(".dynamic")
         if dynamic is not None and any(_bound_to_itself(tag) for tag in dynamic.iter_tags()):
             return Reach(
-                level=Level.CHILDREN,
+                level=Level.PAGED,
                 how=f"{library} was linked with -Bsymbolic: it calls itself by address",
                 remedy="take a build without that flag",
             )

@@ -234,3 +234,8 @@ void socket_start(void);
 void socket_after_fork(void);
 void agent_alone(void);  // the sidecar is gone: all masks are taken off
 void sigbus_install(void);
+
+// ---- libc.c: demand paging of a llama.cpp that is linked into the program -------------------------------------
+
+void libc_start(void);
+void libc_after_fork(void);

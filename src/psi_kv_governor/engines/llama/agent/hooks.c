@@ -267,6 +267,7 @@ static void after_fork_in_child(void) {
     pthread_mutex_init(&lib_lock, NULL);
     socket_after_fork();
     gate_after_fork();
+    libc_after_fork();
 }
 
 EXPORT void psikv_configure(const char * place, int32_t backing, uint64_t reserve_bytes, uint64_t limit_bytes, const char * library) {
@@ -330,6 +331,7 @@ EXPORT void * dlsym(void * restrict handle, const char * restrict name) {
 __attribute__((constructor)) static void begin(void) {
     (void) pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
     if (getenv("PSIKV_SOCKET")) {  // under `psi-kv exec`
+        libc_start();
         const char * place   = getenv("PSIKV_PLACE");
         const char * backing = getenv("PSIKV_BACKING");
         const char * reserve = getenv("PSIKV_RESERVE_BYTES");
