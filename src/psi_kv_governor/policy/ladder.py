@@ -92,6 +92,20 @@ class Ladder:
         rungs = [rung for cache in self.snapshot.caches for rung in self._lossy(cache)]
         return tuple(sorted(rungs, key=lambda rung: (_runs(rung), rung.used_s)))
 
+    @cached_property
+    def preempting(self) -> tuple[Rung, ...]:
+        """Running sequences that can be made to stand still, whole: only where memory is about to be gone. No
+        fidelity is lost, but somebody waits."""
+        if not self.parks or not self.description.capabilities.mask.able:
+            return ()
+        found = [
+            (one.preempt_order, Rung(Verb.MASK, cache, one.live_cells * cache.cell_bytes, sequence=one))
+            for cache in self.snapshot.caches
+            for one in cache.sequences
+            if one.running and one.preempt_order is not None and one.live_cells
+        ]
+        return tuple(rung for _, rung in sorted(found, key=lambda pair: pair[0]))
+
     def holdings(self) -> CacheSnapshot:
         """The caches as the law sees them."""
         sequences = [(cache, one) for cache in self.snapshot.caches for one in cache.sequences]
@@ -103,7 +117,7 @@ class Ladder:
             live_bytes=sum(one.live_cells * cache.cell_bytes for cache, one in sequences) + blobs,
             masked_bytes=sum(one.masked_cells * cache.cell_bytes for cache, one in sequences),
             lost_bytes=sum(one.lost_cells * cache.cell_bytes for cache, one in sequences),
-            trimmable_bytes=lossless + sum(rung.n_bytes for rung in self.lossy),
+            trimmable_bytes=lossless + sum(rung.n_bytes for rung in (*self.lossy, *self.preempting)),
             lossless_bytes=lossless,
             step_bytes=min(steps, default=LEAST_RELEASE_BYTES),
             last_used_s=max((one.last_used_s for _, one in sequences), default=0.0),
@@ -157,7 +171,7 @@ class Ladder:
 
     def why_nothing(self) -> str:
         """Why nothing can be given up, in one clause; '' where something can."""
-        if self.lossless or self.lossy:
+        if self.lossless or self.lossy or self.preempting:
             return ""
         if not any(cache.sequences or cache.blobs for cache in self.snapshot.caches):
             return "the cache is empty"

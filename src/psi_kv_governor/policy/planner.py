@@ -81,6 +81,9 @@ class Planner:
             left -= rung.n_bytes
         if left > 0:
             steps += self._by_policy(ladder, left)
+        if urgent:  # by the bytes that idle sequences and ranges don't make
+            left -= sum(rung.n_bytes for rung in ladder.lossy)
+            steps += _whole(ladder.preempting, left)
         block_bytes = max((self._block_bytes(rung) for rung in (*ladder.lossless, *ladder.lossy)), default=1)
         return Plan(
             steps=tuple(steps),
@@ -173,6 +176,15 @@ class Planner:
             if (ranges := tuple(ladder.protection(one).free(one.live, one.next_position)))
         ]
         return Plan(steps=tuple(steps), deadline_s=SLICE_S) if steps else None
+
+
+def _whole(rungs: Sequence[Rung], n_bytes: int) -> Iterator[Step]:
+    """Sequences that stand still, in order, until `n_bytes` are there."""
+    for rung in rungs:
+        if n_bytes <= 0 or rung.sequence is None:
+            return
+        n_bytes -= rung.n_bytes
+        yield Step(verb=rung.verb, cache=rung.cache.id, sequence=rung.sequence.id)
 
 
 def _check(positions: Range) -> None:

@@ -1,0 +1,236 @@
+"""What the governor wishes, and what becomes of it step by step."""
+
+from vllm_help import BLOCK_BYTES, TOKENS, SchedulerOnPaper
+
+from psi_kv_governor.cache import Plan, Range, Step, Verb
+from psi_kv_governor.engines.vllm.engine import VllmEngine
+from psi_kv_governor.engines.vllm.messages import About, Kind, Report
+from psi_kv_governor.engines.vllm.scheduling import Wish
+
+
+def asked(one: SchedulerOnPaper, *wishes: Wish) -> list:
+    """The orders of the step after these were asked for."""
+    one.side._wishes += wishes
+    return list(one.step().orders)
+
+
+def engine_of(one: SchedulerOnPaper) -> VllmEngine:
+    return VllmEngine(one.side, "model", "0.32.0")
+
+
+def sequences(one: SchedulerOnPaper) -> dict[int, object]:
+    return {it.id: it for it in engine_of(one).snapshot().caches[0].sequences}
+
+
+def test_nothing_is_given_of_a_fresh_pool():
+    one = SchedulerOnPaper()
+    assert asked(one, Wish(Verb.PARK, n_bytes=1 << 20), Wish(Verb.RELEASE)) == []
+
+
+def test_cached_blocks_go_least_recently_used_first():
+    one = SchedulerOnPaper()
+    for name in "abc":
+        one.begin(name, 2 * TOKENS)
+        one.step()
+    table = dict(one.tables)
+    for name in "bac":
+        one.end(name)
+    (order,) = asked(one, Wish(Verb.PARK, n_bytes=3 * BLOCK_BYTES))
+    assert order.kind is Kind.PARK
+    assert set(order.blocks) == {*table["b"], table["a"][0]}
+
+
+def test_what_is_ordered_away_is_not_given_twice():
+    one = SchedulerOnPaper()
+    one.begin("a", 4 * TOKENS)
+    one.end("a")
+    first = asked(one, Wish(Verb.PARK, n_bytes=1 << 20))
+    assert len(first[0].blocks) == 4
+    assert asked(one, Wish(Verb.PARK, n_bytes=1 << 20)) == []
+
+
+def test_a_block_of_no_use_is_released_and_a_cached_one_is_not():
+    one = SchedulerOnPaper()
+    one.begin("a", TOKENS + 3)
+    table = list(one.tables["a"])
+    one.end("a")
+    (order,) = asked(one, Wish(Verb.RELEASE))
+    assert (order.kind, order.blocks) == (Kind.RELEASE, (table[1],))
+
+
+def test_a_parked_block_that_is_found_again_is_said_to_be_used():
+    one = SchedulerOnPaper()
+    one.begin("a", 2 * TOKENS)
+    table = list(one.tables["a"])
+    one.end("a")
+    one.side._wishes.append(Wish(Verb.PARK, n_bytes=1 << 20))
+    one.answer(one.step())
+    assert sequences(one)[0].parked_bytes == 2 * BLOCK_BYTES
+    one.begin("b", 2 * TOKENS, shared=table)
+    assert set(one.step().used) == set(table)
+    assert one.side.ledger.here(table) == table
+
+
+def test_a_failed_park_leaves_the_blocks_where_they_are():
+    one = SchedulerOnPaper()
+    one.begin("a", 2 * TOKENS)
+    one.end("a")
+    wish = Wish(Verb.PARK, n_bytes=1 << 20)
+    one.side._wishes.append(wish)
+    one.answer(one.step(), problem="the disk is full")
+    assert wish.done.problem == "the disk is full"
+    assert len(one.side.free().cached) == 2
+
+
+def test_an_order_is_over_when_every_rank_has_done_it():
+    one = SchedulerOnPaper(ranks=2)
+    one.begin("a", TOKENS)
+    one.end("a")
+    wish = Wish(Verb.PARK, n_bytes=1 << 20)
+    one.side._wishes.append(wish)
+    step = one.step()
+    one.ranks = 1
+    one.answer(step)
+    assert not wish.over.is_set()
+    one.answer(step)
+    assert wish.over.is_set()
+    assert wish.done.bytes_returned == 2 * BLOCK_BYTES
+
+
+class TestStandingStill:
+    def setup_method(self):
+        self.one = SchedulerOnPaper()
+        for name in "abc":
+            self.one.begin(name, 2 * TOKENS + 5)
+        self.one.step()
+        self.numbers = {it.request.request_id: it.number for it in self.one.side.requests}
+
+    def wish(self, verb: Verb, name: str, *positions: tuple[int, int]) -> Wish:
+        return Wish(verb, self.numbers[name], positions=positions or ((0, 1 << 40),))
+
+    def test_its_blocks_go_after_the_last_step_that_writes_them(self):
+        first = asked(self.one, self.wish(Verb.MASK, "c"))
+        assert first == []
+        assert self.one.held == {"c": True}
+        (order,) = self.one.step().orders
+        assert (order.kind, set(order.blocks)) == (Kind.PARK, set(self.one.tables["c"]))
+
+    def test_the_first_one_of_all_always_goes_on(self):
+        asked(self.one, *(self.wish(Verb.MASK, name) for name in "abc"))
+        assert self.one.held == {"c": True, "b": True}
+        assert [it.request.request_id for it in self.one.side.requests.moving] == ["a"]
+
+    def test_the_lowest_of_vllms_own_order_goes_first(self):
+        order = {it.id: it.preempt_order for it in sequences(self.one).values()}
+        assert order == {self.numbers["a"]: None, self.numbers["b"]: 1, self.numbers["c"]: 0}
+
+    def test_new_work_waits_while_somebody_stands_still(self):
+        assert self.one.side.may_admit()
+        asked(self.one, self.wish(Verb.MASK, "c"))
+        assert not self.one.side.may_admit()
+
+    def test_it_goes_on_when_the_last_of_its_blocks_is_back(self):
+        asked(self.one, self.wish(Verb.MASK, "c"))
+        self.one.until_idle()
+        assert sequences(self.one)[self.numbers["c"]].masked == (Range(0, 2 * TOKENS + 5),)
+        self.one.side._wishes.append(self.wish(Verb.UNMASK, "c", (0, TOKENS)))
+        self.one.until_idle()
+        assert sequences(self.one)[self.numbers["c"]].masked == (Range(TOKENS, 2 * TOKENS + 5),)
+        assert self.one.held["c"]
+        self.one.side._wishes.append(self.wish(Verb.UNMASK, "c"))
+        self.one.until_idle()
+        assert not self.one.held["c"]
+        assert sequences(self.one)[self.numbers["c"]].running
+
+    def test_who_is_alone_goes_on_at_once(self):
+        asked(self.one, self.wish(Verb.MASK, "c"))
+        self.one.until_idle()
+        for name in "ab":
+            self.one.end(name)
+        step = self.one.step()
+        assert not self.one.held["c"]
+        assert set(self.one.tables["c"]) <= set(step.used)
+
+    def test_a_request_that_vllm_preempts_meanwhile_is_free_again(self):
+        asked(self.one, self.wish(Verb.MASK, "c"))
+        self.one.until_idle()
+        self.one.preempt("c")
+        self.one.step()
+        assert not self.one.held["c"]
+        assert self.numbers["c"] not in sequences(self.one)
+
+    def test_a_request_that_is_aborted_meanwhile_is_forgotten(self):
+        asked(self.one, self.wish(Verb.MASK, "c"))
+        self.one.until_idle()
+        self.one.end("c")
+        self.one.until_idle()
+        assert not self.one.side.requests.still
+        assert not self.one.side.pending()
+
+    def test_blocks_that_others_use_too_stay(self):
+        self.one.begin("d", 3 * TOKENS, shared=self.one.tables["a"][:2])
+        self.one.step()
+        self.numbers["d"] = max(self.numbers.values()) + 1
+        asked(self.one, self.wish(Verb.MASK, "d"))
+        (order,) = self.one.step().orders
+        assert order.blocks == (self.one.tables["d"][2],)
+
+
+def test_an_idle_engine_makes_no_step_for_nothing():
+    one = SchedulerOnPaper()
+    assert not one.side.pending()
+    one.side._wishes.append(Wish(Verb.RELEASE))
+    assert one.side.pending()
+    one.until_idle()
+    assert not one.side.pending()
+
+
+def test_an_engine_whose_workers_say_nothing_yet_makes_steps():
+    one = SchedulerOnPaper()
+    one.side._ready = False
+    assert one.side.pending()
+    assert one.step().look
+
+
+def test_a_block_is_as_large_as_on_the_host_where_it_has_least():
+    one = SchedulerOnPaper(ranks=3)
+    about = {0: About("one", 1, 100), 1: About("one", 2, 100), 2: About("two", 3, 150)}
+    one.side.report(Report(about=about))
+    assert one.side.block_bytes == 150
+
+
+def test_a_plan_is_carried_out_by_the_next_steps_and_counted_by_the_workers():
+    one = SchedulerOnPaper()
+    one.begin("a", 4 * TOKENS)
+    one.end("a")
+    one.step()
+    one.side.wake = one.until_idle  # what wakes the engine makes it step
+    engine = engine_of(one)
+    snapshot = engine.snapshot()
+    (idle,) = snapshot.caches[0].sequences
+    assert (idle.live_cells, idle.parked_bytes, idle.running) == (4 * TOKENS, 0, False)
+    ranges = (Range(0, 2 * TOKENS),)
+    result = engine.apply(Plan(steps=(Step(verb=Verb.PARK, cache=0, sequence=0, ranges=ranges),)))
+    assert (result.bytes_returned, result.cells, result.done) == (2 * BLOCK_BYTES, 2 * TOKENS, True)
+    again = engine.apply(
+        Plan(steps=(Step(verb=Verb.PARK, cache=0, sequence=0, ranges=(Range(0, 3 * TOKENS),)),))
+    )
+    assert again.bytes_returned == BLOCK_BYTES  # what is parked already stands first, and costs nothing
+
+
+def test_a_plan_that_no_step_comes_for_says_that_it_is_not_done():
+    one = SchedulerOnPaper()
+    one.begin("a", TOKENS)
+    one.end("a")
+    plan = Plan(steps=(Step(verb=Verb.PARK, cache=0, sequence=0),), deadline_s=0.1)
+    assert not engine_of(one).apply(plan).done
+
+
+def test_closing_lets_everybody_go_on():
+    one = SchedulerOnPaper()
+    for name in "ab":
+        one.begin(name, TOKENS)
+    one.step()
+    asked(one, Wish(Verb.MASK, 2))
+    engine_of(one).close()
+    assert one.held == {"b": False}
