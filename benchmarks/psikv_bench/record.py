@@ -14,6 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import msgspec
 
 from psi_kv_governor.errors import BadInputError, PsiKvError
+from psi_kv_governor.whole_file import whole_file
 from psikv_bench.figures import Figure
 from psikv_bench.journal import Journal, encoded
 from psikv_bench.machine import Machine, command_line, machine, versions
@@ -237,10 +238,9 @@ def as_csv(records: Sequence[dict[str, Any]]) -> str:
 
 def write(path: Path, data: bytes) -> None:
     """An earlier file stays whole until the new one is. Raises PsiKvError."""
-    new = path.with_name(f".{path.name}.new")
     try:
-        new.write_bytes(data)
-        new.replace(path)
+        with whole_file(path) as file:
+            file.write(data)
     except OSError as error:
         raise PsiKvError(f"cannot write {path}: {error.strerror}") from error
 

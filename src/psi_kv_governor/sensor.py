@@ -19,7 +19,7 @@ from psi_kv_governor.pressure.discovery import Discovery
 from psi_kv_governor.pressure.machine import MovedError
 from psi_kv_governor.pressure.neighbours import Neighbourhood, Neighbours
 from psi_kv_governor.pressure.processes import Processes, only_this
-from psi_kv_governor.pressure.reading import PressureSource, Reading
+from psi_kv_governor.pressure.reading import PressureSource, Reading, Standing
 from psi_kv_governor.pressure.waking import find_waker
 
 # Where no source is left, how long until the next search.
@@ -110,8 +110,7 @@ class Sensor:
         """Say to the other governors how this one stands after a turn."""
         if self.neighbours is None or self._reading is None:
             return
-        self.neighbours.say(
-            self._reading.levels,
+        standing = Standing(
             last_used_s=cache.last_used_s,
             trimmable_bytes=cache.trimmable_bytes,
             masked_bytes=cache.masked_bytes,
@@ -119,6 +118,7 @@ class Sensor:
             claim_bytes=state.run_bytes,
             resident_bytes=self._reading.own_resident_bytes or 0,
         )
+        self.neighbours.say(self._reading.levels, standing)
 
     def close(self) -> None:
         """Give back what was found here. Safe to call twice."""

@@ -10,7 +10,7 @@ import pytest
 
 from psi_kv_governor.pressure import neighbours as module
 from psi_kv_governor.pressure.neighbours import Neighbours
-from psi_kv_governor.pressure.reading import MACHINE, Level
+from psi_kv_governor.pressure.reading import MACHINE, Level, Standing
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there are no file locks of this kind")
 
@@ -34,7 +34,7 @@ def say(one: Neighbours, levels=HERE, **more) -> None:
         "resident_bytes": 4,
         **more,
     }
-    one.say(levels, **said)
+    one.say(levels, Standing(**said))
 
 
 @pytest.fixture

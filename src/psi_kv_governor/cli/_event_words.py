@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from psi_kv_governor.amounts import mib
 from psi_kv_governor.events import (
     CacheClosed,
     CacheOpened,
@@ -14,8 +15,6 @@ from psi_kv_governor.events import (
     SourceChanged,
     Trimmed,
 )
-
-MIB = 1 << 20
 
 
 def words_of(event: Event) -> str:
@@ -46,8 +45,3 @@ def words_of(event: Event) -> str:
         case SourceChanged():
             words = f"reads {event.source} ({event.why})"
     return words
-
-
-def mib(n_bytes: int) -> str:
-    """Bytes as a person reads them."""
-    return f"{n_bytes / MIB:,.1f} MiB"

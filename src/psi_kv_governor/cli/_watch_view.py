@@ -11,8 +11,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from psi_kv_governor.amounts import mib
 from psi_kv_governor.cache import CacheState, SequenceState
-from psi_kv_governor.cli._event_words import mib, words_of
+from psi_kv_governor.cli._event_words import words_of
 from psi_kv_governor.events import Event
 from psi_kv_governor.status import Status
 from psi_kv_governor.status_socket import Update

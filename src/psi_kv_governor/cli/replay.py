@@ -12,6 +12,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from psi_kv_governor.amounts import mib
 from psi_kv_governor.cli._group import example, settings_given
 from psi_kv_governor.config import GovernorConfig, load_config
 from psi_kv_governor.recording import Recording, package_version, read_recording
@@ -155,11 +156,11 @@ def _rows(one: Account, modes: Sequence[str]) -> Iterator[tuple[str, str]]:
     for mode in modes:
         yield mode, f"{one.mode_s.get(mode, 0.0):,.1f} s"
     yield "trims", f"{one.trims}"
-    yield "given up", _mib(one.bytes_given_up)
-    yield "restores", f"{one.restores} ({_mib(one.bytes_restored)})"
+    yield "given up", mib(one.bytes_given_up)
+    yield "restores", f"{one.restores} ({mib(one.bytes_restored)})"
     yield "direction changes", f"{one.direction_changes}"
     yield "minimum live share", f"{one.min_live_share:.1%}"
-    yield "missing at the end", _mib(one.missing_bytes)
+    yield "missing at the end", mib(one.missing_bytes)
     yield "memory first short", "never" if one.onset_s is None else f"at {one.onset_s:.2f} s"
     yield (
         "from there to a trim",
@@ -170,7 +171,3 @@ def _rows(one: Account, modes: Sequence[str]) -> Iterator[tuple[str, str]]:
         else f"{one.onset_to_trim_s:.2f} s",
     )
     yield "trims before that", f"{one.trims_before_onset}"
-
-
-def _mib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:,.1f} MiB"

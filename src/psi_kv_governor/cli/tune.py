@@ -29,6 +29,7 @@ from psi_kv_governor.pressure.reading import Reading
 from psi_kv_governor.pressure.trace import read_trace
 from psi_kv_governor.sandbox import tuning_scene
 from psi_kv_governor.sandbox.sandbox import Sandbox
+from psi_kv_governor.whole_file import whole_file
 
 _LINE = 100
 """Columns of a comment in the file."""
@@ -216,16 +217,16 @@ def _setting(key: str, value: Any) -> str:
 
 def write(path: Path, text: str) -> None:
     """Put `text` at `path`, whole or not at all; what was there is kept beside it. Raises BadInputError."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        partial.write_text(text, encoding="utf-8")
+
+    def keep_old() -> None:
         if path.exists():
             path.replace(_backup(path))
-        partial.replace(path)
+
+    try:
+        with whole_file(path, before=keep_old) as file:
+            file.write(text.encode())
     except OSError as error:
         raise BadInputError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _backup(path: Path) -> Path:

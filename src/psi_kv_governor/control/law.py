@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from psi_kv_governor.amounts import mib
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.control.decision import Action, CacheSnapshot, Decision, Mode
 from psi_kv_governor.control.levels import limited
@@ -23,7 +24,7 @@ from psi_kv_governor.control.state import (
     thresholds_of,
     trimmed,
 )
-from psi_kv_governor.control.steps import acute_step, mib, nothing, small_step, whole_steps
+from psi_kv_governor.control.steps import acute_step, nothing, small_step, whole_steps
 from psi_kv_governor.control.view import View, Zone, flaw, view
 from psi_kv_governor.pressure.reading import Reading
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import msgspec
 
+from psi_kv_governor.amounts import mib
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.control.decision import Action, CacheSnapshot, Decision, Mode
 from psi_kv_governor.control.order import Order
 from psi_kv_governor.control.state import LawState, quiet_time_s, restored
-from psi_kv_governor.control.steps import mib, nothing, small_step
+from psi_kv_governor.control.steps import nothing, small_step
 from psi_kv_governor.control.view import View
 
 SLICE_BYTES = 8 << 20

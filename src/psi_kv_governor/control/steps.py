@@ -31,8 +31,3 @@ def whole_steps(n_bytes: int, cache: CacheSnapshot) -> int:
     """`n_bytes` rounded up to whole steps, and no more than there is."""
     step = max(1, cache.step_bytes)
     return min(-(-n_bytes // step) * step, cache.trimmable_bytes)
-
-
-def mib(n_bytes: int) -> str:
-    """An amount for a reason."""
-    return f"{n_bytes / 2**20:.1f} MiB"

@@ -24,7 +24,7 @@ import msgspec
 from psi_kv_governor.forks import at_fork
 from psi_kv_governor.pressure.notice import Notice, packed, read_notice
 from psi_kv_governor.pressure.processes import Processes, ProcessSizes, only_this
-from psi_kv_governor.pressure.reading import MACHINE, Level, Neighbour
+from psi_kv_governor.pressure.reading import MACHINE, Level, Neighbour, Standing
 from psi_kv_governor.socket_place import folders, private
 
 if sys.platform != "win32":
@@ -53,17 +53,7 @@ class _Heard(NamedTuple):
 class Neighbourhood(Protocol):
     """Where governors hear of each other."""
 
-    def say(
-        self,
-        levels: Sequence[Level],
-        *,
-        last_used_s: float,
-        trimmable_bytes: int,
-        masked_bytes: int,
-        restoring: bool,
-        claim_bytes: int,
-        resident_bytes: int,
-    ) -> None:
+    def say(self, levels: Sequence[Level], standing: Standing) -> None:
         """How this governor stands."""
 
     def say_work(self, spans: Sequence[tuple[float, float]]) -> None:
@@ -111,30 +101,15 @@ class Neighbours:
 
     # -- saying -----------------------------------------------------------------------------------------
 
-    def say(
-        self,
-        levels: Sequence[Level],
-        *,
-        last_used_s: float,
-        trimmable_bytes: int,
-        masked_bytes: int,
-        restoring: bool,
-        claim_bytes: int,
-        resident_bytes: int,
-    ) -> None:
+    def say(self, levels: Sequence[Level], standing: Standing) -> None:
         """How this governor stands. Written only where it differs, or while it restores: 5 us."""
         said = msgspec.structs.replace(
             self._notice,
             pids=tuple(self._processes()),
             levels=tuple(name for level in levels if (name := self._id(level.name))),
-            last_used_s=last_used_s,
-            trimmable_bytes=trimmable_bytes,
-            masked_bytes=masked_bytes,
-            restoring=restoring,
-            claim_bytes=claim_bytes,
-            resident_bytes=resident_bytes,
+            **msgspec.structs.asdict(standing),
         )
-        if restoring or msgspec.structs.replace(said, resident_bytes=0) != msgspec.structs.replace(
+        if standing.restoring or msgspec.structs.replace(said, resident_bytes=0) != msgspec.structs.replace(
             self._notice, resident_bytes=0
         ):
             self._write(said)

@@ -42,12 +42,9 @@ class Level(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Swap that is still free; None where nothing tells."""
 
 
-class Neighbour(msgspec.Struct, frozen=True, kw_only=True):
-    """What another governor of this user says of itself."""
+class Standing(msgspec.Struct, frozen=True, kw_only=True):
+    """How a governor stands after a turn, as it says to the others."""
 
-    id: str
-    levels: tuple[str, ...]
-    """Names of the levels it lies in: it shares the room of those that both have."""
     last_used_s: float = 0.0
     trimmable_bytes: int = 0
     masked_bytes: int = 0
@@ -56,6 +53,14 @@ class Neighbour(msgspec.Struct, frozen=True, kw_only=True):
     """What its restore may still take of the room."""
     resident_bytes: int = 0
     """Of its process: what it takes or gives is no neighbour's fall or rise."""
+
+
+class Neighbour(Standing, frozen=True, kw_only=True):
+    """What another governor of this user says of itself."""
+
+    id: str
+    levels: tuple[str, ...]
+    """Names of the levels it lies in: it shares the room of those that both have."""
     work: tuple[tuple[float, float], ...] = ()
     """(from, until) in monotonic seconds of its last parkings and restores; one that runs lasts until now.
     Stall of those times may be their doing."""

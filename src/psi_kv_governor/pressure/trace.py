@@ -8,7 +8,6 @@ recording has the cache and the decision: `psi_kv_governor.recording`) is no mat
 from __future__ import annotations
 
 import math
-import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import msgspec
 
 from psi_kv_governor.errors import BadInputError, SourceLostError
 from psi_kv_governor.pressure.reading import MACHINE, Reading
+from psi_kv_governor.whole_file import whole_file
 
 VERSION = 3
 
@@ -61,17 +61,13 @@ class _Line(msgspec.Struct, frozen=True):
 def write_trace(path: Path, readings: Iterable[Reading]) -> None:
     """Write `readings` to `path`, whole or not at all. Raises BadInputError where it cannot be written."""
     encoder = msgspec.json.Encoder()
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with partial.open("wb") as file:
+        with whole_file(path) as file:
             file.write(encoder.encode(Header(psi_kv_trace=VERSION)) + b"\n")
             for reading in readings:
                 file.write(encoder.encode(_Line(reading)) + b"\n")
-        partial.replace(path)
     except OSError as error:
         raise BadInputError(f"cannot write the trace {path}: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_trace(path: Path) -> list[Reading]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from psi_kv_governor.pressure.reading import Level, Neighbour
+from psi_kv_governor.pressure.reading import Level, Neighbour, Standing
 
 
 class Seat:
@@ -17,29 +17,14 @@ class Seat:
         self._table = table
         self._said = Neighbour(id=name, levels=())
 
-    def say(
-        self,
-        levels: Sequence[Level],
-        *,
-        last_used_s: float,
-        trimmable_bytes: int,
-        masked_bytes: int,
-        restoring: bool,
-        claim_bytes: int,
-        resident_bytes: int,
-    ) -> None:
+    def say(self, levels: Sequence[Level], standing: Standing) -> None:
         """How this governor stands."""
         self._say(
             Neighbour(
                 id=self._name,
                 levels=tuple(level.name for level in levels),
-                last_used_s=last_used_s,
-                trimmable_bytes=trimmable_bytes,
-                masked_bytes=masked_bytes,
-                restoring=restoring,
-                claim_bytes=claim_bytes,
-                resident_bytes=resident_bytes,
                 work=self._said.work,
+                **msgspec.structs.asdict(standing),
             )
         )
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import msgspec
 
+from psi_kv_governor.amounts import mib
 from psi_kv_governor.cache import CacheState, SequenceState
 from psi_kv_governor.events import (
     CacheClosed,
@@ -148,13 +149,13 @@ def _sentence(event: Event) -> str:  # noqa: PLR0911  # a table with a line a ki
             return f"{event.old.value} to {event.new.value}: {event.reason}"
         case Trimmed():
             kept = f", {event.masked:,} cells masked" if event.masked else ""
-            return f"{_mib(event.bytes_returned)} returned{kept}: {event.reason}"
+            return f"{mib(event.bytes_returned, 0)} returned{kept}: {event.reason}"
         case Restored():
-            return f"{event.cells:,} cells and {_mib(event.bytes_back)} are back"
+            return f"{event.cells:,} cells and {mib(event.bytes_back, 0)} are back"
         case Recomputed():
             return f"{event.cells:,} tokens were decoded again"
         case Released():
-            return f"{_mib(event.bytes_returned)} of cells nobody used went back"
+            return f"{mib(event.bytes_returned, 0)} of cells nobody used went back"
         case Degraded():
             return f"{event.what}: {event.why}"
         case SourceChanged():
@@ -163,7 +164,3 @@ def _sentence(event: Event) -> str:  # noqa: PLR0911  # a table with a line a ki
             return f"{event.name} in process {event.pid}"
         case CacheClosed():
             return event.name
-
-
-def _mib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:,.0f} MiB"
