@@ -18,9 +18,9 @@ from psi_kv_governor.cache import Engine
 from psi_kv_governor.config import load_config
 from psi_kv_governor.engines.llama import loader, process
 from psi_kv_governor.engines.llama.engine import LlamaEngine
-from psi_kv_governor.engines.llama.healing import context_of, cut_for_request, heal
 from psi_kv_governor.engines.llama.states import SavedStates, load
 from psi_kv_governor.governor import Governor
+from psi_kv_governor.healing import context_of, cut_for_request, heal
 from psi_kv_governor.results import annotated
 
 _log = logging.getLogger("psi_kv_governor")

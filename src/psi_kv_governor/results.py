@@ -5,13 +5,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from psi_kv_governor.cache import Engine, Snapshot
 from psi_kv_governor.errors import EngineError
-
-if TYPE_CHECKING:
-    from psi_kv_governor.governor import Governor
 
 _log = logging.getLogger("psi_kv_governor")
 
@@ -64,21 +61,21 @@ def computed_without(snapshot: Snapshot) -> dict[str, int]:
     return {"masked_tokens": masked, "affected_tokens": affected} if masked or affected else {}
 
 
-def annotated(governor: Governor, result: Any) -> Any:
+def annotated(governor: Results, result: Any) -> Any:
     """`result` of a completion, with `psi_kv` where it was computed without some of its context."""
     if isinstance(result, dict):
         return _annotate(governor, result)
     return _annotated_stream(governor, result) if isinstance(result, Iterator) else result
 
 
-def _annotated_stream(governor: Governor, chunks: Iterator[Any]) -> Iterator[Any]:
+def _annotated_stream(governor: Results, chunks: Iterator[Any]) -> Iterator[Any]:
     for chunk in chunks:
         choices = (chunk.get("choices") or []) if isinstance(chunk, dict) else []
         last = any(choice.get("finish_reason") for choice in choices)
         yield _annotate(governor, chunk) if last else chunk
 
 
-def _annotate(governor: Governor, result: dict[str, Any]) -> dict[str, Any]:
+def _annotate(governor: Results, result: dict[str, Any]) -> dict[str, Any]:
     """Nothing in here may turn a finished answer into an exception."""
     try:
         if said := governor.tell_result(governor.engine.snapshot()):

@@ -14,9 +14,9 @@ from fakes import FakeSource
 from gguf_models import LARGE, LLAMA
 from psi_kv_governor import GovernedLlama, GovernorConfig
 from psi_kv_governor.cache import Plan, Range, Step, Verb
-from psi_kv_governor.engines.llama.healing import HEAL_AT_ONCE_CELLS
 from psi_kv_governor.engines.llama.options import LlamaOptions
 from psi_kv_governor.errors import BadInputError, EngineError
+from psi_kv_governor.healing import HEAL_AT_ONCE_CELLS
 from psi_kv_governor.llama import begins_with_system
 
 pytestmark = pytest.mark.llama
