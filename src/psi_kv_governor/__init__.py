@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from psi_kv_governor.config import GovernorConfig, load_config
     from psi_kv_governor.errors import BadInputError, EngineError, PsiKvError, SourceLostError
     from psi_kv_governor.events import (
+        AnsweredMasked,
         CacheClosed,
         CacheOpened,
         Degraded,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "BadInputError": "psi_kv_governor.errors",
+    "AnsweredMasked": "psi_kv_governor.events",
     "CacheClosed": "psi_kv_governor.events",
     "CacheOpened": "psi_kv_governor.events",
     "Degraded": "psi_kv_governor.events",
@@ -63,6 +65,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AnsweredMasked",
     "BadInputError",
     "CacheClosed",
     "CacheOpened",

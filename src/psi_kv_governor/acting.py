@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from psi_kv_governor.answers import Answers
 from psi_kv_governor.bus import Bus, words
 from psi_kv_governor.cache import CacheState, Engine, Plan, Result, SequenceState, Snapshot, Step, Verb
 from psi_kv_governor.config import GovernorConfig
@@ -32,6 +33,7 @@ class Acting:
         """Replaced where others have to know of it, and in a forked child."""
         self.caches: dict[int, tuple[str, int]] = {}
         """Name and process of each cache, by its number, as of the last snapshot."""
+        self._answers = Answers()
         self._engine = engine
         self._planner = planner
         self._bus = bus
@@ -169,7 +171,7 @@ class Acting:
     # -- telling ----------------------------------------------------------------------------------------
 
     def tell_caches(self, snapshot: Snapshot) -> None:
-        """Say which caches came and went since the snapshot before."""
+        """Say which caches came and went since the last snapshot, and which answers ended partly masked."""
         now = {cache.id: cache for cache in snapshot.caches}
         for number in self.caches.keys() - now.keys():
             name, _ = self.caches.pop(number)
@@ -178,6 +180,8 @@ class Acting:
             cache = now[number]
             self.caches[number] = (cache.name, cache.pid)
             self._bus.tell(CacheOpened(time_s=snapshot.time_s, cache=number, name=cache.name, pid=cache.pid))
+        for answer in self._answers.ended(snapshot):
+            self._bus.tell(answer)
 
     def _tell_trimmed(self, result: Result, reason: str) -> None:
         if not result.cells and not result.bytes_returned:

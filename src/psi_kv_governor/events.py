@@ -88,8 +88,22 @@ class CacheClosed(_Event, frozen=True, kw_only=True):
     name: str
 
 
+class AnsweredMasked(_Event, frozen=True, kw_only=True):
+    """An answer has ended, and some of its tokens were decoded while cells of its sequence were masked."""
+
+    cache: int
+    pid: int
+    sequence: int
+    """The slot, in a server."""
+    tokens: int
+    """Of the answer and its prompt: so many were decoded without the whole context."""
+    masked: int
+    """Most cells that were masked (or lost) meanwhile."""
+
+
 Event = (
-    CacheOpened
+    AnsweredMasked
+    | CacheOpened
     | CacheClosed
     | ModeChanged
     | Trimmed

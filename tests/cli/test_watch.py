@@ -16,9 +16,10 @@ from rich.console import Console
 import psi_kv_governor
 from fakes import FakeSource
 from psi_kv_governor import socket_place
-from psi_kv_governor.cli import main
+from psi_kv_governor.cli import _governed, main
 from psi_kv_governor.cli._watch_view import WatchView, cells_bar, sparkline
 from psi_kv_governor.engines.simulated import SimulatedEngine
+from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.governor import Governor
 from psi_kv_governor.socket_place import Found
 from psi_kv_governor.status_socket import StatusSocket, Update
@@ -263,6 +264,32 @@ def test_status_shows_every_governed_process_or_one(opened, governor):
         assert f"{os.getpid()} my program  calm: " in run("status", called).stdout
     (line,) = run("status", "--json").stdout.splitlines()
     assert json.loads(line)["status"]["live_cells"] == 3400
+
+
+def test_status_shows_the_others_where_one_is_of_another_version(opened, governor, monkeypatch):
+    other = StatusSocket(governor)
+    other.start()
+    asked = _governed.told
+
+    def told(found):
+        if found.path == other.path:
+            raise PsiKvError(f"process {found.pid} runs another version of this package")
+        return asked(found)
+
+    monkeypatch.setattr("psi_kv_governor.cli.status.told", told)
+    result = run("status")
+    other.close()
+    assert result.exit_code == 0
+    assert result.stdout.count("my program  calm: ") == 1
+    assert "another version" in result.stderr
+    assert run("status").exit_code == 0
+
+
+def test_status_fails_where_nobody_can_be_understood(opened, monkeypatch):
+    monkeypatch.setattr("psi_kv_governor.cli._governed.VERSION", 9)
+    result = run("status")
+    assert result.exit_code == 1
+    assert "another version" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from servers import PSI_KV, lines_of_ours
 
+from psi_kv_governor.engines.llama.loader import agent_path
+
 # -- what can't be started ------------------------------------------------------------------------------
 
 
@@ -112,6 +114,29 @@ def test_where_a_dead_exec_left_its_environment_the_next_one_governs(run):
     done = run("sh", "-c", 'echo "$PSIKV_SOCKET"', env=left)
     assert done.stdout.startswith("psi-kv-")
     assert "gone" not in done.stdout
+
+
+def test_an_agent_that_was_inherited_from_another_version_is_not_preloaded_as_well(run, folder):
+    old = folder / "psikv-agent-0123456789abcdef01234567.so"
+    left = {**os.environ, "LD_PRELOAD": f"{old} /usr/lib/libm.so.6"}
+    done = run("sh", "-c", 'echo "$LD_PRELOAD"', env=left)
+    first, *others = done.stdout.strip().split(":")
+    assert Path(first) == agent_path()
+    assert others == ["/usr/lib/libm.so.6"]
+
+
+def test_where_the_socket_s_name_would_be_too_long_the_program_runs(run, tmp_path):
+    """The status socket is a path; the agents' is none."""
+    deep = tmp_path / ("d" * 120)
+    deep.mkdir(mode=0o700)
+    done = run("echo", "runs", env={**os.environ, "XDG_RUNTIME_DIR": str(deep), "TMPDIR": str(deep)})
+    assert (done.stdout, done.returncode) == ("runs\n", 0), done.stderr
+
+
+def test_two_in_a_row_are_two_governors(run):
+    names = [run("sh", "-c", 'echo "$PSIKV_SOCKET"').stdout for _ in range(2)]
+    assert len(set(names)) == 2
+    assert all(name.startswith("psi-kv-") for name in names)
 
 
 def test_a_dry_run_starts_nothing(run, tmp_path):

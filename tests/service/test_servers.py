@@ -16,8 +16,9 @@ from typing import NamedTuple
 import pytest
 from servers import PSI_KV, WAIT_S, Answer, Server, children_of, free_port, resident_bytes, until, with_agent
 
-from psi_kv_governor.cache import Snapshot
+from psi_kv_governor.cache import Plan, Range, Snapshot, Step, Verb
 from psi_kv_governor.engines.llama.fleet import Fleet
+from psi_kv_governor.events import AnsweredMasked, Event
 from psi_kv_governor.governor import Governor
 
 pytestmark = [pytest.mark.llama, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -142,6 +143,26 @@ def test_when_the_sidecar_is_killed_masks_are_taken_off_and_the_next_one_finds_t
             until(lambda: bool(fleet.pids), "the agent did not come back")
             assert not any(s.masked for cache in fleet.snapshot().caches for s in cache.sequences)
             assert server.complete(TALKS[0], 24) == whole
+
+
+def test_an_answer_that_was_given_with_cells_masked_is_told_of(xllamacpp, folder, tmp_path):
+    events: list[Event] = []
+    with governed(xllamacpp, folder, "memory", tmp_path / "log") as (server, fleet):
+        server.complete(TALKS[0])
+        until(lambda: idle(fleet.snapshot()), "the slot is not idle")
+        (cache,) = [cache for cache in fleet.snapshot().caches if cache.sequences]
+        slot = cache.sequences[0].id
+        step = Step(verb=Verb.MASK, cache=cache.id, sequence=slot, ranges=(Range(32, 160),))
+        assert fleet.apply(Plan(steps=(step,))).masked == 128
+        governor = Governor(fleet)
+        governor.subscribe(events.append)
+        server.complete(TALKS[0], 6)
+        governor.start()
+        until(lambda: any(isinstance(event, AnsweredMasked) for event in events), "it was not told of")
+        governor.close()
+    (told,) = [event for event in events if isinstance(event, AnsweredMasked)]
+    assert (told.pid, told.sequence, told.masked) == (server.pid, slot, 128)
+    assert told.tokens >= 6
 
 
 def _connections(name: str) -> int:

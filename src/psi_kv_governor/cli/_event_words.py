@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from psi_kv_governor.amounts import mib
 from psi_kv_governor.events import (
+    AnsweredMasked,
     CacheClosed,
     CacheOpened,
     Degraded,
@@ -20,6 +21,11 @@ from psi_kv_governor.events import (
 def words_of(event: Event) -> str:
     """An event of the governor in a line."""
     match event:
+        case AnsweredMasked():
+            words = (
+                f"sequence {event.sequence} of process {event.pid}: {event.tokens:,} tokens were decoded "
+                f"with up to {event.masked:,} cells masked"
+            )
         case CacheOpened():
             words = f"governs cache {event.cache} ({event.name}) of process {event.pid}"
         case CacheClosed():

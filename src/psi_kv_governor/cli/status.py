@@ -11,6 +11,7 @@ from psi_kv_governor import socket_place
 from psi_kv_governor.cli._governed import choose, program, told
 from psi_kv_governor.cli._group import example
 from psi_kv_governor.cli._watch_view import cache_lines, limit_words, plain_line
+from psi_kv_governor.errors import PsiKvError
 
 
 @click.command(
@@ -25,8 +26,13 @@ def command(process: str | None, as_json: bool) -> None:
     console = Console(highlight=False, soft_wrap=True)
     found = socket_place.find()
     chosen = choose(found, process)
-    for one in found if process is None else chosen:
-        update = told(one)
+    asked, untold = found if process is None else chosen, []
+    for one in asked:
+        try:
+            update = told(one)
+        except PsiKvError as error:  # of another version, or stopped: the others are shown all the same
+            untold.append(error)
+            continue
         if as_json:
             click.echo(msgspec.json.encode({"pid": one.pid, "status": update.status}))
             continue
@@ -35,3 +41,7 @@ def command(process: str | None, as_json: bool) -> None:
         console.print(Text.assemble((f"{one.pid} {name}", "bold"), f"  {plain_line(update)}; limit: {limit}"))
         for line in cache_lines(update.status, update.time_s):
             console.print(line)
+    if untold and len(untold) == len(asked):
+        raise untold[0]
+    for why in untold:
+        click.echo(f"psi-kv: {why}", err=True)

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.engines.llama.fleet import Fleet
-from psi_kv_governor.engines.llama.loader import agent_path
+from psi_kv_governor.engines.llama.loader import agent_path, is_agent
 from psi_kv_governor.engines.llama.process import Chosen, choose
 from psi_kv_governor.errors import BadInputError, EngineError
+from psi_kv_governor.events import AnsweredMasked, Event
 from psi_kv_governor.governor import Governor
 from psi_kv_governor.service.beside import Beside
 from psi_kv_governor.service.once import park_once
@@ -75,9 +76,8 @@ def environment(
     prepared: Prepared, fleet: Fleet, config: GovernorConfig, environ: Mapping[str, str]
 ) -> dict[str, str]:
     """The program's environment: its own, and where the agent is and where it parks."""
-    others = [
-        name for name in environ.get("LD_PRELOAD", "").replace(":", " ").split() if name != prepared.agent
-    ]
+    named = environ.get("LD_PRELOAD", "").replace(":", " ").split()
+    others = [name for name in named if not is_agent(name)]  # one of another version would be in its way
     return {
         **environ,
         "LD_PRELOAD": ":".join([prepared.agent, *others]),
@@ -124,6 +124,7 @@ def run(
         return program.wait()
     try:
         governor = Governor(fleet, config=config, name=prepared.path.name)
+        governor.subscribe(_say_answered)
         program = Program(command, prepared.path, environment(prepared, fleet, config, environ), held)
         with contextlib.ExitStack() as ending:
             ending.callback(_harmless, fleet.close)
@@ -150,6 +151,15 @@ def _start(beside: Sequence[Beside], governor: Governor, ending: contextlib.Exit
             _say(f"no {one.name} at {one.address}: {getattr(error, 'strerror', '') or error}")
         else:
             ending.callback(_harmless, running.close)
+
+
+def _say_answered(event: Event) -> None:
+    """A line in the program's own log: what was answered without the whole context is never silent."""
+    if isinstance(event, AnsweredMasked):
+        _say(
+            f"slot {event.sequence} of process {event.pid}: {event.tokens} tokens were decoded with up to "
+            f"{event.masked} cells masked"
+        )
 
 
 def _harmless(action: Callable[[], None]) -> None:
@@ -181,6 +191,7 @@ def attach(pid: int, config: GovernorConfig, held: HeldSignals, *, beside: Seque
     )
     try:
         with Governor(fleet, config=config, name=_name_of(pid)) as governor, contextlib.ExitStack() as ending:
+            governor.subscribe(_say_answered)
             _start(beside, governor, ending)
             notify("READY=1")
             held.wait_for(pid)

@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import stat
 import subprocess
@@ -65,6 +66,11 @@ def agent_path() -> Path:
             continue
         return target
     raise EngineError(f"the compiled agent has no place ({'; '.join(problems)}): set PSIKV_NATIVE_DIR")
+
+
+def is_agent(path: str) -> bool:
+    """Whether that library is an agent, of whatever version, by its name."""
+    return re.fullmatch(r"psikv-agent-[0-9a-f]+\.so|libpsikv_agent\.so", Path(path).name) is not None
 
 
 def shipped() -> bool:

@@ -9,6 +9,7 @@ import msgspec
 from psi_kv_governor.amounts import mib
 from psi_kv_governor.cache import CacheState, SequenceState
 from psi_kv_governor.events import (
+    AnsweredMasked,
     CacheClosed,
     CacheOpened,
     Degraded,
@@ -140,6 +141,7 @@ _KINDS: dict[type[Event], str] = {
     SourceChanged: "source",
     CacheOpened: "opened",
     CacheClosed: "closed",
+    AnsweredMasked: "masked",
 }
 
 
@@ -164,3 +166,5 @@ def _sentence(event: Event) -> str:  # noqa: PLR0911  # a table with a line a ki
             return f"{event.name} in process {event.pid}"
         case CacheClosed():
             return event.name
+        case AnsweredMasked():
+            return f"{event.tokens:,} tokens were decoded with up to {event.masked:,} cells masked"
