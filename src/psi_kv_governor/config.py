@@ -134,6 +134,9 @@ class GovernorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     backing: Literal["auto", "file", "memory"] = "auto"
     """Where a cache lives from the start: in a file of that folder, so that the kernel can take it by itself,
     or in memory. `auto`: in a file where there is no swap, since the kernel would kill there."""
+    residence: Literal["auto", "pages", "resize"] = "auto"
+    """How a cache of `GovernedLlama` gives memory back: page by page, or by making its context smaller and
+    whole again. `auto`: the second where it is in memory of a device, whose pages nobody can return."""
     place_limit_bytes: Count = 8 << 30
     """Most that parked bytes may take on disk."""
     place_reserve_bytes: Count = 512 << 20

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
-
-from psi_kv_governor.engines.llama.engine import LlamaEngine
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from psi_kv_governor.governor import Governor
+
+
+class Healed(Protocol):
+    """An engine that knows which tokens were decoded while others were masked."""
+
+    def first_affected(self, sequence: int) -> int | None:
+        """The first of these positions; None where there is none."""
+
+    def masked(self, sequence: int) -> int:
+        """Positions that attention passes over now."""
+
 
 HEAL_AT_ONCE_CELLS = 256
 """Tokens that a request decodes again by itself when it builds on some that were decoded while others were
@@ -24,14 +33,14 @@ def context_of(llm: Callable[[], Any]) -> int:
     return ctypes.cast(context, ctypes.c_void_p).value or 0 if context is not None else 0
 
 
-def cut_for_request(llm: Any, governor: Governor, engine: LlamaEngine, tokens: Sequence[int]) -> None:
+def cut_for_request(llm: Any, governor: Governor, engine: Healed, tokens: Sequence[int]) -> None:
     """A request with these tokens is about to be computed: it decodes what was affected again, if that costs
     it little."""
     kept = llm.longest_token_prefix(llm._input_ids.tolist(), list(tokens))
     cut_affected(llm, governor, engine, kept, max(HEAL_AT_ONCE_CELLS, len(tokens) - kept))
 
 
-def heal(llm: Any, governor: Governor, engine: LlamaEngine) -> int:
+def heal(llm: Any, governor: Governor, engine: Healed) -> int:
     """Decode all affected tokens of `llm` again, if there is room. Gives how many."""
     tokens = cut_affected(llm, governor, engine, llm.n_tokens, llm.n_tokens)
     if tokens:
@@ -39,7 +48,7 @@ def heal(llm: Any, governor: Governor, engine: LlamaEngine) -> int:
     return len(tokens)
 
 
-def cut_affected(llm: Any, governor: Governor, engine: LlamaEngine, length: int, most: int) -> list[int]:
+def cut_affected(llm: Any, governor: Governor, engine: Healed, length: int, most: int) -> list[int]:
     """Cut the affected tail of the first `length` tokens, if it has at most `most`: the next evaluation
     decodes it again. Gives the tokens cut.
 

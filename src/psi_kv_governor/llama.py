@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 import weakref
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,10 @@ LOADED = loader.load()  # the agent has to be there before llama_cpp
 
 import llama_cpp  # noqa: E402
 
+from psi_kv_governor.engines.llama.resize import opening  # noqa: E402
+from psi_kv_governor.engines.llama.resize.context import ResizableContext  # noqa: E402
+from psi_kv_governor.engines.llama.resize.engine import ResizingEngine  # noqa: E402
+
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
@@ -32,6 +37,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("psi_kv_governor")
 _SYSTEM_ROLES = frozenset({"system", "developer"})
+_HEALED = LlamaEngine, ResizingEngine
 
 
 class GovernedLlama(llama_cpp.Llama):  # type: ignore[misc]  # mypy here follows no import of llama_cpp
@@ -61,28 +67,57 @@ class GovernedLlama(llama_cpp.Llama):  # type: ignore[misc]  # mypy here follows
         self._psi_kv_auto = auto
         self._psi_kv_has_system = False
         self._psi_kv_states: SavedStates | None = None
+        self._psi_kv_config = config
         with process.opening:
             chosen: process.Chosen | None = None
-            why = LOADED.why
+            why, before = LOADED.why, 0
             if not why:
                 chosen = process.prepare(config)
+                before = process.newest_buffer()
             try:
                 super().__init__(str(model_path), **kwargs)
             except ValueError:
                 # Reading the head of a large model takes a good part of a second, so only when it failed.
                 read_gguf(Path(model_path))
                 raise
-        engine: Engine
-        if chosen is None:
-            engine = process.NoEngine(why)
-            _log.warning("this model is not governed: %s", why)
-        else:
-            engine = process.engine(chosen, functools.partial(context_of, weakref.ref(self)))
-            self._psi_kv_states = engine.states = SavedStates(chosen.place)
+            engine = self._psi_kv_engine(chosen, before, why)
         self.governor = Governor(engine, config=config, source=source, policy=policy)
         self.governor.healers.append(functools.partial(_heal_weakly, weakref.ref(self)))
         if auto:
             self.governor.start()
+
+    def _psi_kv_engine(self, chosen: process.Chosen | None, before: int, why: str) -> Engine:
+        """The engine for where this model's cache is; `before` is the newest buffer from before it."""
+        engine: Engine | None = None
+        if chosen is not None:
+            engine, why = opening.resizing_engine(self, process.buffers_after(before), chosen.folder)
+            if engine is None and not why:
+                engine = process.engine(chosen, functools.partial(context_of, weakref.ref(self)))
+                self._psi_kv_states = engine.states = SavedStates(chosen.place)
+        if engine is None:
+            engine = process.NoEngine(why)
+            _log.warning("this model is not governed: %s", why)
+        return engine
+
+    # Read by upstream at the very moment when it makes the context.
+    @property
+    def context_params(self) -> Any:
+        """As upstream."""
+        params = self.__dict__["context_params"]
+        if "_model" in self.__dict__ and "_ctx" not in self.__dict__:
+            opening.ask_for(self._model.model, params, self._psi_kv_config, all_logits=self._logits_all)
+        return params
+
+    @context_params.setter
+    def context_params(self, params: Any) -> None:
+        self.__dict__["context_params"] = params
+
+    @property
+    def ctx(self) -> Any:
+        """As upstream. Whoever takes this address may use it at any moment: the context then stays."""
+        if sys._getframe(1).f_globals.get("__name__") != "llama_cpp.llama":
+            opening.pin(self._ctx)
+        return self._ctx.ctx
 
     # -- requests ---------------------------------------------------------------------------------------
 
@@ -106,8 +141,20 @@ class GovernedLlama(llama_cpp.Llama):  # type: ignore[misc]  # mypy here follows
             self._psi_kv_has_system = begins_with_system(messages)
             return annotated(self.governor, super().create_chat_completion(messages, *args, **kwargs))
 
+        @functools.wraps(llama_cpp.Llama.sample)
+        def sample(self, *args: Any, **kwargs: Any) -> int:
+            """As upstream's; no other context comes between the logits and the token."""
+            with opening.still(self._ctx):
+                token = super().sample(*args, **kwargs)
+                opening.taken(self._ctx, last=kwargs.get("idx") in {None, self.n_tokens - 1})
+            return token
+
     def save_state(self) -> Any:
         """As upstream. The bytes lie in a mapping of their own, and are parked when memory is short."""
+        if isinstance(self._ctx, ResizableContext):
+            with self._ctx.lock:
+                self._ctx.make_whole()
+                return super().save_state()
         saved = self._psi_kv_states.save(self) if self._psi_kv_states is not None else None
         return super().save_state() if saved is None else saved
 
@@ -117,12 +164,13 @@ class GovernedLlama(llama_cpp.Llama):  # type: ignore[misc]  # mypy here follows
         Raises:
             StateMismatchError: it is of another model or kind of cache; a RuntimeError, as upstream's.
         """
-        load(self, state, super().load_state, self._psi_kv_states)
+        with opening.replaced(self._ctx):
+            load(self, state, super().load_state, self._psi_kv_states)
 
     def heal(self) -> int:
         """As `governor.heal()`. Runs in the thread that generates."""
         engine = self.governor.engine
-        return heal(self, self.governor, engine) if isinstance(engine, LlamaEngine) else 0
+        return heal(self, self.governor, engine) if isinstance(engine, _HEALED) else 0
 
     # -- the end ----------------------------------------------------------------------------------------
 
@@ -151,7 +199,7 @@ def _before_request(llm: GovernedLlama, tokens: list[int]) -> None:
     """Nothing in here may reach the request: what fails is said in the log."""
     try:
         engine = llm.governor.engine
-        if isinstance(engine, LlamaEngine):
+        if isinstance(engine, _HEALED):
             engine.head_cells = _head(llm, tokens) if llm._psi_kv_has_system else 0
             cut_for_request(llm, llm.governor, engine, tokens)
     except Exception:

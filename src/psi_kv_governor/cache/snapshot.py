@@ -136,6 +136,9 @@ class CacheState(msgspec.Struct, frozen=True, kw_only=True):
     why_not_maskable: str = ""
     free_resident_bytes: int = 0
     """Resident bytes of cells nobody uses: what RELEASE would return."""
+    rebuilt: bool = False
+    """Each change of its size makes all of it anew: nothing is released for tidiness alone, and what comes
+    back comes at once and not in slices."""
     sequences: tuple[SequenceState, ...] = ()
     blobs: tuple[BlobState, ...] = ()
 

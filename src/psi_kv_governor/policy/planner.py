@@ -137,7 +137,8 @@ class Planner:
             for part in _blocks(one.masked, self._config.block_cells)
         ]
         wanted.sort(key=lambda block: -block[0])
-        left = slice_bytes = max(0, min(n_bytes, SLICE_BYTES))
+        whole = any(cache.rebuilt for cache in snapshot.caches)
+        left = slice_bytes = max(0, n_bytes if whole else min(n_bytes, SLICE_BYTES))
         chosen: dict[tuple[int, int], list[Range]] = {}
         for _, cache, sequence, part in wanted:
             if left <= 0:
@@ -157,7 +158,7 @@ class Planner:
         return _all(
             rung
             for rung in self.ladder(snapshot).lossless
-            if rung.verb is Verb.RELEASE and rung.n_bytes >= LEAST_RELEASE_BYTES
+            if rung.verb is Verb.RELEASE and rung.n_bytes >= LEAST_RELEASE_BYTES and not rung.cache.rebuilt
         )
 
     def park_blobs(self, snapshot: Snapshot) -> Plan | None:

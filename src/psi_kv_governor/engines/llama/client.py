@@ -21,6 +21,7 @@ _REPLY = struct.Struct("<iIQQQQdII")
 _REGION = struct.Struct("<II8QdIIQ96s")
 _SEQUENCE = struct.Struct("<8id")
 _BLOB = struct.Struct("<IIQd")
+_BUFFER = struct.Struct("<IIIIQQ64s")
 NO_SUCH = 1
 """Status of a reply: the cache or the sequence is gone."""
 
@@ -44,6 +45,7 @@ class Op(IntEnum):
     PARK_BLOB = 14
     REFUSE = 15
     SAMPLED = 16
+    BUFFERS = 17
 
 
 class Reply(NamedTuple):
@@ -84,8 +86,22 @@ class BlobInfo(NamedTuple):
     used_s: float
 
 
+class BufferInfo(NamedTuple):
+    """One buffer of a cache, wherever it is; pages of a host's buffer are a RegionInfo as well."""
+
+    number: int
+    """Rises with each that is made."""
+    name: str
+    """What llama.cpp calls its kind of memory: `CPU`, `Vulkan0`, `CUDA0`."""
+    is_host: bool
+    by_cell: bool
+    n_tensors: int
+    rows: int
+    n_bytes: int
+
+
 class RegionInfo(NamedTuple):
-    """One buffer of a cache."""
+    """One buffer of a cache, in plain memory."""
 
     id: int
     by_cell: bool
@@ -182,6 +198,22 @@ class Client:
         reply = self.ask(Op.BLOBS)
         told = _BLOB.iter_unpack(reply.payload)
         return [BlobInfo(n, bool(flags & 1), bool(flags & 2), size, used) for n, flags, size, used in told]
+
+    def buffers(self) -> list[BufferInfo]:
+        """All buffers of caches, also those of a device."""
+        reply = self.ask(Op.BUFFERS)
+        return [
+            BufferInfo(
+                n,
+                name.split(b"\0")[0].decode(errors="replace"),
+                bool(host),
+                bool(cells),
+                n_tensors,
+                rows,
+                size,
+            )
+            for n, n_tensors, cells, host, size, rows, name in _BUFFER.iter_unpack(reply.payload)
+        ]
 
     def cells(self, region: int, sequence: int) -> npt.NDArray[np.int32]:
         """Position and flags of each cell of a sequence, in the order of positions: shape (cells, 2)."""

@@ -19,7 +19,7 @@ from psi_kv_governor.cache import (
     Snapshot,
 )
 from psi_kv_governor.config import GovernorConfig
-from psi_kv_governor.engines.llama.client import Client, InProcess
+from psi_kv_governor.engines.llama.client import BufferInfo, Client, InProcess
 from psi_kv_governor.engines.llama.engine import LlamaEngine
 from psi_kv_governor.engines.llama.loader import load
 from psi_kv_governor.errors import BadInputError, EngineError
@@ -88,6 +88,16 @@ def engine(chosen: Chosen, context: Callable[[], int] | None = None) -> LlamaEng
         why_backing=chosen.why,
         context=context,
     )
+
+
+def newest_buffer() -> int:
+    """The number of the buffer of a cache that was made last; 0 where there is none."""
+    return max((one.number for one in client().buffers()), default=0)
+
+
+def buffers_after(number: int) -> list[BufferInfo]:
+    """The buffers of caches that were made after the one with this number."""
+    return [one for one in client().buffers() if one.number > number]
 
 
 class NoEngine:

@@ -128,7 +128,7 @@ struct agent {
     pthread_mutex_t lock;        // of everything here and in the regions; held for microseconds
     struct region regions[MAX_REGIONS];
     struct { struct llama_context * ctx; struct lib * lib; } contexts[MAX_CONTEXTS];
-    uint32_t next_id;
+    uint32_t next_id, next_buffer;
     uint64_t memory_generation;  // cells changed hands since
     uint64_t written_bytes, born_bytes;
     char     place[512];
@@ -177,6 +177,15 @@ uint64_t drop_pages(struct region * region, uint64_t first, uint64_t last);
 bool being_written(const struct region * region, uint64_t first, uint64_t last);
 // Moves pages of a mapping of our own, which nobody writes, to an unlinked file that vanishes with the mapping.
 uint64_t move_to_file(uint64_t first, uint64_t last);
+
+// ---- buffers.c: all buffers of caches, also those of a device --------------------------------------------------
+
+struct buffer_info { uint32_t number, n_tensors, cells, is_host; uint64_t size, n_rows; char name[64]; };
+
+char tensor_kind(const char * name);
+void buffer_born(struct lib * lib, ggml_backend_buffer_t buffer, struct ggml_context * context);
+void buffer_gone(ggml_backend_buffer_t buffer);
+int  buffers_tell(struct buffer_info * to, int most);
 
 // ---- map.c: which rows belong to which sequence ---------------------------------------------------------------
 

@@ -52,7 +52,7 @@ struct tensor * region_tensor(struct region * region, uint64_t address) {
 }
 
 // "cache_k_l0", or with a tag before the letter; "cache_r_l0" and "cache_s_l0" are recurrent states.
-static char tensor_kind(const char * name) {
+char tensor_kind(const char * name) {
     if (strncmp(name, "cache_", 6) != 0 || strchr(name, ' ')) {
         return 0;  // a view is named "cache_k_l0 (view)"
     }
@@ -111,8 +111,13 @@ static void forget(struct region * region) {
 
 // A buffer with the tensors of a cache was allocated. Knows it from now on, as plain memory.
 void region_born(struct lib * lib, ggml_backend_buffer_t buffer, struct ggml_context * context) {
-    if (!buffer || !lib->first_tensor || !lib->next_tensor || !lib->buffer_base || !lib->buffer_size ||
-        !lib->buffer_name || lib->buffer_size(buffer) < LEAST_BYTES || strcmp(lib->buffer_name(buffer), "CPU") != 0) {
+    if (!buffer || !lib->first_tensor || !lib->next_tensor || !lib->buffer_base || !lib->buffer_size || !lib->buffer_name) {
+        return;
+    }
+    pthread_mutex_lock(&agent.lock);
+    buffer_born(lib, buffer, context);
+    pthread_mutex_unlock(&agent.lock);
+    if (lib->buffer_size(buffer) < LEAST_BYTES || strcmp(lib->buffer_name(buffer), "CPU") != 0) {
         return;  // only plain host memory: a device's buffer may look like memory, and must never be mapped over
     }
     const struct ggml_tensor * one = lib->first_tensor(context);
@@ -194,6 +199,7 @@ bool region_clear(ggml_backend_buffer_t buffer) {
 void region_gone(ggml_backend_buffer_t buffer) {
     pthread_mutex_lock(&serving);
     pthread_mutex_lock(&agent.lock);
+    buffer_gone(buffer);
     for (int i = 0; i < MAX_REGIONS; i++) {
         struct region * region = &agent.regions[i];
         if (!region->alive || region->buffer != buffer) {

@@ -33,6 +33,13 @@ static char * answer(const struct request * request, size_t n_message, char * to
     if (request->op == BLOBS) {
         return tell_blobs(to, end, reply);
     }
+    if (request->op == BUFFERS) {
+        static struct buffer_info told[256];
+        pthread_mutex_lock(&agent.lock);
+        reply->count = (uint32_t) buffers_tell(told, 256);
+        pthread_mutex_unlock(&agent.lock);
+        return put(to, end, told, reply->count * sizeof(told[0]));
+    }
     if (request->op == PARK_BLOB) {
         reply->bytes = blob_park(request->region, &reply->written);
         return to;

@@ -1,0 +1,79 @@
+"""A cache in memory that no page can be returned from: Mesa's lavapipe stands in for a device (vulkan.py).
+
+At most 200 tokens are decoded in all: half a second each, and more on a busy machine.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vulkan
+
+# The first time the backend is compiled: four minutes of one core.
+pytestmark = [pytest.mark.llama, pytest.mark.slow, pytest.mark.timeout(3600)]
+CHILD = Path(__file__).with_name("device_child.py")
+TESTS = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def backend() -> vulkan.Backend:
+    try:
+        return vulkan.backend()
+    except vulkan.Unavailable as error:
+        pytest.skip(f"llama.cpp's Vulkan backend or a driver in software can't be had here: {error}")
+
+
+@pytest.fixture
+def child(backend, demo_model, folder) -> Callable[[str], dict[str, Any]]:
+    """What the child measured."""
+
+    def run(what: str) -> dict[str, Any]:
+        done = subprocess.run(
+            [sys.executable, str(CHILD), str(backend.library), str(demo_model), str(folder), what],
+            env={**backend.environ, "PYTHONPATH": f"{TESTS}:{CHILD.parent}"},
+            capture_output=True, text=True, timeout=1500, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+def test_8192_cells_become_256_and_whole_again(child, kind):
+    told = child(kind)
+    assert told["domain"] == "device"
+    assert "Vulkan0" in told["description"]
+    assert told["least_cells"] == 256
+    assert told["returned_bytes"] >= 0.98 * told["computed_bytes"]  # by the kernel, not computed
+    assert told["measured_bytes"] >= 0.98 * told["computed_bytes"]
+    assert told["peak_above_start_bytes"] <= 1 << 20
+    assert told["masked"] == told["back"] == 12
+    assert told["mask_changes"]
+    assert told["cells_after"] == 8192
+    first, middle, after = told["tokens"]
+    assert first == middle == after
+    assert told["same_in_the_middle"]
+    assert told["same_after"]
+
+
+def test_where_a_cache_is_decides_what_it_can_give(child):
+    told = child("places")
+    assert told["whole"][0] == "device"
+    assert "Vulkan0 (45 MiB)" in told["whole"][1]
+    assert told["partial"][0] == "device"
+    assert "CPU (16 MiB) and Vulkan0 (28 MiB)" in told["partial"][1]
+    assert told["none"][0] == told["host"][0] == "host"
+
+
+def test_the_compute_buffer_is_as_small_as_what_is_taken_from_it(child):
+    """An address is taken of a device's buffer and no page touched, so that its size is what is asked for."""
+    told = child("outputs")
+    assert told["0"] - told["4"] > 50 << 20

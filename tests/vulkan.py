@@ -1,0 +1,179 @@
+"""A device without a device: Mesa's lavapipe, a Vulkan driver in software, and the Vulkan backend of just the
+llama.cpp that is installed. Its memory is this process's, and still no host memory to llama.cpp.
+
+Made once a version in the user's cache folder: Mesa and headers from the machine's own distribution, unpacked
+into a private root, and the one target `ggml-vulkan` compiled from llama-cpp-python's source (four minutes of
+one core). Nothing is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Sequence
+from fcntl import LOCK_EX, flock
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from platformdirs import user_cache_path
+
+_CACHE = user_cache_path("psi-kv") / "test-devices"
+_PACKAGES = ("mesa-vulkan-drivers", "libvulkan-dev", "glslc", "spirv-headers")
+_FETCH_S, _BUILD_S = 600, 2400
+_OFF = (
+    "GGML_NATIVE", "GGML_CPU", "LLAMA_CURL", "LLAMA_OPENSSL", "LLAMA_BUILD_COMMON", "LLAMA_BUILD_TESTS",
+    "LLAMA_BUILD_TOOLS", "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_SERVER",
+)  # fmt: skip
+# Debian 12's headers are older than this extension; its names are used where the driver lacks it, too.
+_SHIM = """#pragma once
+#include_next <vulkan/vulkan.hpp>
+#ifndef VK_EXT_layer_settings
+namespace vk {
+enum class LayerSettingTypeEXT : std::uint32_t { eBool32 };
+struct LayerSettingEXT {
+    const char * layer; const char * name; LayerSettingTypeEXT type; std::uint32_t count; const void * values;
+};
+struct LayerSettingsCreateInfoEXT {
+    VkStructureType sType = static_cast<VkStructureType>(1000496000);
+    const void * pNext = nullptr;
+    std::uint32_t count;
+    const LayerSettingEXT * settings;
+    explicit LayerSettingsCreateInfoEXT(const std::vector<LayerSettingEXT> & all)
+        : count(static_cast<std::uint32_t>(all.size())), settings(all.data()) {}
+};
+}
+#endif
+"""
+
+
+class Unavailable(Exception):
+    """It can't be had here."""
+
+
+class Backend(NamedTuple):
+    """A Vulkan backend for the llama.cpp that is installed."""
+
+    library: Path
+    environ: dict[str, str]
+    """What a process needs to find the driver."""
+
+
+def backend() -> Backend:
+    """The backend, made if it is not there. Raises Unavailable."""
+    try:
+        version = importlib.metadata.version("llama-cpp-python")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise Unavailable("llama-cpp-python is not installed") from error
+    folder = _CACHE / f"llama-cpp-python-{version}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (_CACHE / ".lock").open("w") as lock:
+        flock(lock, LOCK_EX)
+        library = folder / "libggml-vulkan.so"
+        root = _root(_CACHE / "root")
+        if not library.is_file():
+            _build(version, root, folder, library)
+    return Backend(library, environ(root))
+
+
+def environ(root: Path) -> dict[str, str]:
+    """The environment in which the driver under `root`, and no other, is found."""
+    driver = next(root.glob("usr/lib/*/libvulkan_lvp.so"))
+    manifest = root / "lavapipe.json"
+    icd = {"library_path": str(driver), "api_version": "1.3.0"}
+    manifest.write_text(json.dumps({"ICD": icd, "file_format_version": "1.0.0"}))
+    return {
+        **os.environ,
+        "VK_ICD_FILENAMES": str(manifest),  # read by old loaders, the next by new ones
+        "VK_DRIVER_FILES": str(manifest),
+        "LD_LIBRARY_PATH": str(driver.parent),
+        "GGML_VK_VISIBLE_DEVICES": "0",  # a driver on the processor is passed over otherwise
+        "LP_NUM_THREADS": "2",
+    }
+
+
+def _run(command: Sequence[Any], seconds: float = _FETCH_S, **options: Any) -> str:
+    try:
+        done = subprocess.run(
+            list(map(str, command)), capture_output=True, text=True, timeout=seconds, check=False, **options
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"{command[0]}: {error}") from error
+    if done.returncode != 0:
+        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+        raise Unavailable(f"{Path(command[0]).name} {command[1]}: {' '.join(last)}")
+    return done.stdout
+
+
+def _root(root: Path) -> Path:
+    """Mesa, the loader, headers and a shader compiler for the C library of this machine."""
+    if (root / "ready").is_file():
+        return root
+    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+        raise Unavailable("Mesa's lavapipe: there is no apt here")
+    shutil.rmtree(root, ignore_errors=True)
+    for part in ("lists/partial", "archives/partial"):
+        (root / "apt" / part).mkdir(parents=True)
+    config = root / "apt" / "apt.conf"
+    # What is installed counts as there; the lists are our own, so that no right and no lock is needed.
+    config.write_text(
+        f'Dir::State::lists "{root}/apt/lists";\nDir::Cache "{root}/apt";\n'
+        f'Dir::Cache::archives "{root}/apt/archives";\nAPT::Sandbox::User "";\nDebug::NoLocking "true";\n'
+    )
+    apt = {**os.environ, "APT_CONFIG": str(config)}
+    _run(["apt-get", "--quiet", "update", "--error-on=any"], env=apt)
+    what = ["--yes", "--no-install-recommends", "--download-only", "--reinstall", *_PACKAGES]
+    _run(["apt-get", "--quiet", "install", *what], env=apt)
+    for deb in sorted((root / "apt/archives").glob("*.deb")):
+        _run(["dpkg-deb", "-x", deb, root])
+    shutil.rmtree(root / "apt")
+    if next(root.glob("usr/lib/*/libvulkan_lvp.so"), None) is None:
+        raise Unavailable("Mesa's lavapipe: this distribution's mesa-vulkan-drivers has none")
+    (root / "ready").touch()
+    return root
+
+
+def _build(version: str, root: Path, folder: Path, library: Path) -> None:
+    work = folder / "work"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    _run([*pip, "--no-binary", "llama-cpp-python", "--dest", work, f"llama-cpp-python=={version}"])
+    with tarfile.open(next(work.glob("*.tar.gz"))) as source:
+        source.extractall(work, filter="data") if sys.version_info >= (3, 12) else source.extractall(work)
+    (work / "shim/vulkan").mkdir(parents=True)
+    (work / "shim/vulkan/vulkan.hpp").write_text(_SHIM)
+    libraries = next(root.glob("usr/lib/*/libvulkan_lvp.so")).parent
+    told = {
+        "GGML_VULKAN": "ON",
+        "GGML_BACKEND_DL": "ON",
+        "BUILD_SHARED_LIBS": "ON",
+        **dict.fromkeys(_OFF, "OFF"),
+        "CMAKE_BUILD_TYPE": "None",
+        # Shaders run in the driver: of the backend itself nothing here takes time.
+        "CMAKE_CXX_FLAGS": f"-O1 -DNDEBUG -isystem {work}/shim -isystem {root}/usr/include",
+        "Vulkan_INCLUDE_DIR": f"{root}/usr/include",
+        "Vulkan_LIBRARY": f"{libraries}/libvulkan.so",
+        "Vulkan_GLSLC_EXECUTABLE": f"{root}/usr/bin/glslc",
+        "SPIRV-Headers_DIR": f"{root}/usr/share/cmake/SPIRV-Headers",
+    }
+    source_dir = next(work.glob("llama_cpp_python-*")) / "vendor/llama.cpp"
+    options = {"env": {**os.environ, "LD_LIBRARY_PATH": str(libraries)}}
+    cmake = _cmake(work)
+    _run([cmake, "-S", source_dir, "-B", work / "build", *(f"-D{k}={v}" for k, v in told.items())], **options)
+    build = [cmake, "--build", work / "build", "--target", "ggml-vulkan", "--parallel", os.cpu_count() or 1]
+    _run(["nice", "-n", "5", *build], _BUILD_S, **options)
+    (work / "build/bin/libggml-vulkan.so").replace(library)
+    shutil.rmtree(work)
+
+
+def _cmake(work: Path) -> str:
+    if (found := shutil.which("cmake")) is not None:
+        return found
+    _run([sys.executable, "-m", "venv", work / "tools"])
+    _run([work / "tools/bin/python", "-m", "pip", "install", "--quiet", "cmake"])
+    return str(work / "tools/bin/cmake")
