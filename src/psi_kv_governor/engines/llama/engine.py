@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import msgspec
 import numpy as np
@@ -26,7 +26,15 @@ from psi_kv_governor.cache import (
     Step,
     Verb,
 )
-from psi_kv_governor.engines.llama.client import NO_SUCH, Client, Op, RegionInfo, Reply, SequenceInfo
+from psi_kv_governor.engines.llama.client import (
+    NO_SUCH,
+    BufferInfo,
+    Client,
+    Op,
+    RegionInfo,
+    Reply,
+    SequenceInfo,
+)
 from psi_kv_governor.engines.llama.evidence import LlamaEvidence, Sampling
 from psi_kv_governor.engines.llama.states import FIRST_ID, SavedStates
 from psi_kv_governor.errors import EngineError
@@ -83,7 +91,7 @@ class LlamaEngine:
         """See Engine."""
         regions = list(self._regions.values())
         able = Capability(able=True)
-        none_yet = Capability(able=False, why="no cache is open, or it is too small to matter (1 MiB)")
+        none_yet = Capability(able=False, why="" if regions else self._why_none())
         placeless = Capability(able=False, why="there is no place to park")
         no_blobs = Capability(able=False, why="states that are saved here are not known")
         by_cell = [region for region in regions if region.by_cell]
@@ -102,6 +110,20 @@ class LlamaEngine:
             backing=self._backing,
             place=self._place,
             details={"backing": self._why_backing} if self._why_backing else {},
+        )
+
+    def _why_none(self) -> str:
+        """Why there is no cache that gives pages back."""
+        try:
+            away = [] if self._closed else elsewhere(self.client.buffers())
+        except EngineError:
+            away = []
+        if not away:
+            return "no cache is open, or it is too small to matter (1 MiB)"
+        return (
+            f"its keys and values are in {' and '.join(away)}, where no page can be returned: of a program "
+            "saved states are parked, GovernedLlama makes its context smaller, and with offload_kqv=False "
+            "(--no-kv-offload) they are in host memory"
         )
 
     def snapshot(self) -> Snapshot:
@@ -323,6 +345,15 @@ class LlamaEngine:
         except EngineError:
             pass  # the agent is gone, and its masks with it
         self._closed = True
+
+
+def elsewhere(buffers: Iterable[BufferInfo]) -> list[str]:
+    """The memory that holds these, with its size, as far as it is not plain memory of the host."""
+    sizes: dict[str, int] = {}
+    for one in buffers:
+        if one.name != "CPU":
+            sizes[one.name] = sizes.get(one.name, 0) + one.n_bytes
+    return [f"{name} ({n_bytes / 2**20:,.0f} MiB)" for name, n_bytes in sizes.items()]
 
 
 def _runs(positions: npt.NDArray[np.int32]) -> tuple[Range, ...]:
