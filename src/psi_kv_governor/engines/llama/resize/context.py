@@ -20,8 +20,8 @@ _IDLE_S = 1.0
 _LOOK_S = 0.005
 _OURS = "psi_kv_governor.engines.llama"
 _INSIDE = frozenset(
-    {"llama_cpp.llama", "llama_cpp._internals", __name__, "psi_kv_governor.llama"}
-    | {f"{_OURS}.{name}" for name in ("healing", "states", "resize.opening")}
+    {"llama_cpp.llama", "llama_cpp._internals", __name__, "psi_kv_governor.llama", "psi_kv_governor.healing"}
+    | {f"{_OURS}.{name}" for name in ("states", "resize.opening")}
 )
 """Modules that ask for the context's address anew at each call."""
 
