@@ -28,7 +28,7 @@ VLLM := .venv-vllm
 VLLM_READY := $(VLLM)/.psi-kv-ready
 VLLM_PYTHON ?= python3.11
 
-.PHONY: help setup demo test test-frameworks test-transformers test-vllm lint format bench-quick model wheel man deb clean
+.PHONY: help setup demo test test-frameworks test-transformers test-vllm lint format bench-quick model wheel man docs deb clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -85,7 +85,7 @@ test: lint model ## Lint, types and all tests; ends with what was skipped and wh
 	fi
 
 test-frameworks: $(FRAMEWORKS_READY) model ## Tests of guidance, LangChain, LlamaIndex, Haystack and others on a governed Llama
-	$(FRAMEWORKS)/bin/python -m pytest tests/frameworks
+	$(FRAMEWORKS)/bin/python -m pytest tests/frameworks tests/examples/test_langchain_example.py
 
 $(FRAMEWORKS_READY): pyproject.toml $(READY)
 	$(PYTHON) -m venv $(FRAMEWORKS)
@@ -140,6 +140,9 @@ wheel: $(READY) ## Build the wheels of Linux on x86-64 and aarch64 into dist/
 
 man: $(READY) ## Write the man pages into build/man
 	@$(BIN)/python scripts/make_man.py
+
+docs: $(READY) ## Build the docs as a site into build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 deb: wheel ## Build Debian packages of the wheels into dist/
 	@command -v dpkg-deb >/dev/null || { echo "make: there is no dpkg-deb: apt install dpkg" >&2; exit 1; }

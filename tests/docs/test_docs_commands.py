@@ -1,0 +1,179 @@
+"""Every command in the docs: taken by the real parser, and run, in its quick form where it has one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from doc_commands import ROOT, Told, parse, told
+
+from psi_kv_governor.config import tomllib  # the standard library's, or tomli
+
+TOLD = sorted(set(told()))
+OURS = [one for one in TOLD if one.words[0] == "psi-kv"]
+OTHERS = [one for one in TOLD if one.words[0] != "psi-kv"]
+FOREIGN = frozenset({"apt", "cd", "docker", "git", "kubectl", "podman", "sudo", "systemctl"})
+"""Not ours, and not to be run here: their files have to be there."""
+TESTED_ELSEWHERE = {
+    "bench": "tests/bench",
+    "chat": "tests/cli/test_run_and_chat.py",
+    "demo": "tests/sandbox/test_demo.py",
+    "dashboard": "tests/service/test_beside.py",
+    "model": "tests/test_model_fetch.py",
+}
+"""Commands that serve, ask, fetch or press: they are only parsed here."""
+LOOKING = frozenset({"limit", "park", "status", "unpark", "watch"})
+QUICK: dict[str, Callable[[list[str]], list[str]]] = {
+    # Without a model: what doctor finds by opening one is in tests/test_preflight.py.
+    "doctor": lambda words: words if "--" in words else [*words, "--model", "none.gguf"],
+    "exec": lambda words: [words[0], *([] if "--dry-run" in words else ["--dry-run"]), *words[1:]],
+    "record": lambda words: [*words, "--seconds", "1"],
+    "run": lambda words: [*words, "-n", "2"],
+    "simulate": lambda words: words if "--trace" in words else [*words, "--seconds", "2"],
+    "tune": lambda words: [*words, "--no-scene", *([] if "--trace" in words else ["--calm-s", "2"])],
+    "watch": lambda words: words if "--once" in words else [*words, "--once"],
+}
+"""How a command that takes long or never ends is made to end."""
+
+
+def name_of(one: Told) -> str:
+    return str(one)
+
+
+@pytest.mark.parametrize("one", OURS, ids=name_of)
+def test_the_parser_takes(one):
+    assert parse(one.words).startswith("psi-kv")
+
+
+def test_the_parser_would_have_refused():
+    with pytest.raises(Exception, match="--no-such-option"):
+        parse(("psi-kv", "simulate", "--no-such-option"))
+    with pytest.raises(Exception, match="--no-such-option"):
+        parse(("psi-kv", "bench", "oom", "--no-such-option"))
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory) -> Path:
+    """A folder with what the docs take for granted: a recording, settings, programs."""
+    folder = tmp_path_factory.mktemp("desk")
+    (folder / "bin").mkdir()
+    for name in ("llama-server", "ollama"):
+        shutil.copy(shutil.which("sleep") or "/bin/sleep", folder / "bin" / name)
+    (folder / "bin/python").symlink_to(sys.executable)
+    (folder / "run").mkdir(mode=0o700)
+    (folder / "tuned.toml").write_text("high = 0.2\n")
+    psi_kv(folder, "record", "evening.jsonl", "--seconds", "1")
+    shutil.copy(folder / "evening.jsonl", folder / "evening.trace")
+    return folder
+
+
+def psi_kv(desk: Path, *words: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "psi_kv_governor.cli", *words],
+        cwd=desk, capture_output=True, text=True, check=False, timeout=200, env=environment(desk),
+    )  # fmt: skip
+    assert done.returncode in ({0, 1} if words[0] == "doctor" else {0}), done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    assert (done.stdout + done.stderr).strip()
+    return done.stdout
+
+
+def environment(desk: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PATH": f"{desk / 'bin'}:{os.environ['PATH']}",
+        "XDG_RUNTIME_DIR": str(desk / "run"),
+    }
+
+
+@pytest.fixture(scope="module")
+def governed(desk):
+    """A governed process called llama-server, the only one that is to be seen."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "psi_kv_governor.cli", "exec", "--", "llama-server", "600"],
+        cwd=desk, env=environment(desk), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        for _ in range(600):
+            listed = subprocess.run(
+                [sys.executable, "-m", "psi_kv_governor.cli", "status", "--json"],
+                cwd=desk, env=environment(desk), capture_output=True, text=True, check=False, timeout=60,
+            )  # fmt: skip
+            if listed.returncode == 0:
+                break
+        yield process
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def to_run(names: Callable[[str], bool]) -> list[Told]:
+    """Those of the pages whose command is one of these, each once."""
+    found = {
+        one.words: one
+        for one in OURS
+        if names(one.words[1])
+        and one.words[1] not in TESTED_ELSEWHERE
+        and "--pid" not in one.words
+        and not one.where.startswith("psi-kv ")
+    }
+    return list(found.values())
+
+
+@pytest.mark.parametrize("one", to_run(lambda name: name not in LOOKING | {"run"}), ids=name_of)
+def test_it_runs(one, desk):
+    words = list(one.words[1:])
+    for made in ("psi-kv.toml", *(words[1:2] if words[0] == "record" else ())):
+        (desk / made).unlink(missing_ok=True)  # nothing is written over a file that is there
+    psi_kv(desk, *QUICK.get(words[0], list)(words))
+
+
+@pytest.mark.parametrize("one", to_run(lambda name: name in LOOKING), ids=name_of)
+def test_it_looks_at_a_governed_process(one, desk, governed):
+    words = [str(governed.pid) if word == "4711" else word for word in one.words[1:]]
+    if words[0] == "watch" and str(governed.pid) not in words:
+        words.insert(1, str(governed.pid))  # whoever runs these tests may run others at the same time
+    psi_kv(desk, *QUICK.get(words[0], list)(words))
+
+
+@pytest.mark.llama
+@pytest.mark.parametrize("one", to_run(lambda name: name == "run"), ids=name_of)
+def test_it_runs_a_model(one, desk, demo_model):
+    del demo_model
+    psi_kv(desk, *QUICK["run"](list(one.words[1:])))
+
+
+def test_what_is_only_parsed_has_its_test_elsewhere():
+    assert not [path for path in TESTED_ELSEWHERE.values() if not (ROOT / path).exists()]
+
+
+@pytest.mark.parametrize("one", OTHERS, ids=name_of)
+def test_what_is_not_ours_names_things_that_are_there(one):
+    program, *words = one.words
+    if program == "make":
+        assert (
+            subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, check=False).returncode == 0
+        )
+    elif program == "pip":
+        assert words[0] == "install"
+        assert all(installable(word) for word in words[1:] if not word.startswith("-"))
+    elif program in {"python", ".venv/bin/pytest"}:
+        assert (ROOT / words[0]).exists(), words[0]
+    else:
+        assert program in FOREIGN or (ROOT / program).is_file(), program
+        named = [word for word in words if word.startswith(("packaging/", "examples/", "scripts/"))]
+        assert not [word for word in named if not (ROOT / word).exists()]
+
+
+def installable(word: str) -> bool:
+    """Whether it is ours, with extras that there are, a folder of ours, or somebody else's."""
+    name, _, extras = word.partition("[")
+    if name in {"psi-kv-governor", "."}:
+        known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        return set(extras.rstrip("]").split(",")) - {""} <= known.keys()
+    return (ROOT / name / "pyproject.toml").exists() if name.startswith(".") else True

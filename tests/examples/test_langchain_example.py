@@ -1,0 +1,24 @@
+"""The example with LangChain runs as it is printed, where LangChain is."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("langchain_community", reason="LangChain is in the environment of `make test-frameworks`")
+EXAMPLE = Path(__file__).parents[2] / "examples" / "langchain_llm.py"
+
+
+@pytest.mark.llama
+@pytest.mark.timeout(240)
+def test_langchain_s_own_llm_parks_and_answers_the_same(demo_model):
+    done = subprocess.run(
+        [sys.executable, EXAMPLE, demo_model], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(re.search(r"^parked: (\d+) MiB", done.stdout, re.MULTILINE)[1]) > 0
+    assert "the same answer: True" in done.stdout
