@@ -17,6 +17,7 @@ import pytest
 
 from fakes import FakeSource
 from psi_kv_governor import socket_place, status_socket
+from psi_kv_governor.cache import Result
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.engines.simulated import CELL_BYTES, SimulatedEngine
 from psi_kv_governor.governor import Governor
@@ -148,20 +149,46 @@ def test_another_user_is_told_nothing(client, opened, monkeypatch):
     assert client.next()
 
 
+def connected_by_child(name: str, uid: int | None) -> int:
+    """A forked child, of another user if need be, that connects and waits to be let go."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        if uid is not None:
+            os.setuid(uid)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(f"\0{name}")
+            client.recv(1)
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
+
+
 @pytest.mark.skipif(not hasattr(socket, "SO_PEERCRED"), reason="this kernel does not tell who connects")
-def test_the_kernel_is_asked_who_connects(monkeypatch):
-    ours, theirs = socket.socketpair()
-    assert socket_place.same_user(ours)
-    monkeypatch.setattr(os, "getuid", lambda: 12345)
-    assert socket_place.same_user(ours) is (os.geteuid() == 0)  # root may look at everybody's
-    ours.close()
-    theirs.close()
+@pytest.mark.parametrize("other", [False, True])
+def test_the_kernel_is_asked_who_connects(monkeypatch, other):
+    name = f"psi-kv-test-{os.getpid()}-{other}"  # in no folder: another user could not enter ours
+    by_root = os.geteuid() == 0
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(f"\0{name}")
+        server.listen()
+        child = connected_by_child(name, 65534 if other and by_root else None)
+        connection, _ = server.accept()
+        if other and not by_root:
+            monkeypatch.setattr(os, "getuid", lambda: 65534)
+        assert socket_place.same_user(connection) is not other
+        connection.close()
+        assert os.waitpid(child, 0)[1] == 0
 
 
-@pytest.mark.parametrize("spoil", ["mode", "link", "file"])
-def test_a_folder_that_others_could_enter_is_not_used(governor, runtime, tmp_path, spoil):
+@pytest.mark.parametrize("spoil", ["mode", "owner", "link", "file"])
+def test_a_folder_that_others_could_enter_is_not_used(governor, runtime, tmp_path, monkeypatch, spoil):
     if spoil == "mode":
         runtime.mkdir(mode=0o755)
+    elif spoil == "owner":
+        runtime.mkdir(mode=0o700)
+        monkeypatch.setattr(socket_place, "_own_id", lambda: os.getuid() + 1)
     elif spoil == "link":
         (tmp_path / "elsewhere").mkdir(mode=0o700)
         runtime.symlink_to(tmp_path / "elsewhere")
@@ -172,6 +199,12 @@ def test_a_folder_that_others_could_enter_is_not_used(governor, runtime, tmp_pat
     assert made.path is None
     assert str(runtime) in made.problem
     made.close()
+
+
+def test_nobody_is_looked_for_in_a_folder_that_others_could_enter(opened, runtime):
+    assert [found.pid for found in socket_place.find()] == [os.getpid()]
+    runtime.chmod(0o755)
+    assert socket_place.find() == []
 
 
 def test_only_so_many_may_look(opened, client):
@@ -286,6 +319,21 @@ def test_commands_sent_at_once_are_answered_in_their_order(client):
         answers += [line] if line.get("says") == "answer" else []
     assert [bool(answer["error"]) for answer in answers] == [False, False, True, False]
     assert answers[1]["result"]["bytes_back"] > 0
+
+
+def test_a_command_waits_for_the_one_before_it(governor, client, monkeypatch):
+    go_on = threading.Event()
+    monkeypatch.setattr(governor, "trim", lambda fraction: (go_on.wait(30), Result(cells=17))[1])
+    client.next()
+    for do in (b"trim", b"restore"):  # two messages, as they are heard one by one
+        client.connection.sendall(b'{"psi_kv_command": 1, "do": "%s"}\n' % do)
+        assert [client.next()["says"] for _ in range(2)] == ["update"] * 2
+    go_on.set()
+    answers: list[dict] = []
+    while len(answers) < 2:
+        line = client.next()
+        answers += [line] if line["says"] == "answer" else []
+    assert [answer["result"]["cells"] for answer in answers] == [17, 0]
 
 
 def test_while_a_command_takes_its_time_the_others_are_told_on(opened, governor, client, monkeypatch):
