@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from psi_kv_governor import preflight
+from psi_kv_governor import doctor, preflight
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.engines.llama import loader
 from psi_kv_governor.errors import EngineError
@@ -169,7 +169,7 @@ def refuse(*_):
 
 def test_without_llama_cpp_the_rest_of_the_engine_is_not_tried(monkeypatch, tmp_path):
     monkeypatch.setattr(loader, "llama_cpp_version", refuse)
-    found = {check.name: check for check in preflight.run_checks(GovernorConfig(), tmp_path / "none.gguf")}
+    found = {check.name: check for check in doctor.run_checks(GovernorConfig(), tmp_path / "none.gguf")}
     assert (found["llama.cpp"].state, found["llama.cpp"].remedy) == ("warn", "install it")
     assert not any(name.startswith("can ") for name in found)
     assert found["model"].state == "fail"
@@ -218,7 +218,7 @@ def test_a_model_that_was_named_must_be_one(tmp_path):
 @pytest.mark.llama
 def test_with_a_model_its_steps_are_proved(demo_model):
     config = GovernorConfig()
-    found = {check.name: check for check in preflight.run_checks(config, demo_model)}
+    found = {check.name: check for check in doctor.run_checks(config, demo_model)}
     assert found["agent"].state == "ok"
     assert [found[f"can {step}"].state for step in ("release", "park", "mask")] == ["ok"] * 3
     assert "MiB went back" in found["can park"].detail

@@ -19,7 +19,7 @@ from psi_kv_governor.config import GovernorConfig, load_config
 from psi_kv_governor.control import LawState, Mode, Turn, decide, has_room, nothing_new, pause_s
 from psi_kv_governor.errors import BadInputError, EngineError
 from psi_kv_governor.events import Event, ModeChanged, Recomputed
-from psi_kv_governor.lifetime import Ended, open_governors, run
+from psi_kv_governor.lifetime import Ended, open_governors, started
 from psi_kv_governor.limits import Limit
 from psi_kv_governor.own_work import OwnWork
 from psi_kv_governor.policy import Policy, get_policy
@@ -196,13 +196,10 @@ class Governor(Results):
         if self.config.status_socket:
             self._socket.start()
         # The thread knows the governor weakly: a model that is dropped without close() goes all the same.
-        self._thread = threading.Thread(
-            target=run,
-            args=(weakref.ref(self), self._sensor.bell, self._ended),
-            name="psi-kv-governor",
-            daemon=True,
-        )
-        self._thread.start()
+        try:
+            self._thread = started(weakref.ref(self), self._sensor.bell, self._ended)
+        except RuntimeError as error:
+            self._bus.degrade("governor", f"it acts by hand only: {error} (raise TasksMax= of the unit)")
 
     def step(self) -> float:
         """One turn: read, decide, act. Gives the seconds until the next. Raises nothing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import threading
 import weakref
 from typing import Protocol
 
@@ -62,3 +63,10 @@ def run(governor: weakref.ref[Living], bell: Bell, ended: Ended) -> None:
         pause_s = alive.step()
         del alive
         bell.wait(pause_s)
+
+
+def started(governor: weakref.ref[Living], bell: Bell, ended: Ended) -> threading.Thread:
+    """That thread, running. Raises RuntimeError where none is to be had (TasksMax=, RLIMIT_NPROC)."""
+    thread = threading.Thread(target=run, args=(governor, bell, ended), name="psi-kv-governor", daemon=True)
+    thread.start()
+    return thread

@@ -15,9 +15,11 @@ from psi_kv_governor.config import GovernorConfig, load_config
 from psi_kv_governor.engines.llama import loader, process
 from psi_kv_governor.engines.llama.engine import LlamaEngine
 from psi_kv_governor.engines.llama.states import SavedStates, load
+from psi_kv_governor.errors import BadInputError
 from psi_kv_governor.gguf_file import read_gguf
 from psi_kv_governor.governor import Governor
 from psi_kv_governor.healing import context_of, cut_for_request, heal
+from psi_kv_governor.kernel.filters import killing_calls
 from psi_kv_governor.policy import Policy
 from psi_kv_governor.pressure.reading import PressureSource
 from psi_kv_governor.results import annotated
@@ -85,6 +87,32 @@ class GovernedLlama(llama_cpp.Llama):  # type: ignore[misc]  # mypy here follows
         self.governor.healers.append(functools.partial(_heal_weakly, weakref.ref(self)))
         if auto:
             self.governor.start()
+        engine: Engine
+        if chosen is None:
+            engine = process.NoEngine(why)
+            _log.warning("this model is not governed: %s", why)
+        else:
+            engine = process.engine(chosen, functools.partial(context_of, weakref.ref(self)))
+            self._psi_kv_states = engine.states = SavedStates(chosen.place)
+        self.governor = self._psi_kv_governor(engine, config, source, policy)
+
+    def _psi_kv_governor(
+        self, engine: Engine, config: GovernorConfig, source: PressureSource | None, policy: Policy | None
+    ) -> Governor:
+        """Its governor; one that does nothing where the machine lets it do nothing. Raises BadInputError."""
+        if not killing_calls():
+            try:
+                governor = Governor(engine, config=config, source=source, policy=policy)
+                governor.healers.append(functools.partial(_heal_weakly, weakref.ref(self)))
+                if self._psi_kv_auto:
+                    governor.start()
+                return governor
+            except BadInputError:
+                raise
+            except Exception as error:  # no thread, no descriptor: the model is not to suffer for it
+                _log.warning("this model is not governed: %s", error)
+                engine = process.NoEngine(f"the governor can't be started: {error}")
+        return Governor(engine, config=config, source=process.Unseen(), policy=policy)
 
     def _psi_kv_engine(self, chosen: process.Chosen | None, before: int, why: str) -> Engine:
         """The engine for where this model's cache is; `before` is the newest buffer from before it."""

@@ -50,26 +50,6 @@ class Check:
     """Further lines, where one does not tell it all."""
 
 
-def run_checks(config: GovernorConfig, model: Path | None = None, root: Path = Path("/")) -> Iterator[Check]:
-    """All checks in the order of the ladder, each as soon as it is known; `model` None is the demo model."""
-    yield check_pressure(root)
-    yield check_cgroup(root)
-    yield check_lines(root)
-    yield check_swap(root)
-    yield check_overcommit(root)
-    yield check_privileges(root)
-    yield check_compiler()
-    llama = check_llama()
-    yield llama
-    agent = check_agent()
-    yield agent
-    yield check_place(config)
-    found = check_model(model)
-    yield found
-    if found.state == "ok" and "fail" not in {llama.state, agent.state}:
-        yield from check_engine(model or demo_model_path())
-
-
 def check_pressure(root: Path = Path("/")) -> Check:
     """Where stall and headroom are read, and what wakes the loop: each rung of the ladder, a line each."""
     found, waking = discover(root), find_waker(root)

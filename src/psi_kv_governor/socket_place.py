@@ -43,15 +43,30 @@ def able() -> bool:
 
 
 def folders() -> Iterator[Path]:
-    """Where sockets may be, the best first. A path too long for a socket is left out."""
+    """Where sockets may be, the best first. A path too long for a socket is left out. Raises nothing."""
+    service = Path(os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0])  # of a systemd unit
     runtime = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
     login = Path(f"/run/user/{_own_id()}")  # the same, for who was started without the variable
-    for parent in dict.fromkeys((runtime, login)):
-        if parent.is_absolute() and parent.is_dir():
+    for parent in dict.fromkeys((service, runtime, login)):
+        if parent.is_absolute() and _is_folder(parent):
             yield from _short(parent / "psi-kv")
-    yield from _short(cache_folder() / "run")
+    for named in ("CACHE_DIRECTORY", "STATE_DIRECTORY"):
+        parent = Path(os.environ.get(named, "").partition(":")[0])
+        if parent.is_absolute():
+            yield from _short(parent / "psi-kv-run")
+    cache = cache_folder()
+    if cache.is_absolute():  # without HOME and passwd entry it is "~/.cache": a folder of that name
+        yield from _short(cache / "run")
     with contextlib.suppress(FileNotFoundError):  # no folder can be written to at all
         yield from _short(Path(tempfile.gettempdir()) / f"psi-kv-{_own_id()}")
+
+
+def _is_folder(path: Path) -> bool:
+    """Path.is_dir raises where /run/user can't be entered, as under ProtectHome=."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def _short(folder: Path) -> Iterator[Path]:

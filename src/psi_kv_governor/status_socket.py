@@ -113,9 +113,18 @@ class StatusSocket:
             self.problem = str(error)
             _log.info(self.problem)
             return
-        self._server = _Server(listener, path, self._governor)
+        try:
+            server = _Server(listener, path, self._governor)
+            server.start()
+        except (OSError, RuntimeError) as error:  # no descriptor or no thread is to be had
+            listener.close()
+            with contextlib.suppress(OSError):
+                path.unlink()
+            self.problem = f"no status socket: {error}"
+            _log.info(self.problem)
+            return
+        self._server = server
         self._unsubscribe = governor.subscribe(self._server.take)
-        self._server.start()
         weakref.finalize(self, self._server.end)  # also when the governor is only dropped
 
     def close(self) -> None:
@@ -205,8 +214,9 @@ class _Server:
     def _run(self) -> None:
         try:
             self._serve()
-        except Exception:
-            _log.exception("the status socket failed and is closed")
+        except Exception as error:
+            _log.warning("the status socket failed and is closed: %s", error)
+            _log.debug("how it failed", exc_info=True)
         finally:
             self._hang_up()
 

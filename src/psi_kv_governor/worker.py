@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections.abc import Callable
@@ -49,12 +50,12 @@ class Worker:
     def __init__(self, name: str, threads: int = 1) -> None:
         self._tasks: SimpleQueue[_Task[object] | None] = SimpleQueue()
         self._closing = False
-        self._threads = [
-            threading.Thread(target=_work, args=(self._tasks,), name=name, daemon=True)
-            for _ in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        with contextlib.suppress(RuntimeError):  # TasksMax=, RLIMIT_NPROC: who asks does it himself, then
+            for _ in range(threads):
+                thread = threading.Thread(target=_work, args=(self._tasks,), name=name, daemon=True)
+                thread.start()
+                self._threads.append(thread)
         self._idents = frozenset(thread.ident for thread in self._threads)
         self._end = weakref.finalize(self, _tell_to_end, self._tasks, threads)  # also when it is only dropped
         # Not at the exit of Python: what is closed there still needs its threads.
@@ -68,6 +69,8 @@ class Worker:
 
     def do(self, action: Callable[[], _T]) -> _T:
         """Carry `action` out and give what it gives, or raise what it raises."""
+        if not self._idents:
+            return action()
         task = _Task(action)
         self._tasks.put(cast("_Task[object]", task))
         if self._closing:  # else it stands before the end of the queue

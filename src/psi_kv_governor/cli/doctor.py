@@ -12,7 +12,8 @@ from rich.text import Text
 
 from psi_kv_governor.cli._group import example
 from psi_kv_governor.config import load_config
-from psi_kv_governor.preflight import Check, run_checks
+from psi_kv_governor.doctor import run_checks
+from psi_kv_governor.preflight import Check
 from psi_kv_governor.service.reach import check_program
 
 _SIGNS = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "bold red")}
@@ -46,7 +47,7 @@ def command(
     console = Console(soft_wrap=True)
     checks = []
     asked = [check_program(program, os.environ)] if program is not None else None
-    for check in asked or run_checks(load_config(file, default_file=True), model):
+    for check in asked or run_checks(load_config(file, default_file=True), model, isolated=True):
         checks.append(check)
         if not as_json:
             _show(console, check)
@@ -58,9 +59,9 @@ def command(
 
 def _show(console: Console, check: Check) -> None:
     sign, style = _SIGNS[check.state]
-    line = Text.assemble((sign, style), f"  {check.name:<14}", check.detail)
+    line = Text.assemble((sign, style), f"  {check.name:<16}", check.detail)
     if check.remedy:
         line.append(f"; {check.remedy}", style="dim" if check.state == "ok" else style)
     console.print(line)
     for further in check.more:
-        console.print(Text(f"{'':22}{further}", style="dim"))
+        console.print(Text(f"{'':24}{further}", style="dim"))

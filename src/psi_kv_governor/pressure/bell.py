@@ -134,10 +134,13 @@ class Bell:
 
 
 def _open_door() -> tuple[int, int] | None:
-    """A pipe to be woken by; None where there is no poll to wait for it."""
+    """A pipe to be woken by; None where there is no poll to wait for it, or no descriptor to be had."""
     if not hasattr(select, "poll"):
         return None
-    reading, writing = os.pipe()
+    try:
+        reading, writing = os.pipe()
+    except OSError:
+        return None
     os.set_blocking(reading, False)
     os.set_blocking(writing, False)
     return reading, writing

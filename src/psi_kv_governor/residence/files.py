@@ -119,7 +119,11 @@ def _write_speed(descriptor: int) -> float:
             os.close(descriptor)
 
     writer = threading.Thread(target=write, name="psi-kv-disk-probe", daemon=True)
-    writer.start()
+    try:
+        writer.start()
+    except RuntimeError:  # no thread is to be had: nothing is known of the disk
+        os.close(descriptor)
+        return 0.0
     writer.join(PROBE_S)
     if not done:
         return 0.0

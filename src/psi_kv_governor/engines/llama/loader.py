@@ -22,6 +22,7 @@ from pathlib import Path
 from psi_kv_governor.engines.llama.compiling import FLAGS, SOURCE_DIR, compile_command
 from psi_kv_governor.engines.llama.elf import redirecting
 from psi_kv_governor.errors import EngineError
+from psi_kv_governor.kernel.filters import killing_calls
 from psi_kv_governor.user_folders import cache_folder
 
 INSTALL_HINT = "pip install 'psi-kv-governor[llama]'"
@@ -43,6 +44,11 @@ def agent_path() -> Path:
     """The agent for this machine, compiled now if need be. Raises EngineError."""
     if sys.platform != "linux":
         raise EngineError(f"no memory can be returned on {sys.platform}: the agent needs Linux")
+    if killing := killing_calls():
+        raise EngineError(
+            f"a seccomp filter kills for what the governor calls ({', '.join(killing)}): allow it (in a unit "
+            "SystemCallFilter=@system-service), or have the filter refuse (SystemCallErrorNumber=EPERM)"
+        )
     if _SHIPPED.is_file():
         return _SHIPPED
     digest = hashlib.sha256("\0".join((*FLAGS, platform.machine(), platform.libc_ver()[0])).encode())
@@ -52,20 +58,28 @@ def agent_path() -> Path:
     except OSError as error:
         raise EngineError(f"the agent's source can't be read: {error}") from error
     name = f"psikv-agent-{digest.hexdigest()[:24]}.so"
+    folders = _folders()
+    for folder in folders:  # one that is there, for instance built into an image, needs no compiler
+        with contextlib.suppress(OSError):
+            _check(folder)
+            _check(folder / name)
+            return folder / name
     problems: list[str] = []
-    for folder in _folders():
+    for folder in folders:
         try:
-            _own_folder(folder)
-            target = folder / name
-            if not target.is_file():
-                _compile(target)
-            _check_owner(target)
-            _check_loadable(target)
+            folder.mkdir(parents=True, exist_ok=True, mode=0o755)
+            _check(folder)
+            if not (folder / name).is_file():
+                _compile(folder / name)
+            _check(folder / name)
         except OSError as error:
             problems.append(f"{folder}: {error.strerror or error}")
             continue
-        return target
-    raise EngineError(f"the compiled agent has no place ({'; '.join(problems)}): set PSIKV_NATIVE_DIR")
+        return folder / name
+    raise EngineError(
+        f"the compiled agent has no place ({'; '.join(problems)}): set PSIKV_NATIVE_DIR to a folder that is "
+        "yours, on a mount that is writable and not noexec"
+    )
 
 
 def is_agent(path: str) -> bool:
@@ -89,35 +103,30 @@ def llama_cpp_version() -> str:
 def _folders() -> list[Path]:
     """Where a compiled agent may be kept, best first. None of them need exist, or be usable."""
     named = [Path(value) for value in [os.environ.get("PSIKV_NATIVE_DIR", "")] if value]
-    service = [Path(v.split(":")[0]) for v in [os.environ.get("CACHE_DIRECTORY", "")] if v]
+    service = [
+        Path(value.partition(":")[0]) / "psi-kv-native"
+        for value in map(os.environ.get, ("CACHE_DIRECTORY", "STATE_DIRECTORY"))
+        if value
+    ]
     home: list[Path] = []
     with contextlib.suppress(RuntimeError, KeyError, OSError):  # no HOME and no passwd entry
-        home = [cache_folder() / "native"]
+        home = [path for path in [cache_folder() / "native"] if path.is_absolute()]
     for_all: list[Path] = []
     with contextlib.suppress(FileNotFoundError):  # no folder can be written to at all
         for_all = [Path(tempfile.gettempdir()) / f"psi-kv-native-{os.getuid()}"]
     return [*named, *service, *home, *for_all]
 
 
-def _own_folder(folder: Path) -> None:
-    """Make `folder` if it is not there. Raises OSError where somebody else could put a library into it."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _check_owner(folder)
-
-
-def _check_owner(path: Path) -> None:
+def _check(path: Path) -> None:
+    """Raises OSError where somebody else could put a library, or nothing can be loaded from there."""
     status = path.lstat()
     if stat.S_ISLNK(status.st_mode):
         raise PermissionError(0, f"{path.name} is a link")
-    if status.st_uid != os.getuid():
+    if status.st_uid not in {0, os.getuid()}:  # root's: built into an image, and run by any user
         raise PermissionError(0, f"{path.name} belongs to another user")
     if status.st_mode & 0o022:
         raise PermissionError(0, f"others may write to {path.name}: chmod go-w")
-
-
-def _check_loadable(path: Path) -> None:
-    flags = os.statvfs(path).f_flag
-    if flags & os.ST_NOEXEC:
+    if os.statvfs(path).f_flag & os.ST_NOEXEC:
         raise PermissionError(0, "it is mounted noexec, so no library can be loaded from there")
 
 
@@ -138,7 +147,7 @@ def _compile(target: Path) -> None:
         if done.returncode != 0:
             first = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
             raise EngineError(f"compiling the agent failed ({first.strip()}): is a C library installed?")
-        built.chmod(0o500)
+        built.chmod(0o555)  # also by others: built by root into an image
         built.replace(target)
     finally:
         built.unlink(missing_ok=True)
@@ -179,35 +188,55 @@ class Loaded:
 @functools.cache
 def load() -> Loaded:
     """Put the agent in front of llama.cpp and import `llama_cpp` behind it. Raises nothing of ours; what
-    `import llama_cpp` raises goes through."""
+    `import llama_cpp` raises without us goes through."""
     if "llama_cpp" in sys.modules:
         return Loaded(
             None,
             "llama_cpp was imported before psi_kv_governor, so its caches can't be governed: import "
             "psi_kv_governor.auto first, or start the program with 'psi-kv exec -- python ...'",
         )
-    agent, folder, why = None, None, ""
     before = os.environ.get("LLAMA_CPP_LIB_PATH")
+    agent, folder, why = None, None, ""
     try:
         library = llama_cpp_library(before)
         path = agent_path()
         agent = Agent(path, library)
-        folder = Path(tempfile.mkdtemp(prefix="psi-kv-"))
-        (folder / library.name).write_bytes(redirecting([path, library]))
+        folder = _in_front(path, library)
         os.environ["LLAMA_CPP_LIB_PATH"] = str(folder)
+        importlib.import_module("llama_cpp")
     except (EngineError, NotImplementedError) as error:
         agent, why = None, str(error)
-    except OSError as error:
-        agent, why = None, f"the agent can't be loaded: {error}"
-    try:
-        importlib.import_module("llama_cpp")
+    except Exception as error:  # ours is in its way, or there is none to be imported: that shows below
+        agent, why = None, f"the agent can't be put in front of llama.cpp: {' '.join(str(error).split())}"
+        for name in [name for name in sys.modules if name.partition(".")[0] == "llama_cpp"]:
+            del sys.modules[name]
     finally:
+        os.environ.pop("LLAMA_CPP_LIB_PATH", None)
+        if before is not None:
+            os.environ["LLAMA_CPP_LIB_PATH"] = before
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
-            os.environ.pop("LLAMA_CPP_LIB_PATH", None)
-            if before is not None:
-                os.environ["LLAMA_CPP_LIB_PATH"] = before
+    importlib.import_module("llama_cpp")
     return Loaded(agent, why)
+
+
+def _in_front(agent: Path, library: Path) -> Path:
+    """A new folder with a library of `library`'s name that leads to the agent first. Raises OSError."""
+    problems = []
+    for parent in [None, *_folders()]:  # None: the folder for temporary files, which may be mounted noexec
+        folder = None
+        try:
+            folder = Path(tempfile.mkdtemp(prefix="psi-kv-", dir=parent))
+            if os.statvfs(folder).f_flag & os.ST_NOEXEC:
+                raise PermissionError(0, f"{folder} is mounted noexec")
+            (folder / library.name).write_bytes(redirecting([agent, library]))
+        except OSError as error:
+            problems.append(error.strerror or str(error))
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+        else:
+            return folder
+    raise OSError(0, "; ".join(problems))
 
 
 def llama_cpp_library(folder: str | None = None) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from psi_kv_governor.engines.llama.client import BufferInfo, Client, InProcess
 from psi_kv_governor.engines.llama.engine import LlamaEngine
 from psi_kv_governor.engines.llama.loader import load
 from psi_kv_governor.errors import BadInputError, EngineError
+from psi_kv_governor.pressure.reading import Reading
 from psi_kv_governor.residence import Place, choose_backing, find_place, swap_state
 
 
@@ -98,6 +100,19 @@ def newest_buffer() -> int:
 def buffers_after(number: int) -> list[BufferInfo]:
     """The buffers of caches that were made after the one with this number."""
     return [one for one in client().buffers() if one.number > number]
+
+
+class Unseen:
+    """A `PressureSource` that looks at nothing, for a process in which looking is death."""
+
+    name = "none"
+
+    def read(self) -> Reading:
+        """See PressureSource."""
+        return Reading(time_s=time.monotonic(), interval_s=0.0)
+
+    def close(self) -> None:
+        """See PressureSource."""
 
 
 class NoEngine:

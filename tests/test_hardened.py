@@ -1,0 +1,264 @@
+"""Where a service may do little, a model does as much as without us: the real thing, each in a child."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from gguf_models import LARGE, write_model
+from psi_kv_governor.engines.llama import loader
+from psi_kv_governor.kernel.filters import _CALLS
+from psikv_bench.survival import filtered
+
+pytestmark = [
+    pytest.mark.llama,
+    pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts, other users: root"),
+]
+
+MODEL = """
+import logging, os, sys
+logging.basicConfig(level=logging.INFO)
+{before}
+if sys.argv[2] == "plain":
+    from llama_cpp import Llama as kind
+else:
+    from psi_kv_governor import GovernedLlama as kind
+llm = kind(sys.argv[1], n_ctx=2048, n_threads=1, n_threads_batch=1, verbose=False, flash_attn=True)
+ids = [i % 240 + 5 for i in range(700)]
+llm.eval(ids)
+answer = []
+for _ in range(8):
+    token = int(llm.scores[llm.n_tokens - 1].argmax()) if llm._logits_all else llm.sample(temp=0.0)
+    answer.append(token)
+    llm.eval([token])
+print("answer", answer)
+if sys.argv[2] != "plain":
+    result = llm.governor.trim(1.0)
+    print("returned", result.bytes_returned, result.problem or llm.governor.engine.describe().place)
+    llm.governor.restore()
+llm.close()
+"""
+
+
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder that other users can enter and write to: pytest's are closed to them."""
+    path = Path(f"/var/tmp/psi-kv-hardened-{os.getpid()}-{next(_numbers)}")
+    path.mkdir()
+    path.chmod(0o1777)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def run(folder) -> Callable[..., str]:
+    """Runs the model, `plain` or `governed`; gives all that it says. It must not fail."""
+
+    def run_(
+        kind: str,
+        wrap: Callable[[list[str]], list[str]] = lambda argv: argv,
+        before: str = "",
+        environ: dict[str, str] | None = None,
+    ) -> str:
+        model = folder / "tiny.gguf"
+        if not model.exists():
+            write_model(model, LARGE).chmod(0o644)
+        environ = {"HOME": str(folder), "OPENBLAS_NUM_THREADS": "1", **(environ or {})}
+        done = subprocess.run(
+            wrap([sys.executable, "-c", MODEL.format(before=before), str(model), kind]),
+            capture_output=True, text=True, check=False, timeout=200, cwd="/",
+            env={"PATH": os.environ["PATH"], **environ},
+        )  # fmt: skip
+        assert done.returncode == 0, (kind, done.returncode, done.stderr[-2000:])
+        assert "Traceback" not in done.stderr
+        return done.stdout + done.stderr
+
+    return run_
+
+
+def answer_in(said: str) -> str:
+    return next(line for line in said.splitlines() if line.startswith("answer"))
+
+
+@pytest.fixture
+def both(run) -> Callable[..., str]:
+    """Runs plain llama.cpp and the governed one alike: the answers are the same. Gives what the governed one
+    says."""
+
+    def both_(**surroundings) -> str:
+        said = {kind: run(kind, **surroundings) for kind in ("plain", "governed")}
+        assert answer_in(said["plain"]) == answer_in(said["governed"])
+        return said["governed"]
+
+    return both_
+
+
+def as_nobody(argv: list[str]) -> list[str]:
+    """A user number without name, home or group, as a container platform gives out."""
+    return ["setpriv", "--reuid", "54321", "--regid", "0", "--clear-groups", *argv]
+
+
+def in_mounts(*commands: str) -> Callable[[list[str]], list[str]]:
+    """In a mount namespace of its own, in which `commands` were run."""
+    script = " && ".join((*commands, 'exec "$@"'))
+    return lambda argv: ["unshare", "-m", "--propagation", "private", "sh", "-c", script, "sh", *argv]
+
+
+def service_calls() -> list[str]:
+    """What @system-service allows, by systemd's own word, with the sets that it names."""
+    listed = subprocess.run(
+        ["systemd-analyze", "syscall-filter"], capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        pytest.skip("there is no systemd-analyze here: apt install systemd")
+    sets: dict[str, list[str]] = {}
+    for line in listed.stdout.splitlines():
+        word = line.strip()
+        if line.startswith("@"):
+            sets[word] = members = []
+        elif word and not word.startswith("#"):
+            members.append(word)
+
+    def of(name: str) -> list[str]:
+        return [call for one in sets[name] for call in (of(one) if one.startswith("@") else [one])]
+
+    return of("@system-service")
+
+
+def test_under_the_filter_of_a_hardened_service_it_is_governed_and_lives(both):
+    """@system-service, which has no mincore: systemd's default is to kill."""
+    calls = service_calls()
+    assert "mincore" not in calls
+    # Newer than this systemd's list, and used by every program of this libc.
+    calls += ["clone3", "rseq", "faccessat2", "statx"]
+    said = both(wrap=lambda argv: filtered.command(argv, allow=calls))
+    assert int(said.partition("returned ")[2].split()[0]) > 1 << 20
+
+
+def test_where_mincore_is_refused_bytes_are_counted_otherwise(both):
+    said = both(wrap=lambda argv: filtered.command(argv, deny=["mincore"], how="refuse"))
+    assert int(said.partition("returned ")[2].split()[0]) > 1 << 20
+    assert "stayed resident" not in said
+
+
+# Not what starts a process: neither does a model that only decodes.
+REFUSED = sorted({*_CALLS, "fadvise64", "pwrite64", "cachestat", "inotify_init1", "statfs", "pipe2", "vfork"})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_whatever_a_filter_refuses_the_model_answers_as_without_us(run):
+    plain = answer_in(run("plain"))
+    for name in REFUSED:
+        said = run("governed", wrap=lambda argv, name=name: filtered.command(argv, deny=[name], how="refuse"))
+        assert answer_in(said) == plain, name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_filter_that_kills_for_what_only_the_governor_calls_leaves_the_model_alone(run):
+    plain = answer_in(run("plain"))
+    for name in ("bind", "chmod", "epoll_ctl", "fallocate", "flock", "poll", "pwrite64", "sendto"):
+        said = run("governed", wrap=lambda argv, name=name: filtered.command(argv, deny=[name]))
+        assert answer_in(said) == plain
+        assert "seccomp filter kills for" in said, name
+
+
+def test_a_random_user_without_home_or_name_is_governed(both, folder):
+    said = both(wrap=as_nobody, environ={"HOME": "/", "TMPDIR": str(folder)})
+    assert "psi-kv-54321" in said or "place" in said
+
+
+def test_with_the_service_manager_s_folders_nothing_else_is_needed(both, folder):
+    """DynamicUser=, ProtectHome=, CacheDirectory=: no home, and folders that can't be entered."""
+    for name in ("cache", "state", "runtime"):
+        (folder / name).mkdir()
+        os.chown(folder / name, 54321, 0)
+    hidden = in_mounts("mount -t tmpfs -o mode=0000 none /root", "mount -t tmpfs -o mode=0000 none /run")
+    given = {f"{name.upper()}_DIRECTORY": str(folder / name) for name in ("cache", "state", "runtime")}
+    python = Path(sys.executable).resolve()
+    if Path("/root") in python.parents:
+        hidden = in_mounts("mount -t tmpfs -o mode=0000 none /run")
+    said = both(
+        wrap=lambda argv: hidden(as_nobody(argv)),
+        before="import atexit; atexit.register(lambda: print(os.listdir(os.environ['RUNTIME_DIRECTORY'])))",
+        environ={**given, "HOME": "/nonexistent", "XDG_RUNTIME_DIR": "/run/user/54321"},
+    )
+    assert "['psi-kv']" in said
+    assert str(folder / "cache") in said or "place" in said
+    assert not (Path("/") / "~").exists()
+
+
+def test_on_a_read_only_root_without_any_folder_it_runs(both):
+    said = both(
+        wrap=in_mounts("mount -o remount,ro,bind /", "mount -o remount,ro,bind /dev/shm"),
+        environ={"HOME": "/nonexistent"},
+    )
+    assert "Read-only file system" in said or "returned" in said
+
+
+def test_where_every_folder_is_noexec_it_runs_and_says_so(both, folder):
+    """The agent and what leads to it are libraries: nothing can be loaded from a folder mounted noexec."""
+    (folder / "native").mkdir()
+    noexec = "mount -t tmpfs -o noexec,mode=1777 none"
+    said = both(
+        wrap=in_mounts(f"{noexec} /dev/shm", f"{noexec} {folder}/native"),
+        environ={"HOME": f"{folder}/native", "TMPDIR": "/dev/shm"},
+    )
+    if not loader.shipped():
+        assert "noexec" in said
+        assert "PSIKV_NATIVE_DIR" in said
+
+
+def test_a_temporary_folder_mounted_noexec_alone_is_no_obstacle(both, folder):
+    noexec = "mount -t tmpfs -o noexec,mode=1777 none"
+    home = Path("/var/tmp") / f"psi-kv-test-{os.getpid()}"
+    home.mkdir(mode=0o700)
+    try:
+        said = both(wrap=in_mounts(f"{noexec} /dev/shm"), environ={"TMPDIR": "/dev/shm", "HOME": str(home)})
+    finally:
+        shutil.rmtree(home)
+    assert int(said.partition("returned ")[2].split()[0]) > 0
+
+
+def test_without_a_compiler_it_runs_and_says_so(both, folder):
+    said = both(environ={"CC": "no-such-compiler", "HOME": str(folder / "fresh")})
+    if not loader.shipped():
+        assert "no C compiler found" in said
+
+
+def test_an_agent_that_root_built_into_an_image_serves_any_user_without_a_compiler(both, folder):
+    image = folder / "image"
+    image.mkdir(mode=0o755)
+    build = "from psi_kv_governor.engines.llama.loader import agent_path; print(agent_path())"
+    environ = {"PATH": os.environ["PATH"], "PSIKV_NATIVE_DIR": str(image), "HOME": str(folder)}
+    subprocess.run([sys.executable, "-c", build], env=environ, check=True)
+    said = both(
+        wrap=as_nobody,
+        environ={
+            "PSIKV_NATIVE_DIR": str(image),
+            "CC": "no-such-compiler",
+            "TMPDIR": str(folder),
+            "HOME": "/",
+        },
+    )
+    assert int(said.partition("returned ")[2].split()[0]) > 0
+
+
+@pytest.mark.parametrize("limit", ["--nproc=1:1", "--nofile=48:48", "--memlock=0:0", "--fsize=0:0"])
+def test_under_a_tight_limit_of_the_unit_it_runs(both, folder, limit):
+    """TasksMax=1: no thread of ours. LimitNOFILE=, LimitFSIZE=: no file."""
+    both(
+        wrap=lambda argv: ["prlimit", limit, *as_nobody(argv)],
+        environ={"TMPDIR": str(folder), "HOME": "/"},
+    )
