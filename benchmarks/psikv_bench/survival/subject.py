@@ -1,0 +1,134 @@
+"""The model whose life is looked at: plain or governed, the same work in both.
+
+    python -m psikv_bench.survival.subject '{"variant": "psi", ...}'
+
+Says `ready` when its context is there, decodes while others do what they do when it is sent a line, says
+`decoded`, and after a second line what it is when all is calm again. A JSON line each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import sys
+import time
+from typing import Any
+
+import msgspec
+
+from psi_kv_governor.sandbox import llm as models
+from psi_kv_governor.sandbox.messages import Setup, Variant
+
+CALM_TOKENS = 8
+_BACK_S = 20.0
+"""How long it is tried to have all back once the others are gone."""
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True):
+    """What is to be done."""
+
+    variant: Variant
+    model: str
+    state: str
+    """File with the context."""
+    context: list[int]
+    cells: int
+    tokens: int
+    """Decoded while the others are there."""
+    locks: bool = False
+    """Whether all memory is locked once the context is there."""
+    in_memory: bool = True
+    """Whether the weights are read into memory instead of being mapped."""
+    settings: dict[str, Any] = {}
+
+
+class Said(msgspec.Struct, frozen=True, kw_only=True):
+    """A line."""
+
+    event: str
+    tokens: list[int] = []
+    seconds: float = 0.0
+    masked: int = 0
+    """Of its cells, those that some of the tokens were decoded without: it is told with the result."""
+    returned_bytes: int = 0
+    written_bytes: int = 0
+    ungoverned: str = ""
+    """Why nothing of it can be given up."""
+
+
+def main() -> None:
+    """Entry point of the process."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    order = msgspec.json.decode(sys.argv[1], type=Order)
+    setup = Setup(
+        variant=order.variant,
+        model=order.model,
+        context_cells=order.cells,
+        mmap=not order.in_memory,
+        settings=order.settings,
+    )
+    llm = models.open_llm(setup, order.cells, 1)
+    governed = models.is_governed(order.variant)
+    tally = _Tally(llm) if governed else None
+    models.load_state(llm, order.variant, order.state, order.context[:-1])
+    llm.eval(order.context[-1:])
+    _say(Said(event="ready", ungoverned=models.why_not_governable(llm) if governed else ""))
+    if order.locks:
+        ctypes.CDLL(None).mlockall(1)  # MCL_CURRENT
+    sys.stdin.readline()
+    began_s, tokens, masked = time.monotonic(), [], 0
+    for _ in range(order.tokens):
+        tokens.append(models.greedy(llm))
+        if governed:
+            masked = max(masked, models.cells_of(llm, order.variant).masked)
+        llm.eval(tokens[-1:])
+    seconds = time.monotonic() - began_s
+    _say(
+        Said(
+            event="decoded",
+            tokens=tokens,
+            seconds=seconds,
+            masked=masked,
+            returned_bytes=tally.returned if tally else 0,
+            written_bytes=tally.written if tally else 0,
+        )
+    )
+    sys.stdin.readline()
+    _say(Said(event="calm", tokens=_again(llm, order, governed)))
+    llm.close()
+
+
+def _again(llm: Any, order: Order, governed: bool) -> list[int]:
+    """The first tokens once more, from the context as it was before: it is whole, or it is not."""
+    until_s = time.monotonic() + _BACK_S
+    while governed and models.put_back(llm) and time.monotonic() < until_s:
+        time.sleep(0.2)
+    models.cut(llm, len(order.context) - 1)
+    llm.eval(order.context[-1:])
+    tokens = []
+    for _ in range(CALM_TOKENS):
+        tokens.append(models.greedy(llm))
+        llm.eval(tokens[-1:])
+    return tokens
+
+
+class _Tally:
+    """What the governor said that it gave back and wrote."""
+
+    def __init__(self, llm: Any) -> None:
+        self.returned = self.written = 0
+        llm.governor.subscribe(self._hear)
+
+    def _hear(self, event: Any) -> None:
+        self.returned += getattr(event, "bytes_returned", 0)
+        self.written += getattr(event, "written_bytes", 0)
+
+
+def _say(said: Said) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        print(msgspec.json.encode(said).decode(), flush=True)
+
+
+if __name__ == "__main__":
+    main()

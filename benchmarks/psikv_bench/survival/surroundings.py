@@ -1,0 +1,291 @@
+"""The surroundings: each the real thing, made for one run and gone after it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from psi_kv_governor.errors import PsiKvError
+from psi_kv_governor.sandbox.sandbox import Sandbox
+from psikv_bench.survival import filtered
+
+MIB = 1 << 20
+NOBODY = "54321"
+"""A user number without name, home or group, as a container platform gives out."""
+
+_MAPPED = """
+import mmap, os, sys, tempfile, time
+with tempfile.TemporaryFile(dir=sys.argv[1]) as file:
+    for _ in range(int(sys.argv[2])):
+        file.write(os.urandom(1 << 20))
+    file.flush(); os.fsync(file.fileno())
+    view = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    print("begin", flush=True)
+    while True:
+        sum(view[i] for i in range(0, len(view), 4096))
+        time.sleep(0.05)
+"""
+"""An index that is mapped and looked into everywhere, as vector databases do."""
+
+
+@dataclass
+class Around:
+    """What is around one run."""
+
+    folder: Path
+    """Its own, which any user can enter and write to; on a disk."""
+    need_bytes: int
+    """What plain llama.cpp takes with this model and context, all of it in memory."""
+    cache_bytes: int
+    ending: contextlib.ExitStack
+    wrap: Callable[[list[str]], list[str]] = lambda argv: argv
+    environ: dict[str, str] = field(default_factory=dict)
+    sandbox: Sandbox | None = None
+    other: Sandbox | None = None
+    """Where the neighbour is, if not in the same."""
+    neighbour: list[str] | None = None
+    locks: bool = False
+    during: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+    """What happens while it decodes."""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def limited(self, n_bytes: int, **swap: Any) -> None:
+        """In a memory cgroup of so many bytes."""
+        self.sandbox = self.ending.enter_context(Sandbox(n_bytes, **swap))
+
+    def ramp(self, mib: int, rate: float) -> None:
+        """A neighbour that takes memory and goes on using it."""
+        self.neighbour = [
+            sys.executable, "-m", "psi_kv_governor.sandbox.load", "--kind", "ramp", "--mib", str(mib),
+            "--rate-mib-s", str(rate),
+        ]  # fmt: skip
+
+    def mounts(self, *commands: str) -> None:
+        """In a mount namespace of its own, in which `commands` were run."""
+        script = " && ".join((*commands, 'exec "$@"'))
+        before = self.wrap
+        self.wrap = lambda argv: [
+            "unshare", "-m", "--propagation", "private", "sh", "-c", script, "sh", *before(argv),
+        ]  # fmt: skip
+
+    def nobody(self) -> None:
+        """As a user without a name."""
+        before = self.wrap
+        self.wrap = lambda argv: [
+            "setpriv", "--reuid", NOBODY, "--regid", "0", "--clear-groups", *before(argv),
+        ]  # fmt: skip
+
+
+def calm(around: Around) -> None:
+    """Nothing at all."""
+
+
+def hardened(around: Around) -> None:
+    """A unit with DynamicUser, ProtectHome and the filter @system-service, which kills for mincore."""
+    around.nobody()
+    inner = around.wrap
+    denied = ["mincore", "cachestat", "ptrace", "bpf", "mount"]
+    around.wrap = lambda argv: filtered.command(inner(argv), deny=denied)
+    around.mounts("mount -t tmpfs -o mode=0000 none /run")
+    around.environ = {"HOME": "/nonexistent", "CACHE_DIRECTORY": str(around.folder)}
+
+
+def random_user(around: Around) -> None:
+    """A random user number without a name, HOME=/."""
+    around.nobody()
+    around.environ = {"HOME": "/", "TMPDIR": str(around.folder)}
+
+
+def read_only(around: Around) -> None:
+    """A read-only root without any folder to write to."""
+    around.mounts("mount -o remount,ro,bind /", "mount -o remount,ro,bind /dev/shm")
+    around.environ = {"HOME": "/nonexistent"}
+
+
+def noexec(around: Around) -> None:
+    """Every folder that can be written to mounted noexec."""
+    around.mounts(
+        f"mount --bind {around.folder} {around.folder}", f"mount -o remount,bind,noexec {around.folder}",
+        "mount -t tmpfs -o noexec,mode=1777 none /dev/shm",
+    )  # fmt: skip
+    around.environ = {"HOME": str(around.folder), "TMPDIR": "/dev/shm"}
+
+
+def no_compiler(around: Around) -> None:
+    """An image without a C compiler, and nothing compiled before."""
+    around.environ = {"CC": "no-such-compiler", "HOME": str(around.folder)}
+
+
+def no_threads(around: Around) -> None:
+    """TasksMax=1: no thread beside the model's own."""
+    around.nobody()
+    before = around.wrap
+    around.wrap = lambda argv: ["prlimit", "--nproc=1:1", *before(argv)]
+    around.environ = {"TMPDIR": str(around.folder), "HOME": "/"}
+
+
+def no_files(around: Around) -> None:
+    """LimitFSIZE=0: no file may grow."""
+    around.wrap = lambda argv: ["prlimit", "--fsize=0:0", *argv]
+
+
+def no_swap(around: Around) -> None:
+    """A limit without swap, and a neighbour that takes what half of the cache holds, at 100 MB/s."""
+    around.limited(around.need_bytes + 100 * MIB - around.cache_bytes // 2)
+    around.ramp(100, 100.0)
+
+
+def zram(around: Around) -> None:
+    """The same with zram to swap to."""
+    around.limited(around.need_bytes + 100 * MIB - around.cache_bytes // 2, swap="zram", swap_bytes=512 * MIB)
+    around.ramp(100, 100.0)
+
+
+def tmpfs(around: Around) -> None:
+    """The same without swap, and every folder is memory."""
+    no_swap(around)
+    around.mounts(f"mount -t tmpfs -o mode=1777 none {around.folder}", "mount -t tmpfs none /var/tmp")
+    around.environ = {"HOME": str(around.folder), "XDG_CACHE_HOME": str(around.folder), "TMPDIR": "/dev/shm"}
+
+
+def overlay(around: Around) -> None:
+    """The same, and the only folder is an overlay whose upper layer is memory."""
+    no_swap(around)
+    here = around.folder
+    around.mounts(
+        f"mkdir -p {here}/lower {here}/seen && mount -t tmpfs none {here}/lower",
+        f"mkdir {here}/lower/upper {here}/lower/work {here}/lower/low",
+        f"mount -t overlay -o lowerdir={here}/lower/low,upperdir={here}/lower/upper,"
+        f"workdir={here}/lower/work overlay {here}/seen",
+        "mount -t tmpfs none /var/tmp" if not str(here).startswith("/var/tmp") else "true",
+    )
+    around.environ = {"XDG_CACHE_HOME": f"{here}/seen", "HOME": f"{here}/seen", "TMPDIR": f"{here}/seen"}
+
+
+def _image(around: Around, folder: str, mib: int) -> str:
+    """Commands that mount a disk in a file of `folder`."""
+    here = around.folder
+    return (
+        f"mkdir -p {here}/disk && truncate -s {mib}M {folder}/disk.img && "
+        f"mkfs.ext4 -q -F -m 0 {folder}/disk.img && mount -o loop {folder}/disk.img {here}/disk && "
+        f"chmod 1777 {here}/disk"
+    )
+
+
+def loop(around: Around) -> None:
+    """The same, and the only folder is a disk in a file that lies in memory."""
+    no_swap(around)
+    around.mounts("mount -t tmpfs none /dev/shm", _image(around, "/dev/shm", 256))
+    around.environ = dict.fromkeys(("XDG_CACHE_HOME", "HOME", "TMPDIR"), f"{around.folder}/disk")
+
+
+def full_disk(around: Around) -> None:
+    """The same, and the disk has 16 MiB."""
+    no_swap(around)
+    around.mounts(_image(around, str(around.folder), 16))
+    around.environ = dict.fromkeys(("XDG_CACHE_HOME", "HOME", "TMPDIR"), f"{around.folder}/disk")
+    around.settings = {"place_reserve_bytes": 0}
+
+
+def slow_disk(around: Around) -> None:
+    """A disk of 8 MB/s, and a neighbour of 25 MB/s, without swap."""
+    around.limited(around.need_bytes + 100 * MIB - around.cache_bytes // 2)
+    around.ramp(100, 25.0)
+    blkio = Path("/sys/fs/cgroup/blkio/blkio.throttle.write_bps_device")
+    if not blkio.exists():
+        raise PsiKvError("no blkio controller of cgroup v1 to slow a disk of one's own down")
+    image = around.folder / "slow.img"
+    with image.open("wb") as file:
+        file.truncate(512 * MIB)
+    subprocess.run(["mkfs.ext4", "-q", "-F", "-m", "0", str(image)], check=True)
+    disk = around.folder / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-o", "loop", str(image), str(disk)], check=True)
+    around.ending.callback(subprocess.run, ["umount", str(disk)], check=False)
+    device = disk.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    blkio.write_text(f"{number} {8 * 1000 * 1000}")
+    around.ending.callback(blkio.write_text, f"{number} 0")
+    disk.chmod(0o1777)
+    around.environ = dict.fromkeys(("XDG_CACHE_HOME", "HOME", "TMPDIR"), str(disk))
+    around.settings = {"place_reserve_bytes": 0}
+
+
+def mapped_files(around: Around) -> None:
+    """A neighbour that maps a file of 200 MiB, in a limit with room for 120 of them."""
+    around.limited(around.need_bytes + 160 * MIB)
+    around.neighbour = [sys.executable, "-c", _MAPPED, str(around.folder), "200"]
+
+
+def other_container(around: Around) -> None:
+    """Another container that thrashes at its own limit."""
+    around.limited(around.need_bytes + 200 * MIB)
+    around.other = around.ending.enter_context(Sandbox(48 * MIB, swap="zram", swap_bytes=256 * MIB))
+    around.ramp(120, 0.0)
+
+
+def locked(around: Around) -> None:
+    """Memory locked while it runs, and the neighbour of 100 MB/s in a limit with room for both."""
+    around.limited(around.need_bytes + 110 * MIB)
+    around.ramp(100, 100.0)
+    around.locks = True
+
+
+def frozen(around: Around) -> None:
+    """Frozen for two seconds, and thawed."""
+    around.limited(around.need_bytes + 200 * MIB)
+    assert around.sandbox is not None
+    pids = around.sandbox.group.pids
+
+    @contextlib.contextmanager
+    def freeze() -> Iterator[None]:
+        import signal
+        import time
+
+        there = [pid for pid in pids() if _is_subject(pid)]
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for pid in there:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            time.sleep(2.0 if number == signal.SIGSTOP else 0.0)
+        yield
+
+    around.during = freeze
+
+
+def _is_subject(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return b"survival.subject" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
+
+
+SURROUNDINGS: dict[str, Callable[[Around], None]] = {
+    one.__name__.replace("_", "-"): one
+    for one in (
+        calm, hardened, random_user, read_only, noexec, no_compiler, no_threads, no_files, no_swap, zram,
+        tmpfs, overlay, loop, full_disk, slow_disk, mapped_files, other_container, locked, frozen,
+    )
+}  # fmt: skip
+"""By name; the docstring says what it is."""
+
+QUICK = ("calm", "hardened", "noexec", "no-swap", "mapped-files")
+
+
+def why_not(names: Sequence[str]) -> str:
+    """Why they can't be made here; empty where they can."""
+    able, why = Sandbox.available("zram" if {"zram", "other-container"} & set(names) else "none")
+    if not able:
+        return why
+    if os.geteuid() != 0:
+        return "other users and mounts are for root alone"
+    missing = [name for name in ("unshare", "setpriv", "prlimit", "mkfs.ext4") if not shutil.which(name)]
+    return f"{missing[0]} is missing: apt install util-linux e2fsprogs" if missing else ""
