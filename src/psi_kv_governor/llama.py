@@ -83,17 +83,6 @@ class GovernedLlama(llama_cpp.Llama):  # type: ignore[misc]  # mypy here follows
                 read_gguf(Path(model_path))
                 raise
             engine = self._psi_kv_engine(chosen, before, why)
-        self.governor = Governor(engine, config=config, source=source, policy=policy)
-        self.governor.healers.append(functools.partial(_heal_weakly, weakref.ref(self)))
-        if auto:
-            self.governor.start()
-        engine: Engine
-        if chosen is None:
-            engine = process.NoEngine(why)
-            _log.warning("this model is not governed: %s", why)
-        else:
-            engine = process.engine(chosen, functools.partial(context_of, weakref.ref(self)))
-            self._psi_kv_states = engine.states = SavedStates(chosen.place)
         self.governor = self._psi_kv_governor(engine, config, source, policy)
 
     def _psi_kv_governor(
