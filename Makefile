@@ -113,6 +113,7 @@ $(VLLM_READY): pyproject.toml scripts/vllm_requirements.py scripts/convert_demo_
 	  'gguf>=0.17' accelerate 'pytest>=8.2' 'pytest-timeout>=2.3' 'hypothesis>=6.100'
 	$(VLLM)/bin/python -m pip install --disable-pip-version-check --quiet --editable .
 	$(VLLM)/bin/python scripts/convert_demo_model.py $(VLLM)/model
+	$(VLLM)/bin/python scripts/convert_demo_model.py $(VLLM)/small 6
 	@touch $@
 
 $(TRANSFORMERS_READY): pyproject.toml | $(BIN)/python

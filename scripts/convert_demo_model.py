@@ -11,8 +11,9 @@ from pathlib import Path
 from psi_kv_governor.model import demo_model_path
 
 
-def convert(to: Path) -> None:
-    """Read the demo GGUF, and write config, weights (bfloat16) and tokenizer into the folder `to`."""
+def convert(to: Path, layers: int = 0) -> None:
+    """Read the demo GGUF, and write config, weights (bfloat16) and tokenizer into the folder `to`; only the
+    first `layers` where a number is given."""
     import torch
 
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -26,11 +27,14 @@ def convert(to: Path) -> None:
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    plain.load_state_dict(model.state_dict())
+    plain.load_state_dict(model.state_dict(), strict=not layers)
     plain.save_pretrained(to)
     AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(to)
 
 
 if __name__ == "__main__":
-    convert(Path(sys.argv[1]))
+    convert(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0)

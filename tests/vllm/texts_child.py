@@ -87,7 +87,7 @@ def main() -> None:
         max_model_len=512,
         max_num_batched_tokens=512,
         max_num_seqs=4,
-        dtype="bfloat16",
+        dtype="float32",
         disable_log_stats=True,
         kv_transfer_config={"kv_connector": "PsiKvConnector", "kv_role": "kv_both"},
         **json.loads(sys.argv[3] if len(sys.argv) > 3 else "{}"),

@@ -14,7 +14,7 @@ from psi_kv_governor.cli._group import example
 from psi_kv_governor.config import load_config
 from psi_kv_governor.doctor import run_checks
 from psi_kv_governor.preflight import Check
-from psi_kv_governor.service.reach import check_program
+from psi_kv_governor.service.reach import check_command
 
 _SIGNS = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "bold red")}
 
@@ -26,6 +26,7 @@ _SIGNS = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", 
         "psi-kv doctor",
         "psi-kv doctor --model llama-8b.gguf --json",
         "psi-kv doctor -- llama-server",
+        "psi-kv doctor -- vllm serve some/model",
     ),
 )
 @click.option(
@@ -33,10 +34,10 @@ _SIGNS = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", 
 )
 @click.option("--config", "file", type=click.Path(path_type=Path), metavar="FILE", help="A psi-kv.toml.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.argument("program", required=False)
+@click.argument("program", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
 def command(
-    ctx: click.Context, model: Path | None, file: Path | None, as_json: bool, program: str | None
+    ctx: click.Context, model: Path | None, file: Path | None, as_json: bool, program: tuple[str, ...]
 ) -> None:
     """Check everything that the governor stands on: one line each, with what to do when it is missing.
 
@@ -46,7 +47,7 @@ def command(
     """
     console = Console(soft_wrap=True)
     checks = []
-    asked = [check_program(program, os.environ)] if program is not None else None
+    asked = [check_command(program, os.environ)] if program else None
     for check in asked or run_checks(load_config(file, default_file=True), model, isolated=True):
         checks.append(check)
         if not as_json:

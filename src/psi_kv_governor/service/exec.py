@@ -14,6 +14,7 @@ from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.engines.llama.fleet import Fleet
 from psi_kv_governor.engines.llama.loader import agent_path, is_agent
 from psi_kv_governor.engines.llama.process import Chosen, choose
+from psi_kv_governor.engines.vllm import serve
 from psi_kv_governor.errors import BadInputError, EngineError
 from psi_kv_governor.events import AnsweredMasked, Event
 from psi_kv_governor.governor import Governor
@@ -40,6 +41,8 @@ class Prepared(NamedTuple):
     chosen: Chosen
     inside: bool
     """Whether another `psi-kv exec` governs it already."""
+    serving: serve.Serving | None = None
+    """How vLLM's server would be started: it has a plugin, and needs neither agent nor sidecar."""
 
 
 def prepare(command: Sequence[str], config: GovernorConfig, environ: Mapping[str, str]) -> Prepared:
@@ -48,8 +51,10 @@ def prepare(command: Sequence[str], config: GovernorConfig, environ: Mapping[str
     if not command:
         raise BadInputError("say which program to run: psi-kv exec -- PROGRAM [ARGS]")
     path = find_program(command[0], environ)
-    reach = reach_of(path)
     chosen = choose(config)
+    if serve.is_serve(command):
+        return _prepare_vllm(command, path, config, environ, chosen)
+    reach = reach_of(path)
     agent, why = "", reach.how if reach.level is Level.NONE else ""
     if why and reach.remedy:
         why = f"{why}: {reach.remedy}"
@@ -58,6 +63,15 @@ def prepare(command: Sequence[str], config: GovernorConfig, environ: Mapping[str
     except EngineError as error:
         why = why or str(error)
     return Prepared(path, reach, agent, why, chosen, inside=_listens(environ.get(SOCKET, "")))
+
+
+def _prepare_vllm(
+    command: Sequence[str], path: Path, config: GovernorConfig, environ: Mapping[str, str], chosen: Chosen
+) -> Prepared:
+    serving = serve.prepare(command, path, config, environ)
+    level = Level.NONE if serving.why_not else Level.FULL
+    reach = Reach(level=level, how=serving.why_not or serving.told)
+    return Prepared(path, reach, "", serving.why_not, chosen, inside=False, serving=serving)
 
 
 def _listens(name: str) -> bool:
@@ -104,6 +118,8 @@ def run(
     """
     environ = dict(os.environ) if environ is None else environ
     prepared = prepare(command, config, environ)
+    if prepared.serving is not None:
+        return _run_vllm(command, prepared.path, prepared.serving, held, beside)
     opened: list[int] = []
     fleet, why = None, prepared.why_not
     if not prepared.inside and not why:  # else it has its governor, or can have none
@@ -140,6 +156,22 @@ def run(
     if not opened:
         _say(f"{command[0]} opened no llama.cpp cache that could be governed: psi-kv doctor -- {command[0]}")
     return status
+
+
+def _run_vllm(
+    command: Sequence[str],
+    path: Path,
+    serving: serve.Serving,
+    held: HeldSignals,
+    beside: Sequence[Beside],
+) -> int:
+    """Its governor is in its own engine, which is reached as any other: `psi-kv watch`, `psi-kv status`."""
+    program = Program(serving.command, path, serving.environ, held)
+    if serving.why_not:
+        _say(f"{command[0]} runs ungoverned: {serving.why_not}")
+    for one in beside:
+        _say(f"no {one.name} here: vLLM's governor is in its engine (psi-kv dashboard, and vLLM's /metrics)")
+    return program.wait()
 
 
 def _start(beside: Sequence[Beside], governor: Governor, ending: contextlib.ExitStack) -> None:

@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ import msgspec
 from elftools.common.exceptions import ELFError  # reads ELF files: the maintained library for it
 from elftools.elf.elffile import ELFFile
 
+from psi_kv_governor.config import GovernorConfig
+from psi_kv_governor.engines.vllm import serve
 from psi_kv_governor.preflight import Check, State
 from psi_kv_governor.service.program import find_program
 
@@ -70,6 +72,17 @@ def check_program(name: str, environ: Mapping[str, str]) -> Check:
         "ok" if reach.level in {Level.FULL, Level.LATER} else "fail" if reach.level is Level.NONE else "warn"
     )
     return Check("program", state, f"{_MEANINGS[reach.level]}: {reach.how}", reach.remedy)
+
+
+def check_command(command: Sequence[str], environ: Mapping[str, str]) -> Check:
+    """As `check_program`, of a program with its arguments: those of vLLM's server decide what it can give."""
+    if not serve.is_serve(command):
+        return check_program(command[0], environ)
+    path = find_program(command[0], environ)
+    serving = serve.prepare(command, path, GovernorConfig(), environ)
+    if serving.why_not:
+        return Check("program", "fail", f"{_MEANINGS[Level.NONE]}: {serving.why_not}")
+    return Check("program", "ok", serving.told)
 
 
 def reach_of(path: Path) -> Reach:
