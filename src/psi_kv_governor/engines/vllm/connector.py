@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -25,8 +25,8 @@ from vllm.platforms import current_platform
 
 from psi_kv_governor.config import GovernorConfig, load_config
 from psi_kv_governor.engines.vllm import checks, versions
-from psi_kv_governor.engines.vllm.governing import Governing
 from psi_kv_governor.engines.vllm.messages import Report, Step
+from psi_kv_governor.engines.vllm.scheduling import Scheduling
 from psi_kv_governor.engines.vllm.working import Working
 
 _log = logging.getLogger("vllm.psi_kv_governor")
@@ -58,7 +58,7 @@ def _harmless(otherwise: Any = None) -> Callable[[Callable[..., _T]], Callable[.
 
     def wrap(method: Callable[..., _T]) -> Callable[..., _T]:
         @functools.wraps(method)
-        def call(self: PsiKvConnector, *args: Any, **kwargs: Any) -> _T:
+        def call(self: Connector, *args: Any, **kwargs: Any) -> _T:
             try:
                 return method(self, *args, **kwargs)
             except Exception as error:
@@ -70,8 +70,17 @@ def _harmless(otherwise: Any = None) -> Callable[[Callable[..., _T]], Callable[.
     return wrap
 
 
-class PsiKvConnector(KVConnectorBase_V1, SupportsHMA):
-    """See the module."""
+class Governing(Protocol):
+    """What stands beside the scheduler."""
+
+    all: Scheduling
+
+    def close(self) -> None:
+        """Govern nothing any more."""
+
+
+class Connector(KVConnectorBase_V1, SupportsHMA):
+    """See the module. Its governor comes from who knows one (`psi_kv_governor.vllm`)."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
@@ -91,9 +100,13 @@ class PsiKvConnector(KVConnectorBase_V1, SupportsHMA):
         settings = _settings(config)
         n_bytes = sum({id(one): one.size for one in cache.kv_cache_tensors}.values())
         if role is KVConnectorRole.SCHEDULER:
-            self._scheduler = Governing(config, cache, settings)
+            self._scheduler = self.govern(config, cache, settings)
         else:
             self._worker = Working(settings, config.parallel_config.rank, cache.num_blocks, n_bytes)
+
+    def govern(self, config: Any, cache: Any, settings: GovernorConfig) -> Governing:
+        """Make the governor of an engine."""
+        raise NotImplementedError
 
     def give_up(self, why: str) -> None:
         """Govern nothing any more in this process."""

@@ -11,7 +11,7 @@ import logging
 from psi_kv_governor.engines.vllm.versions import installed, why_not
 
 CONNECTOR = "PsiKvConnector"
-MODULE = "psi_kv_governor.engines.vllm.connector"
+MODULE = "psi_kv_governor.vllm"
 
 _log = logging.getLogger("psi_kv_governor")
 

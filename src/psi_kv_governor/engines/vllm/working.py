@@ -94,7 +94,7 @@ class Working:
         mappings = self._memory.mappings
         small = sum(mapping.n_bytes for mapping in mappings) <= _MOST_COUNTED_BYTES
         return About(
-            host=_host(),
+            host=this_host(),
             pid=os.getpid(),
             block_bytes=self._block_bytes if self._parker is not None else 0,
             backing="file" if any(mapping.backing == "file" for mapping in mappings) else "memory",
@@ -127,7 +127,7 @@ class Working:
         self._close_source()
 
 
-def _host() -> str:
+def this_host() -> str:
     """A name for the machine that two of them do not share."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

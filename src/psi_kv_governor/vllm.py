@@ -1,4 +1,8 @@
-"""The governor in the engine's process: the law on one side, the scheduler's side on the other."""
+"""vLLM governed: the connector with a governor beside its scheduler, as vLLM makes it by name.
+
+Nothing here is for calling: `psi-kv exec -- vllm serve ...`, or `--kv-transfer-config '{"kv_connector":
+"PsiKvConnector", "kv_role": "kv_both"}'` where the package is installed beside vLLM.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,12 @@ from typing import Any
 
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.engines.vllm import versions
+from psi_kv_governor.engines.vllm.connector import Connector
 from psi_kv_governor.engines.vllm.engine import VllmEngine
 from psi_kv_governor.engines.vllm.hosts import HostsSource, far_levels
 from psi_kv_governor.engines.vllm.scheduling import Scheduling
 from psi_kv_governor.engines.vllm.unpublished import Waker
+from psi_kv_governor.engines.vllm.working import this_host
 from psi_kv_governor.governor import Governor
 from psi_kv_governor.pressure import discover
 from psi_kv_governor.pressure.neighbours import Neighbours
@@ -88,7 +94,8 @@ class Governing:
 
     def _pids(self) -> list[int]:
         """Workers on this host, which hold the cache."""
-        return [about.pid for about in self.all.ranks.values() if os.path.exists(f"/proc/{about.pid}")]  # noqa: PTH110
+        here = this_host()
+        return [about.pid for about in self.all.ranks.values() if about.host == here] or [os.getpid()]
 
     def close(self) -> None:
         """The governor ends; who stands still goes on."""
@@ -98,3 +105,11 @@ class Governing:
         if governor is not None:
             governor.close()
         self.engine.close()
+
+
+class PsiKvConnector(Connector):
+    """See the module."""
+
+    def govern(self, config: Any, cache: Any, settings: GovernorConfig) -> Governing:
+        """See Connector."""
+        return Governing(config, cache, settings)
