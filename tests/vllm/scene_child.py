@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-LONG, FILLERS = 900, 8
+LONG, FILLERS = 1024, 15
 
 
 def make_model(folder: Path) -> Path:

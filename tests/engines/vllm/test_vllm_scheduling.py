@@ -4,6 +4,7 @@ from vllm_help import BLOCK_BYTES, TOKENS, SchedulerOnPaper
 
 from psi_kv_governor.cache import Plan, Range, Step, Verb
 from psi_kv_governor.engines.vllm.engine import VllmEngine
+from psi_kv_governor.engines.vllm.figures import added
 from psi_kv_governor.engines.vllm.messages import About, Kind, Report
 from psi_kv_governor.engines.vllm.scheduling import Wish
 
@@ -234,3 +235,27 @@ def test_closing_lets_everybody_go_on():
     asked(one, Wish(Verb.MASK, 2))
     engine_of(one).close()
     assert one.held == {"b": False}
+
+
+def test_figures_are_told_once_a_second_and_amounts_once():
+    one = SchedulerOnPaper()
+    one.begin("a", 2 * TOKENS)
+    one.end("a")
+    one.side._wishes.append(Wish(Verb.PARK, n_bytes=1 << 20))
+    one.until_idle()
+    told = one.side.told()
+    assert told["returned_bytes"] == told["parked_bytes"] == 2 * BLOCK_BYTES
+    assert one.side.told() == {}
+    one.side._told_s = 0.0
+    assert one.side.told() == {}  # nothing is new
+    one.begin("b", TOKENS)
+    one.side._told_s = 0.0
+    assert "returned_bytes" not in one.side.told()
+
+
+def test_figures_of_two_tellings_are_one():
+    one, two = (
+        {"returned_bytes": 5, "parked_bytes": 9},
+        {"returned_bytes": 2, "parked_bytes": 3, "preemptions": 1},
+    )
+    assert added(one, two) == {"returned_bytes": 7, "parked_bytes": 3, "preemptions": 1}

@@ -26,6 +26,7 @@ from vllm.platforms import current_platform
 from psi_kv_governor.config import GovernorConfig, load_config
 from psi_kv_governor.engines.vllm import checks, versions
 from psi_kv_governor.engines.vllm.messages import Report, Step
+from psi_kv_governor.engines.vllm.metrics import PromMetrics, Stats
 from psi_kv_governor.engines.vllm.scheduling import Scheduling
 from psi_kv_governor.engines.vllm.working import Working
 
@@ -225,6 +226,28 @@ class Connector(KVConnectorBase_V1, SupportsHMA):
     def has_pending_push_work(self) -> bool:
         """See KVConnectorBase_V1: whether an idle engine has to make a step."""
         return self._scheduler is not None and self._scheduler.all.pending()
+
+    @_harmless()
+    def get_kv_connector_stats(self) -> Stats | None:
+        """See KVConnectorBase_V1: asked on both sides, and told by the scheduler's."""
+        told = None if self._scheduler is None else self._scheduler.all.told()
+        return Stats(data=told) if told else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Stats | None:
+        """See KVConnectorBase_V1."""
+        return Stats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: Any,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> PromMetrics | None:
+        """See KVConnectorBase_V1."""
+        return PromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     # -- both -------------------------------------------------------------------------------------------
 

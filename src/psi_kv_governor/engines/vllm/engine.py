@@ -90,7 +90,7 @@ class VllmEngine:
             capacity_cells=every.n_blocks * every.block_tokens,
             cell_bytes=max(1, block_bytes // every.block_tokens),
             row_bytes=max(1, block_bytes // every.block_tokens),
-            resident_bytes=sum(rank.resident_bytes for rank in ranks) or every.ledger.n_here * block_bytes,
+            resident_bytes=every.resident_bytes,
             maskable=False,
             why_not_maskable="attention of vLLM passes over no block: requests stand still whole",
             free_resident_bytes=len(free.bare) * block_bytes,

@@ -17,6 +17,7 @@ from typing import Any
 from psi_kv_governor.cache import Verb
 from psi_kv_governor.engines.vllm import unpublished
 from psi_kv_governor.engines.vllm.blocks import Free, Ledger, first_bytes
+from psi_kv_governor.engines.vllm.figures import Figures
 from psi_kv_governor.engines.vllm.messages import About, Finished, Kind, Order, Report, Step
 from psi_kv_governor.engines.vllm.requests import Requests, Running, blocks_at
 
@@ -27,6 +28,8 @@ _LOOK_S = 0.1
 """Time between two readings of a far host while steps are made anyway, or headroom is low."""
 _IDLE_LOOK_S = 1.0
 """The same while the engine is idle: an empty step takes about a millisecond."""
+_FIGURES_S = 1.0
+"""Time between two tellings of figures."""
 _WRITE_BLOCKS_BYTES = 64 << 20
 """Most that is written behind in one go."""
 
@@ -74,6 +77,7 @@ class Scheduling:
         self.hurry = False
         """Whether headroom is low somewhere."""
         self.written_bytes = 0
+        self.figures = Figures()
         self.last_used_s = 0.0
         self._estimate_bytes = block_bytes
         self._manager: Any = None
@@ -84,6 +88,7 @@ class Scheduling:
         self._numbers = itertools.count(1)
         self._fresh: list[int] = []
         self._ready = False
+        self._told_s = 0.0
 
     # -- what it knows ----------------------------------------------------------------------------------
 
@@ -94,6 +99,12 @@ class Scheduling:
         for about in list(self.ranks.values()):
             by_host[about.host] = by_host.get(about.host, 0) + about.block_bytes
         return min(by_host.values(), default=self._estimate_bytes)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Of the cache, over all ranks: counted by the kernel where they are not too large for it."""
+        counted = sum(rank.resident_bytes for rank in list(self.ranks.values()))
+        return counted or self.ledger.n_here * self.block_bytes
 
     @property
     def why_not(self) -> str:
@@ -171,6 +182,17 @@ class Scheduling:
         if not self._ready and len(self.ranks) >= self.world_size:
             self._ready = True
             self.on_ready()
+
+    def told(self) -> dict[str, float]:
+        """Figures for vLLM's own metrics, once a second; empty where nothing is new."""
+        if time.monotonic() - self._told_s < _FIGURES_S:
+            return {}
+        self._told_s = time.monotonic()
+        return self.figures.told(
+            resident_bytes=self.resident_bytes,
+            parked_bytes=len(self.free().parked) * self.block_bytes,
+            standing_still=len(self.requests.still),
+        )
 
     # -- by the governor --------------------------------------------------------------------------------
 
@@ -274,12 +296,19 @@ class Scheduling:
         if wish.verb is Verb.MASK and not one.still:
             if self.requests.stop(one, self._own_blocks(one)):
                 self._aside.append((one, wish))
+                self.figures.count(preemptions=1)
         elif wish.verb is Verb.UNMASK and one.aside is not None:
             return Kind.BACK, blocks_at(self.groups(one), wish.positions, self.block_tokens) & one.aside
         return Kind.PARK, ()
 
     def _ended(self, wish: Wish) -> None:
-        self.written_bytes += wish.done.written_bytes
+        done = wish.done
+        self.written_bytes += done.written_bytes
+        self.figures.count(
+            returned_bytes=done.bytes_returned,
+            read_back_bytes=done.bytes_back,
+            written_bytes=done.written_bytes,
+        )
         if wish.verb in {Verb.UNMASK, Verb.UNPARK}:
             self.ledger.came(wish.blocks)
             one = self.requests.find(wish.sequence)
