@@ -197,3 +197,92 @@ assert "max_map_count" in reply.problem or reply.n_bytes > 0, reply
 assert state() == whole
 print("whole")
 """
+
+HUGE_PAGES = """
+import sys
+from psi_kv_governor.engines.llama import loader
+agent = loader.load().agent
+agent.configure(sys.argv[2], in_file=False, reserve_bytes=0, limit_bytes=0)
+import llama_cpp
+llm = llama_cpp.Llama(sys.argv[1], n_ctx=4096, n_threads=1, n_threads_batch=1, verbose=False, flash_attn=True)
+llm.eval([i % 240 + 5 for i in range(1500)])
+def mappings():
+    lines = []
+    for line in open("/proc/self/smaps"):
+        if "-" in line.split(" ")[0] and lines:
+            yield lines
+            lines = []
+        lines.append(line)
+flags, huge = "", 0
+for lines in mappings():
+    start, stop = (int(part, 16) for part in lines[0].split()[0].split("-"))
+    if stop - start > 24 << 20 and lines[0].split()[1] == "rw-p" and len(lines[0].split()) == 5:
+        fields = dict(line.split(":", 1) for line in lines[1:])
+        if int(fields["Anonymous"].split()[0]) > 1400 * 8:
+            flags, huge = fields["VmFlags"], int(fields["AnonHugePages"].split()[0])
+assert "nh" in flags.split(), flags
+assert huge == 0, huge
+print("pages of the system's size")
+"""
+
+TWO_VERSIONS = """
+import ctypes, importlib.util, os, sys
+from pathlib import Path
+from psi_kv_governor.engines.llama import loader
+agent = loader.load().agent
+agent.configure(sys.argv[2], in_file=sys.argv[3] == "file", reserve_bytes=0, limit_bytes=0)
+import llama_cpp
+from psi_kv_governor.engines.llama.client import Client, InProcess, Op
+os.environ["LLAMA_CPP_LIB_PATH"] = sys.argv[4]
+spec = importlib.util.spec_from_file_location("second", Path(llama_cpp.__file__).with_name("llama_cpp.py"))
+second = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(second)
+mapped = Path("/proc/self/maps").read_text()
+assert "libllama.so" in mapped and "libllamb.so" in mapped, "two of them"
+
+class Context:
+    def __init__(self, api):
+        self.api = api
+        deaf = ctypes.cast(ctypes.CDLL(None).abs, api.llama_log_callback)
+        api.llama_log_set(deaf, None)
+        api.llama_backend_init()
+        self.model = api.llama_model_load_from_file(sys.argv[1].encode(), api.llama_model_default_params())
+        params = api.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_threads, params.n_threads_batch = 2048, 256, 1, 1
+        params.flash_attn_type = 1
+        self.ctx = api.llama_init_from_model(self.model, params)
+        self.n = 0
+
+    def decode(self, tokens):
+        batch = self.api.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, self.n + i, 1
+            batch.seq_id[i][0], batch.logits[i] = 0, i == len(tokens) - 1
+        assert self.api.llama_decode(self.ctx, batch) == 0
+        self.api.llama_batch_free(batch)
+        self.n += len(tokens)
+
+    def state(self):
+        size = self.api.llama_state_get_size(self.ctx)
+        buffer = (ctypes.c_uint8 * size)()
+        return bytes(buffer)[: self.api.llama_state_get_data(self.ctx, buffer, size)]
+
+one, other = Context(llama_cpp), Context(second)
+client = Client(InProcess(agent.serve))
+regions = client.regions(count_resident=False)
+assert len(regions) == 2, regions
+for i in range(8):
+    for context in (one, other):
+        context.decode([(i * 31 + j) % 240 + 5 for j in range(100)])
+    mine = client.ask(Op.PARK, regions[0].id, 0)
+    assert mine.n_bytes > 0 and not mine.problem, mine
+    its = client.ask(Op.PARK, regions[1].id, -1)  # ctypes calls this one without us
+    assert its.n_bytes == 0 and "not reached" in its.problem, its
+    assert one.state() == other.state()
+one.api.llama_free(one.ctx)
+other.decode([7, 8, 9])
+other.api.llama_free(other.ctx)
+assert client.regions(count_resident=False) == []
+print("each its own")
+"""

@@ -63,6 +63,25 @@ def test_a_library_that_the_user_chose_himself_stands_behind_the_agent(run, tmp_
     assert "governed" in run(scripts.OWN_LIBRARY, str(tmp_path / "lib"))
 
 
+@backings
+def test_two_versions_of_llama_cpp_each_reach_their_own(run, folder, tmp_path, backing):
+    """A copy whose libraries have other names stands for another version, loaded past the agent."""
+    installed = Path(importlib.util.find_spec("llama_cpp").origin).parent / "lib"
+    copies = tmp_path / "other"
+    copies.mkdir()
+    for library in installed.glob("lib*.so.0"):
+        renamed = library.read_bytes().replace(b"libllama.so", b"libllamb.so").replace(b"libggml", b"libggmm")
+        name = library.name.replace("libllama", "libllamb").replace("libggml", "libggmm")
+        (copies / name).write_bytes(renamed)
+    (copies / "libllama.so").symlink_to("libllamb.so.0")
+    assert "each its own" in run(scripts.TWO_VERSIONS, str(folder), backing, str(copies))
+
+
+def test_where_huge_pages_are_on_the_cache_has_none(run, folder):
+    """One would make 2 MiB resident for a row, and no part of it could be returned."""
+    assert "system's size" in run(scripts.HUGE_PAGES, str(folder))
+
+
 def test_where_llama_cpp_was_imported_before_it_says_so_and_the_model_runs(run):
     assert "plain" in run(scripts.IMPORTED_BEFORE)
 

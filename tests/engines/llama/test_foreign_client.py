@@ -147,6 +147,48 @@ def test_only_it_has_its_tokens_so_only_it_can_decode_them_again(pair):
     assert governor.last_result == {}
 
 
+def see_an_image(llm, seed: int) -> str:
+    """As a vision handler does: tokens of the text, then embeddings, decoded by itself, then an answer."""
+    import llama_cpp as api
+
+    llm.reset()
+    api.llama_memory_seq_rm(api.llama_get_memory(llm.ctx), -1, 0, -1)
+    llm.eval(llm.tokenize(b"what is this picture of " * 8))
+    n = 100
+    seen = np.random.default_rng(seed).standard_normal((n, llm.n_embd()), dtype=np.float32)
+    batch = api.llama_batch_init(n, llm.n_embd(), 1)
+    ctypes.memmove(batch.embd, seen.ctypes.data, seen.nbytes)
+    for i in range(n):
+        batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = (
+            llm.n_tokens + i,
+            1,
+            0,
+            i == n - 1,
+        )
+    batch.n_tokens = n
+    assert api.llama_decode(llm.ctx, batch) == 0
+    api.llama_batch_free(batch)
+    llm.input_ids[llm.n_tokens : llm.n_tokens + n] = -1
+    llm.n_tokens += n
+    llm.eval([5])
+    row = api.llama_get_logits_ith(llm.ctx, -1)
+    return np.ctypeslib.as_array(row, (llm.n_vocab(),)).tobytes().hex()
+
+
+def test_a_vision_handler_that_is_set_late_decodes_what_it_sees(pair):
+    ours, theirs = pair
+    answers = []
+    for client in pair:
+        client.llm.chat_handler = lambda llama, messages, **_: see_an_image(llama, messages[0]["content"])
+    for seed in range(3):
+        asked = [{"role": "user", "content": seed}]
+        answers.append(ours.llm.create_chat_completion(asked))
+        assert answers[-1] == theirs.llm.create_chat_completion(asked)
+        assert order(ours.llm, Verb.PARK).bytes_returned > 0
+        assert ours.state() == theirs.state()
+    assert len(set(answers)) == 3
+
+
 def test_a_governor_without_a_model_says_that_it_can_not_heal():
     from psi_kv_governor import Governor
     from psi_kv_governor.engines.llama.process import NoEngine

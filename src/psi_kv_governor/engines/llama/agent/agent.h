@@ -102,6 +102,7 @@ struct region {
     enum backing backing;
     bool     mapped;             // some of its pages are, or were, mappings of a file
     int      fd, direct_fd;      // -1: nothing is parked yet, or it can't be
+    bool     disk_failed;        // it refused pages with an error: nothing is parked on it any more
     uint8_t * in_file;           // one a page: its content is in the file (backing memory only)
     struct tensor * tensors;
     int32_t  n_tensors, leader;  // the leader's indices and addresses stand for all

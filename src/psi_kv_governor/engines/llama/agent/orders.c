@@ -147,6 +147,11 @@ static void choose_rows(struct region * region, const struct request * request, 
 }
 
 void order_park(struct region * region, const struct request * request, double begin_s, struct reply * reply) {
+    if (!region->ctx) {  // its states may be loaded at any moment, without the gate
+        reply->status = 1;
+        snprintf(agent.problem, sizeof(agent.problem), "the calls of this cache's llama.cpp are not reached: nothing of it is moved");
+        return;
+    }
     if (request->sequence < 0) {
         act_on_all(region, request, begin_s, request->op == WRITE ? ACT_WRITE : ACT_PARK, reply);
         return;

@@ -96,19 +96,33 @@ bool being_written(const struct region * region, uint64_t first, uint64_t last) 
 }
 
 static void refused(const char * what) {
+    const int problem = errno;
     snprintf(agent.problem, sizeof(agent.problem), "%s: %s", what,
-             errno == EINVAL ? "the memory is locked (mlock), or of a kind that can't be dropped" : strerror(errno));
+             problem == EINVAL ? "the memory is locked (mlock), or of a kind that can't be dropped" : strerror(problem));
+    errno = problem;
+}
+
+// Writes pages of the file through to the disk. After an error of the disk the kernel takes the lost pages for clean, so
+// that the next attempt would succeed and drop them: nothing of this file is dropped any more.
+static bool written_through(struct region * region, uint64_t first, uint64_t last) {
+    if (region->disk_failed) {
+        errno = EIO;
+    } else if (sync_file_range(region->fd, (off_t) (first - region->first), (off_t) (last - first),
+                               SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER) == 0 ||
+               errno == ENOSYS || errno == EPERM) {
+        return true;
+    }
+    region->disk_failed = errno == EIO;
+    refused("parked pages can't be written");
+    return false;  // they stay: a page that the disk refused is safe only in memory
 }
 
 // Pages of a shared file are what the file holds, whoever writes meanwhile: they can be dropped at any moment.
 static uint64_t park_shared(struct region * region, uint64_t first, uint64_t last) {
     const uint64_t before = resident_in(first, last);
     const off_t    offset = (off_t) (first - region->first), bytes = (off_t) (last - first);
-    if (sync_file_range(region->fd, offset, bytes,
-                        SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER) != 0 &&
-        errno != ENOSYS && errno != EPERM) {
-        refused("parked pages can't be written");
-        return 0;  // they stay: a page that the disk refused is safe only in memory
+    if (!written_through(region, first, last)) {
+        return 0;
     }
     if (madvise((void *) first, (size_t) bytes, MADV_DONTNEED) != 0) {
         refused("pages can't be dropped");
@@ -139,9 +153,10 @@ static bool copy_out(struct region * region, uint64_t first, uint64_t last, bool
     return true;
 }
 
-// Moves anonymous pages to the file and maps them from there. Nobody may write them meanwhile.
-static bool move_out(struct region * region, uint64_t first, uint64_t last, bool direct) {
-    if (!copy_out(region, first, last, direct)) {
+// Moves anonymous pages to the file and maps them from there. Nobody may write them meanwhile. Those that are to be
+// dropped have to be on the disk before.
+static bool move_out(struct region * region, uint64_t first, uint64_t last, bool drop) {
+    if (!copy_out(region, first, last, drop) || (drop && region->direct_fd < 0 && !written_through(region, first, last))) {
         return false;
     }
     const off_t offset = (off_t) (first - region->first);
@@ -191,11 +206,9 @@ static uint64_t park_private(struct region * region, uint64_t first, uint64_t la
             }
             if (drop && (moves || drops)) {
                 (void) madvise((void *) from, to - from, MADV_DONTNEED);
-                if (region->direct_fd < 0) {
-                    (void) sync_file_range(region->fd, (off_t) (from - region->first), (off_t) (to - from),
-                                           SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
+                if (moves || written_through(region, from, to)) {  // what was written behind may still be on its way
+                    (void) posix_fadvise(region->fd, (off_t) (from - region->first), (off_t) (to - from), POSIX_FADV_DONTNEED);
                 }
-                (void) posix_fadvise(region->fd, (off_t) (from - region->first), (off_t) (to - from), POSIX_FADV_DONTNEED);
             }
             i = j;
         }
@@ -257,8 +270,7 @@ uint64_t move_to_file(uint64_t first, uint64_t last) {
     one.in_file           = calloc((last - first) / page_bytes(), 1);
     if (one.fd < 0 || !one.in_file) {
         refused("no file can be made for a saved state");
-    } else if (move_out(&one, first, last, false)) {
-        (void) sync_file_range(one.fd, 0, (off_t) (last - first), SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
+    } else if (move_out(&one, first, last, true)) {
         (void) posix_fadvise(one.fd, 0, (off_t) (last - first), POSIX_FADV_DONTNEED);
         agent.written_bytes += last - first;
     }

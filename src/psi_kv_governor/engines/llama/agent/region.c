@@ -239,6 +239,7 @@ void regions_after_fork(bool child) {
         close(region->fd);
         close(region->direct_fd);
         region->fd = region->direct_fd = -1;
+        region->disk_failed = false;
         if (child) {
             region->computing = false;
         }
