@@ -31,6 +31,7 @@ SCENES = {
     "trim": "What a trim returns and how fast, and that it changes no bit.",
     "overhead": "What the governor costs while the machine is calm.",
     "opening": "What a context costs before a token is in it.",
+    "scale": "Caches of an 8B model's shape at 32k and 128k cells.",
     "policies": "What scoring by keys and sampling attention cost.",
     "soak": "Processor time, memory and growth over half an hour.",
     "fidelity": "What the model still knows when a policy gave up a part.",
