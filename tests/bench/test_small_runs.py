@@ -17,7 +17,8 @@ from psi_kv_governor.policy import Range
 from psi_kv_governor.sandbox.messages import Done, Setup
 from psikv_bench.model import differing
 from psikv_bench.record import Recorder
-from psikv_bench.scenes import opening, overhead, policies, soak, trim
+from psikv_bench.scenes import opening, overhead, policies, scale, soak, trim
+from psikv_bench.wide_model import CELL_BYTES
 
 
 def measured(scene, options, **given):
@@ -188,3 +189,16 @@ def test_a_soak_ends_whole_and_counts_the_governors_own_time(demo_model):
     assert len(by_name["share of one core"].values) == 2
     assert by_name["cells not restored"].passed
     assert by_name["more threads"].passed
+
+
+@pytest.mark.llama
+@pytest.mark.parametrize("backing", ["file", "memory"])
+def test_a_small_cache_of_a_large_model_s_shape_goes_whole_and_comes_back(demo_model, backing):
+    options = scale.ScaleOptions(model=str(demo_model), sizes=(2048,), backings=(backing,))
+    found = {name: one.median for (_, name), one in measured(scale, options).items()}
+    whole = 2048 * CELL_BYTES / 1e9
+    for name in ("trim", "trim of clean ranges", "restore"):
+        assert found[f"{name}: bytes"] == pytest.approx(whole, rel=0.02), name
+    assert found["release: bytes"] == pytest.approx(whole / 2, rel=0.02)
+    assert found["mappings of the cache"] < 200
+    assert found["resident when opened"] < 4
