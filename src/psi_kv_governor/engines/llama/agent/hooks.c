@@ -133,11 +133,29 @@ EXPORT int32_t llama_encode(struct llama_context * ctx, struct llama_batch batch
 EXPORT int32_t llama_process(struct llama_context * ctx, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t d, uintptr_t e) {
     REAL(llama_process);
     INSIDE;
-    graph_call_begin(ctx, lib_of((void *) real), NULL);
+    struct lib *   lib   = lib_of((void *) real);
+    const uint32_t n_max = lib && lib->n_seq_max ? lib->n_seq_max(ctx) : 0;
+    const struct llama_batch * batch = batch_seen((const void *) b, n_max);  // (context, what to do, batch)
+    graph_call_begin(ctx, lib, batch ? batch : batch_seen((const void *) a, n_max));
     const int32_t result = real(ctx, a, b, c, d, e);
     graph_call_end();
     return result;
 }
+
+#define EXTENDS(name, more)                                                                                         \
+    EXPORT uintptr_t name(void * batch, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t d, uintptr_t e) {       \
+        REAL(name);                                                                                              \
+        const uintptr_t result = real(batch, a, b, c, d, e);                                                     \
+        more;                                                                                                    \
+        return result;                                                                                           \
+    }
+
+EXTENDS(llama_batch_ext_add, batch_added(batch, (int32_t) result, (int32_t) a))
+EXTENDS(llama_batch_ext_add_token, batch_added(batch, (int32_t) result, (int32_t) a))
+EXTENDS(llama_batch_ext_add_seq, batch_changed(batch, (int32_t) a, NULL))
+EXTENDS(llama_batch_ext_set_pos, batch_changed(batch, (int32_t) a, (const int32_t *) b))
+EXTENDS(llama_batch_ext_clear, batch_emptied(batch, false))
+EXTENDS(llama_batch_ext_free, batch_emptied(batch, true))
 
 static void cells_changed(void) {
     pthread_mutex_lock(&agent.lock);
@@ -268,6 +286,7 @@ static void after_fork_in_child(void) {
     socket_after_fork();
     gate_after_fork();
     libc_after_fork();
+    batch_after_fork();
 }
 
 EXPORT void psikv_configure(const char * place, int32_t backing, uint64_t reserve_bytes, uint64_t limit_bytes, const char * library) {
@@ -307,7 +326,8 @@ static const struct { const char * name; void * hook; } hooks[] = {
     HOOK(llama_state_get_data), HOOK(llama_state_get_size), HOOK(llama_state_seq_set_data), HOOK(llama_state_seq_get_data),
     HOOK(llama_state_seq_get_size), HOOK(llama_state_load_file), HOOK(llama_state_save_file), HOOK(llama_state_seq_load_file),
     HOOK(llama_state_seq_save_file), HOOK(llama_state_seq_get_size_ext), HOOK(llama_state_seq_get_data_ext),
-    HOOK(llama_state_seq_set_data_ext),
+    HOOK(llama_state_seq_set_data_ext), HOOK(llama_batch_ext_add), HOOK(llama_batch_ext_add_token), HOOK(llama_batch_ext_add_seq),
+    HOOK(llama_batch_ext_set_pos), HOOK(llama_batch_ext_clear), HOOK(llama_batch_ext_free),
 };
 
 static void * hooked(void * handle, const char * name) {
