@@ -25,7 +25,9 @@ from typing import Any
 import click
 import msgspec
 
-from server_bench import Client, Dead, Limit, Run, _free_port, default_command, prompts
+from psi_kv_governor.model import demo_model_path
+from psikv_bench.server.asking import Client, Dead, Run, default_command, free_port, prompts
+from psikv_bench.server.container import Limit
 
 SAMPLE_S = 5.0
 SETTLED = 0.25
@@ -96,7 +98,7 @@ class Soak:
         """Of the first sidecar's time, and the second's."""
         self.failed: list[str] = []
         self.run = Run(governed=True)
-        self._dice, self._limit, self._port = random.Random(seed), limit, _free_port()
+        self._dice, self._limit, self._port = random.Random(seed), limit, free_port()
         self._begin_s = time.monotonic()
         self._ended = threading.Event()
         self._words = [word.replace("{port}", str(self._port)) for word in command]
@@ -194,7 +196,7 @@ def main(
 ) -> None:
     """Serve COMMAND under pressure for a while."""
     limit = Limit(limit_mib << 20)
-    soak = Soak(list(command) or default_command(), limit, seed)
+    soak = Soak(list(command) or default_command(str(demo_model_path())), limit, seed)
     try:
         soak.play(minutes, load_mib, place)
     finally:

@@ -39,6 +39,7 @@ SCENES = {
     "capacity": "The longest context that survives under a memory limit.",
     "latency": "From the first sign of need to the bytes returned.",
     "survival": "Plain and governed in every hostile surrounding: who lives.",
+    "server": "A server in a container's limit, ungoverned and governed.",
     "pressure": "One scene under one load, all variants by turns.",
 }
 """Name and line of help, in the order of `--help`. The scene is `psikv_bench.scenes.<name>.SCENE`."""

@@ -88,12 +88,10 @@ def test_without_a_compiled_agent_the_program_runs(run, tmp_path):
 
 
 def test_on_a_root_that_is_read_only_with_no_place_to_park(run):
-    sandbox = ("bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--die-with-parent")
-    if (
-        shutil.which("bwrap") is None
-        or subprocess.run([*sandbox, "true"], capture_output=True, check=False).returncode
-    ):
-        pytest.skip("bubblewrap can't be used here")
+    script = 'mount -o remount,bind,ro / && exec "$@"'
+    sandbox = ("unshare", "--mount", "--propagation", "private", "--", "sh", "-c", script, "sh")
+    if subprocess.run([*sandbox, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no mount namespace can be made here")
     run("true")  # the agent is compiled where it is kept
     done = run("echo", "runs", before=sandbox)
     assert (done.stdout, done.returncode) == ("runs\n", 0), done.stderr

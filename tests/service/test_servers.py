@@ -28,7 +28,7 @@ MOST = 0.2
 N_TALKS = 5
 """One more than there are slots: the oldest goes to the server's prompt cache."""
 SENTENCES = 30
-"""390 tokens. The record is made with 1,500 (benchmarks/server.py)."""
+"""390 tokens. The record is made with 1,500 (`psi-kv bench server`)."""
 TALKS = [
     f"Story number {i}. " + "The quick brown fox jumps over the lazy dog and goes home. " * SENTENCES
     for i in range(N_TALKS)

@@ -232,6 +232,7 @@ void blob_whole(const void * address, size_t bytes);    // a state was written t
 void blob_used(const void * address);                   // a state is being read from there
 int  blobs_tell(struct blob * to, int most);
 uint64_t blob_park(uint32_t id, uint64_t * written);
+bool blob_holds(uintptr_t address);
 void blobs_refuse(bool refuse);                         // new entries of a prompt cache
 
 // ---- serve.c, and protocol.h for its parts: one message in, one out -------------------------------------------

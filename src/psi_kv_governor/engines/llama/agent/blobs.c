@@ -38,6 +38,16 @@ static struct blob * blob_at(const void * address) {
     return NULL;
 }
 
+// For a handler of signals: nothing is locked.
+bool blob_holds(uintptr_t address) {
+    for (int i = 0; i < n_blobs; i++) {
+        if (blobs[i].bytes && address >= blobs[i].base && address < blobs[i].base + blobs[i].mapped) {
+            return true;
+        }
+    }
+    return false;
+}
+
 static void * take(size_t bytes) {
     const size_t mapped = (bytes + page_bytes() - 1) & ~(page_bytes() - 1);
     void * at = mmap(NULL, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);

@@ -11,7 +11,7 @@ static struct sigaction before;
 
 static void say_and_pass_on(int number, siginfo_t * info, void * context) {
     (void) context;
-    if (region_of_address((uint64_t) (uintptr_t) info->si_addr)) {
+    if (region_of_address((uint64_t) (uintptr_t) info->si_addr) || blob_holds((uintptr_t) info->si_addr)) {
         static const char text[] = "psi-kv: parked context can't be read back from ";
         (void) !write(2, text, sizeof(text) - 1);
         (void) !write(2, agent.place, strlen(agent.place));
