@@ -69,8 +69,13 @@ lint: $(READY) ## Check format, lint and types
 	$(BIN)/mypy $(wildcard scripts/*.py benchmarks/*.py)
 	@if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh .ci/run; fi
 
+# What makes pressure, or a machine of its own, is alone; everything else has both cores. WORKERS=0: one after the other.
+WORKERS ?= 2
+ALONE := cgroup or swap or uml
+
 test: lint model ## Lint, types and all tests; ends with what was skipped and why
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not ($(ALONE))'
+	$(BIN)/python -m pytest -m '$(ALONE)'
 	@if timeout 400 $(MAKE) --no-print-directory $(FRAMEWORKS_READY) >$(VENV)/frameworks.log 2>&1; then \
 	  $(MAKE) --no-print-directory test-frameworks; \
 	else \

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import importlib.util
+import os
+import shutil
 import signal
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +19,20 @@ from psi_kv_governor import model
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.model_fetch import OfflineError
 from psi_kv_governor.sandbox.sandbox import Sandbox
+
+
+def _own_sockets() -> None:
+    """A folder for sockets that is this process' own.
+
+    Governors of one user hear of each other; the tests of two workers side by side, or a governed program of
+    whoever runs them, are not to.
+    """
+    folder, owner = tempfile.mkdtemp(prefix="psi-kv-"), os.getpid()
+    os.environ["XDG_RUNTIME_DIR"] = folder
+    atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
+
+
+_own_sockets()
 
 if importlib.util.find_spec("llama_cpp") is not None:
     from psi_kv_governor.engines.llama import loader

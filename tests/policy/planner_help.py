@@ -23,8 +23,8 @@ from psi_kv_governor.cache import (
 )
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.engines.simulated import CAPABLE
-from psi_kv_governor.engines.simulated.cache import PaperSequence
 from psi_kv_governor.engines.simulated.evidence import PaperEvidence
+from psi_kv_governor.engines.simulated.sequence import PaperSequence
 from psi_kv_governor.errors import EngineError
 from psi_kv_governor.policy import Policy, get_policy
 from psi_kv_governor.policy.planner import Planner

@@ -6,7 +6,6 @@ Each raises OSError with the kernel's errno. Addresses are integers, sizes are b
 from __future__ import annotations
 
 import ctypes
-import errno
 import functools
 import mmap
 import os
@@ -215,14 +214,3 @@ def call_allowed(name: str, status: Path = Path("/proc/self/status")) -> bool:
     except (OSError, subprocess.SubprocessError):
         return False
     return tried.returncode == 0
-
-
-def is_full(error: OSError) -> bool:
-    """Whether `error` says that there is no room (on the disk, in the quota, for one more file)."""
-    return error.errno in (
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EFBIG,
-        errno.EMFILE,
-        errno.ENFILE,
-    )

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from psi_kv_governor.errors import BadInputError
 from psi_kv_governor.sandbox.messages import Pruned
-from psi_kv_governor.sandbox.process_memory import Sample, own_memory
+from psi_kv_governor.sandbox.process_memory import own_memory
 
 POLL_S = 1.0
 THRESHOLD = 0.10
@@ -76,7 +76,3 @@ class MiddlePruner:
             return None
         self._from = cut.stop
         return cut
-
-
-def _taken_bytes(seen: Sample) -> int:
-    return seen.anonymous_bytes + seen.swap_bytes

@@ -23,8 +23,9 @@ from psi_kv_governor.cache import (
     Step,
     Verb,
 )
-from psi_kv_governor.engines.simulated.cache import CELL_BYTES, PaperBlob, PaperCache, PaperSequence
+from psi_kv_governor.engines.simulated.cache import CELL_BYTES, PaperBlob, PaperCache
 from psi_kv_governor.engines.simulated.evidence import PaperEvidence
+from psi_kv_governor.engines.simulated.sequence import PaperSequence
 from psi_kv_governor.errors import EngineError
 
 # Measured with SmolLM2-135M on two x86-64 cores, 3,776 cells (87 MB) at once.
@@ -53,8 +54,6 @@ class SimulatedEngine:
         spend: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self.caches: dict[int, PaperCache] = {}
-        self.collected: frozenset[Kind] = frozenset()
-        """What it was asked to collect."""
         self._capabilities = capabilities
         self._place_limit_bytes = place_limit_bytes
         self._clock = clock
@@ -148,7 +147,6 @@ class SimulatedEngine:
 
     def collect(self, kinds: frozenset[Kind]) -> None:
         """Nothing has to be gathered."""
-        self.collected = kinds
 
     def evidence(self, cache: int, sequence: int) -> Evidence:
         """Made up, but the same for every sequence of that number. Raises EngineError where there is none."""

@@ -7,7 +7,7 @@ import functools
 import numpy as np
 
 from psi_kv_governor.cache import Kind, Range, Values
-from psi_kv_governor.engines.simulated.cache import PaperSequence
+from psi_kv_governor.engines.simulated.sequence import PaperSequence
 
 _TAIL = 1.2
 """Exponent of the Pareto law by which attention is spread: a tenth of the tokens gets about half of it."""
