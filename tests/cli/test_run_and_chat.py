@@ -117,7 +117,8 @@ def test_a_signal_in_mid_generation_keeps_the_text_and_the_summary(demo_model, n
 
 def test_events_are_appended_to_a_private_file(demo_model, tmp_path):
     log = tmp_path / "events.jsonl"
-    finish("chat", *small(demo_model), "--events", str(log), said="Tell me a story.\n/trim 0.5\n")
+    said = f"Say no more after this: {'word ' * 500}\n/trim 0.5\n"  # more than what is protected
+    finish("chat", "-n", "4", *small(demo_model), "--events", str(log), said=said)
     kinds = [json.loads(line)["event"] for line in log.read_text().splitlines()]
     assert "Trimmed" in kinds
     assert log.stat().st_mode & 0o777 == 0o600
