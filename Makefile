@@ -70,7 +70,7 @@ lint: $(READY) ## Check format, lint and types
 	@if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh .ci/run; fi
 
 # What makes pressure, or a machine of its own, is alone; everything else has both cores. WORKERS=0: one after the other.
-WORKERS ?= 2
+WORKERS ?= 0
 ALONE := cgroup or swap or uml
 
 test: lint model ## Lint, types and all tests; ends with what was skipped and why

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from fakes import FakeSource
-from psi_kv_governor import socket_place, status_socket
+from psi_kv_governor import socket_place, status_messages, status_server
 from psi_kv_governor.cache import Result
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.engines.simulated import CELL_BYTES, SimulatedEngine
@@ -94,7 +94,7 @@ def client(opened):
 
 def test_who_connects_is_told_who_speaks_and_then_how_things_stand(client, governor):
     hello = client.next()
-    assert (hello["psi_kv_status"], hello["pid"]) == (status_socket.VERSION, os.getpid())
+    assert (hello["psi_kv_status"], hello["pid"]) == (status_messages.VERSION, os.getpid())
     assert hello["name"] == "my program"
     assert hello["config"]["cooldown_s"] == 0.0
     update = client.next()
@@ -110,13 +110,13 @@ def test_who_connects_is_told_who_speaks_and_then_how_things_stand(client, gover
 
 
 def test_a_new_client_is_told_the_last_events_once(opened, governor):
-    for _ in range(status_socket.KEPT_EVENTS):
+    for _ in range(status_server.KEPT_EVENTS):
         governor.trim(0.1)
         governor.restore()
     client = Lines(opened.path)
     client.next()
     first, second = client.next(), client.next()
-    assert len(first["events"]) == status_socket.KEPT_EVENTS
+    assert len(first["events"]) == status_server.KEPT_EVENTS
     assert second["events"] == []
     client.close()
 
@@ -208,7 +208,7 @@ def test_nobody_is_looked_for_in_a_folder_that_others_could_enter(opened, runtim
 
 
 def test_only_so_many_may_look(opened, client):
-    more = [Lines(opened.path) for _ in range(status_socket.MOST_CLIENTS - 1)]
+    more = [Lines(opened.path) for _ in range(status_server.MOST_CLIENTS - 1)]
     for one in (client, *more):
         assert one.next()
     late = socket_place.connect(opened.path)
@@ -221,19 +221,19 @@ def test_only_so_many_may_look(opened, client):
 
 
 def test_a_client_that_does_not_read_holds_up_nobody(opened, client, monkeypatch):
-    monkeypatch.setattr(status_socket, "UPDATE_S", 0.001)
+    monkeypatch.setattr(status_server, "UPDATE_S", 0.001)
     deaf = socket_place.connect(opened.path)
     client.next()
     for _ in range(1000):  # more than a socket's buffer
         assert client.next()
     assert len(opened._server._clients) == 2
-    monkeypatch.setattr(status_socket, "STUCK_S", 0.05)
+    monkeypatch.setattr(status_server, "STUCK_S", 0.05)
     until(lambda: client.next() and len(opened._server._clients) == 1)
     deaf.close()
 
 
 def test_a_slow_client_gets_whole_lines_and_every_event(opened, governor, monkeypatch):
-    monkeypatch.setattr(status_socket, "UPDATE_S", 0.002)
+    monkeypatch.setattr(status_server, "UPDATE_S", 0.002)
     slow = socket_place.connect(opened.path)
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     time.sleep(1.0)
@@ -252,7 +252,7 @@ def test_a_client_that_hangs_up_or_talks_without_an_end_is_let_go(opened, client
     client.next()
     talker, hasty = Lines(opened.path), Lines(opened.path)
     hasty.close()
-    talker.connection.send(b"x" * (status_socket.MOST_COMMAND_BYTES + 1))
+    talker.connection.send(b"x" * (status_server.MOST_COMMAND_BYTES + 1))
     until(lambda: client.next() and len(opened._server._clients) == 1)
     talker.close()
 
@@ -361,7 +361,7 @@ def test_an_engine_that_fails_is_told_to_who_asked(client, governor, monkeypatch
 def test_with_nobody_connected_it_does_not_look_at_the_governor(opened, governor, monkeypatch):
     looked = []
     monkeypatch.setattr(governor, "status", lambda: looked.append(1))
-    time.sleep(3 * status_socket.UPDATE_S)
+    time.sleep(3 * status_server.UPDATE_S)
     assert not looked
 
 

@@ -22,7 +22,8 @@ from psi_kv_governor.engines.simulated import SimulatedEngine
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.governor import Governor
 from psi_kv_governor.socket_place import Found
-from psi_kv_governor.status_socket import StatusSocket, Update
+from psi_kv_governor.status_messages import Update
+from psi_kv_governor.status_socket import StatusSocket
 
 pytestmark = [
     pytest.mark.timeout(60),

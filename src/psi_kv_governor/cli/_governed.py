@@ -14,7 +14,7 @@ from psi_kv_governor import socket_place
 from psi_kv_governor.commands import Answer, Command
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.socket_place import Found
-from psi_kv_governor.status_socket import VERSION, Hello, Update
+from psi_kv_governor.status_messages import VERSION, Hello, Update
 
 _SILENCE_S = 10.0
 """A process that is stopped, or waits for all of its pages, says nothing for a while."""

@@ -16,7 +16,7 @@ from psi_kv_governor.cache import CacheState, SequenceState
 from psi_kv_governor.cli._event_words import words_of
 from psi_kv_governor.events import Event
 from psi_kv_governor.status import Status
-from psi_kv_governor.status_socket import Update
+from psi_kv_governor.status_messages import Update
 
 MIB = 1 << 20
 HISTORY = 60

@@ -18,7 +18,7 @@ from psi_kv_governor.cli._group import example
 from psi_kv_governor.cli._watch_view import WatchView, event_line, plain_line
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.socket_place import Found
-from psi_kv_governor.status_socket import Hello, Update
+from psi_kv_governor.status_messages import Hello, Update
 
 _PLAIN_S = 2.0
 """Where the output is no terminal: a line so often, and whenever something happened."""

@@ -15,7 +15,7 @@ from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.events import Event
 from psi_kv_governor.governor import Governor
 from psi_kv_governor.service.dashboard.view import View, view_of
-from psi_kv_governor.status_socket import Hello, Update
+from psi_kv_governor.status_messages import Hello, Update
 
 KEPT_EVENTS = 200
 """An evening's; a page that is opened later is sent them too."""
