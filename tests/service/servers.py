@@ -87,15 +87,16 @@ def python_with_servers() -> Path:
         return python
 
 
-def debian_server() -> list[str]:
-    """The command of Debian's llama-server, with the C library that it was built for. Raises Unavailable."""
+def debian_server(*more: str) -> list[str]:
+    """The command of Debian's llama-server, with the C library that it was built for, and with `more`
+    packages beside it. Raises Unavailable."""
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
         raise Unavailable("Debian's llama.cpp-tools: there is no apt here")
-    with _alone("debian") as folder:
+    with _alone("-".join(["debian", *more])) as folder:
         root = folder / "root"
         if not (folder / "ready").is_file():
             shutil.rmtree(folder, ignore_errors=True)
-            _fetch_debs(folder)
+            _fetch_debs(folder, more)
             root.mkdir()
             for deb in sorted((folder / "var/cache/apt/archives").glob("*.deb")):
                 _run(["dpkg-deb", "-x", str(deb), str(root)])
@@ -168,7 +169,7 @@ def _mirror() -> str:
     raise Unavailable("Debian's llama.cpp-tools: apt on this machine knows no mirror of Debian")
 
 
-def _fetch_debs(folder: Path) -> None:
+def _fetch_debs(folder: Path, more: Sequence[str]) -> None:
     """Debian sid's packages into a root of their own: apt on this machine is not touched."""
     key = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
     if not key.is_file():
@@ -186,7 +187,7 @@ def _fetch_debs(folder: Path) -> None:
     )
     environ = {**os.environ, "APT_CONFIG": str(config)}
     _run(["apt-get", "--quiet", "update", "--error-on=any"], env=environ)
-    what = ["--yes", "--no-install-recommends", "--download-only", "llama.cpp-tools"]
+    what = ["--yes", "--no-install-recommends", "--download-only", "llama.cpp-tools", *more]
     _run(["apt-get", "--quiet", "install", *what], env=environ)
 
 
@@ -214,6 +215,7 @@ class Server:
     ) -> None:
         self.port = port
         self.log = Path(options.pop("log"))
+        self._ready_s = options.pop("ready_s", _READY_S)
         self._out = self.log.open("w")
         self.process = subprocess.Popen(
             command, env=dict(environ or os.environ), stdin=subprocess.DEVNULL, stdout=self._out,
@@ -222,7 +224,7 @@ class Server:
         self.pid = self.process.pid
 
     def __enter__(self) -> Server:
-        until = time.monotonic() + _READY_S
+        until = time.monotonic() + self._ready_s
         while time.monotonic() < until:
             if self.process.poll() is not None:
                 break

@@ -184,7 +184,7 @@ uint64_t move_to_file(uint64_t first, uint64_t last);
 struct buffer_info { uint32_t number, n_tensors, cells, is_host; uint64_t size, n_rows; char name[64]; };
 
 char tensor_kind(const char * name);
-void buffer_born(struct lib * lib, ggml_backend_buffer_t buffer, struct ggml_context * context);
+bool buffer_born(struct lib * lib, ggml_backend_buffer_t buffer, struct ggml_context * context);
 void buffer_gone(ggml_backend_buffer_t buffer);
 int  buffers_tell(struct buffer_info * to, int most);
 

@@ -10,8 +10,8 @@
 
 static struct { ggml_backend_buffer_t buffer; struct buffer_info info; } known[MAX_BUFFERS];
 
-// A buffer was allocated for the tensors of `context`; it counts where they are those of a cache. The lock is held.
-void buffer_born(struct lib * lib, ggml_backend_buffer_t buffer, struct ggml_context * context) {
+// A buffer was allocated for the tensors of `context`. Gives whether they are those of a cache. The lock is held.
+bool buffer_born(struct lib * lib, ggml_backend_buffer_t buffer, struct ggml_context * context) {
     struct buffer_info info = {0};
     for (struct ggml_tensor * t = lib->first_tensor(context); t; t = lib->next_tensor(context, t)) {
         const char kind = tensor_kind(t->name);
@@ -32,9 +32,10 @@ void buffer_born(struct lib * lib, ggml_backend_buffer_t buffer, struct ggml_con
             strncpy(info.name, lib->buffer_name(buffer), sizeof(info.name) - 1);
             known[i].buffer = buffer;
             known[i].info   = info;
-            return;
+            break;
         }
     }
+    return info.n_tensors > 0;
 }
 
 void buffer_gone(ggml_backend_buffer_t buffer) {

@@ -115,10 +115,14 @@ void region_born(struct lib * lib, ggml_backend_buffer_t buffer, struct ggml_con
         return;
     }
     pthread_mutex_lock(&agent.lock);
-    buffer_born(lib, buffer, context);
+    const bool counts = buffer_born(lib, buffer, context) && lib->buffer_size(buffer) >= LEAST_BYTES;
     pthread_mutex_unlock(&agent.lock);
-    if (lib->buffer_size(buffer) < LEAST_BYTES || strcmp(lib->buffer_name(buffer), "CPU") != 0) {
-        return;  // only plain host memory: a device's buffer may look like memory, and must never be mapped over
+    if (!counts) {
+        return;
+    }
+    if (strcmp(lib->buffer_name(buffer), "CPU") != 0) {
+        socket_start();  // its saved states are in host memory
+        return;          // only plain host memory: a device's buffer may look like memory, and must never be mapped over
     }
     const struct ggml_tensor * one = lib->first_tensor(context);
     if (!one || !tensor_kind(one->name)) {
