@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from psi_kv_governor import doctor, preflight
+from psi_kv_governor import doctor, preflight, preflight_engine
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.engines.llama import loader
 from psi_kv_governor.errors import EngineError
@@ -229,6 +229,6 @@ def test_a_model_that_llama_cpp_refuses_is_one_failure(tmp_path):
     path = tmp_path / "empty.gguf"
     path.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + bytes(16))
     assert preflight.check_model(path).state == "ok"
-    (found,) = preflight.check_engine(path)
+    (found,) = preflight_engine.check_engine(path)
     assert (found.name, found.state) == ("engine", "fail")
     assert "\n" not in found.remedy

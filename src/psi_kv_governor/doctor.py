@@ -6,14 +6,25 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from psi_kv_governor import preflight
+from psi_kv_governor import preflight, preflight_engine
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.isolated import EndedError, looked
 from psi_kv_governor.model import demo_model_path
 from psi_kv_governor.preflight import Check, State
 
 _WITHOUT: dict[str, State] = dict.fromkeys(
-    ("cgroup", "other killers", "swap", "overcommit", "privileges", "compiler", "llama.cpp", "model"), "warn"
+    (
+        "cgroup",
+        "other killers",
+        "swap",
+        "overcommit",
+        "privileges",
+        "compiler",
+        "llama.cpp",
+        "model",
+        "devices",
+    ),
+    "warn",
 )
 """Of what can't be looked at: what the governor works without."""
 _FILTER = (
@@ -49,7 +60,9 @@ def run_checks(
             states[found.name] = found.state
             yield found
     if states["model"] == "ok" and "fail" not in {states["llama.cpp"], states["agent"]}:
-        yield from _looked("engine", lambda: preflight.check_engine(model or demo_model_path()), isolated)
+        yield from _looked("devices", lambda: [preflight_engine.check_devices()], isolated)
+        model = model or demo_model_path()
+        yield from _looked("engine", lambda: preflight_engine.check_engine(model), isolated)
 
 
 def _looked(name: str, look: Callable[[], Iterable[Check]], isolated: bool) -> list[Check]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from psi_kv_governor.cache import Capability, Plan, Range, Step, Verb
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.engines.llama import loader
 from psi_kv_governor.errors import BadInputError, EngineError, PsiKvError
@@ -238,55 +237,6 @@ def check_model(model: Path | None = None) -> Check:
         return Check("model", "warn" if model is None else "fail", "not usable", str(error))
     size = f"{found.size_bytes / 1e6:,.0f} MB"
     return Check("model", "ok", f"{found.path} ({found.architecture}, {found.tensors} tensors, {size})")
-
-
-def check_engine(model: Path) -> Iterator[Check]:
-    """Open the model in a small context, park a part of it and read it back: what is told was done."""
-    try:
-        from psi_kv_governor.llama import GovernedLlama
-
-        llm = GovernedLlama(
-            str(model),
-            config=GovernorConfig(),
-            n_ctx=_PROBE_CELLS,
-            flash_attn=True,
-            auto=False,
-            verbose=False,
-        )
-    except (PsiKvError, ValueError, RuntimeError, OSError) as error:  # the last three are llama_cpp's own
-        yield Check("engine", "fail", "the model can't be opened", " ".join(str(error).split()))
-        return
-    try:
-        llm.eval([llm.token_bos()] * 600)
-        engine = llm.governor.engine
-        caches = engine.snapshot().caches
-        able = engine.describe().capabilities
-        returned = sum(
-            engine.apply(
-                Plan(steps=(Step(verb=verb, cache=cache.id, sequence=sequence.id, ranges=(Range(64, 512),)),))
-            ).bytes_returned
-            for cache in caches
-            for sequence in cache.sequences
-            for verb in ((Verb.MASK,) if cache.maskable else (Verb.PARK,))
-        )
-        yield _step("release", able.release, "fail")
-        yield _step("park", able.park, "warn", f"yes: {_mib(returned)} went back in a trial")
-        yield _step("mask", able.mask, "warn")
-        if llm.context_params.flash_attn_type != 1:
-            return
-        yield Check(
-            "flash attention",
-            "ok",
-            "is off unless a program asks for it; with it running conversations can give too",
-        )
-    finally:
-        llm.close()
-
-
-def _step(name: str, capability: Capability, without: State, detail: str = "yes") -> Check:
-    if capability.able:
-        return Check(f"can {name}", "ok", detail)
-    return Check(f"can {name}", without, "no", capability.why)
 
 
 def _mib(n_bytes: int) -> str:

@@ -140,6 +140,16 @@ def outputs(model: str, folder: str) -> dict[str, Any]:
     return found
 
 
+def doctor(model: str, folder: str) -> dict[str, Any]:
+    """What the doctor says of the devices, and of a cache on one."""
+    from psi_kv_governor.preflight_engine import check_cache, check_devices
+
+    llm = open_llm(model, folder, n_ctx=2048, n_batch=128)
+    found, cache = check_devices(), check_cache(llm.governor.engine.describe())
+    llm.close()
+    return {"devices": [found.detail, *found.more], "cache": [cache.detail, *cache.more]}
+
+
 def _on_device() -> Any:
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = -1
@@ -154,6 +164,7 @@ def main() -> None:
         "f16": lambda: resize(model, folder, 1),
         "q8_0": lambda: resize(model, folder, 8),
         "places": lambda: places(model, folder),
+        "doctor": lambda: doctor(model, folder),
         "outputs": lambda: outputs(model, folder),
     }
     print(json.dumps(actions[what]()))

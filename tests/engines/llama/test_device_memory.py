@@ -77,3 +77,12 @@ def test_the_compute_buffer_is_as_small_as_what_is_taken_from_it(child):
     """An address is taken of a device's buffer and no page touched, so that its size is what is asked for."""
     told = child("outputs")
     assert told["0"] - told["4"] > 50 << 20
+
+
+def test_the_doctor_says_for_each_device_what_goes_back_and_how(child):
+    told = child("doctor")
+    named, returns, instead = told["devices"]
+    assert "Vulkan0: llvmpipe" in named
+    assert returns.startswith("Vulkan0 returns in whole buffers")
+    assert "offload_kqv=False" in instead
+    assert "Vulkan0 (45 MiB)" in told["cache"][0]

@@ -68,7 +68,7 @@ def what_goes_back(device: Device) -> str:
     shared = "the machine's own memory, " if device.kind == "integrated GPU" else ""
     return (
         f"{shared}in whole buffers: GovernedLlama makes the context smaller and whole again; a program under "
-        "psi-kv exec gives saved states alone. With offload_kqv=False the cache is the host's, page by page"
+        "psi-kv exec gives its saved states, which are in host memory"
     )
 
 

@@ -1,0 +1,110 @@
+"""Looks at the devices that llama.cpp finds, and at what can be given back of a model that is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from psi_kv_governor.amounts import mib
+from psi_kv_governor.cache import Capability, Description, Domain, Plan, Range, Step, Verb
+from psi_kv_governor.config import GovernorConfig
+from psi_kv_governor.engines.llama import devices, loader
+from psi_kv_governor.errors import PsiKvError
+from psi_kv_governor.preflight import Check, State
+
+_PROBE_CELLS = 2048  # large enough that its cache is governed, with room for a range to park
+
+HOST_INSTEAD = (
+    "offload_kqv=False (--no-kv-offload) has keys and values in the host's memory, where each page can be "
+    "given back, bit for bit the same. It costs speed: each layer's attention runs on the processor (62 "
+    "parts of a graph instead of 2 with the demo model)"
+)
+
+
+def check_devices() -> Check:
+    """Each device that llama.cpp can compute on here, and what of a cache on it can be returned."""
+    why = loader.load().why
+    if why:
+        return Check("devices", "warn", "not looked at", why)
+    found = [one for one in devices.devices() if one.is_gpu]
+    if not found:
+        return Check("devices", "ok", "none but the processor: caches are in the host's memory, page by page")
+    named = [f"{one.name}: {one.about}, {one.kind}, {_memory(one)}" for one in found]
+    more = [f"{one.name} returns {devices.what_goes_back(one)}" for one in found]
+    shared = [one.name for one in found if one.kind == "integrated GPU"]
+    if shared:
+        more.append(
+            f"{', '.join(shared)} takes the machine's own memory: the machine's headroom counts it, a "
+            "cgroup's does not"
+        )
+    return Check("devices", "ok", "; ".join(named), more=(*more, HOST_INSTEAD))
+
+
+def check_cache(description: Description) -> Check:
+    """Where the cache of a model is that was opened."""
+    where = description.details.get("backing", "")
+    if description.domain is Domain.HOST:
+        return Check("cache", "ok", f"in the host's memory, page by page: {where}".removesuffix(": "))
+    return Check("cache", "ok", where, more=(HOST_INSTEAD,))
+
+
+def offload() -> int:
+    """Layers for a model that is opened to look at it: all of them, where there is a device."""
+    return -1 if any(one.is_gpu for one in devices.devices()) else 0
+
+
+def _memory(one: devices.Device) -> str:
+    if not one.total_bytes:
+        return "whose driver does not tell its memory"
+    return f"{mib(one.free_bytes)} of {mib(one.total_bytes)} free"
+
+
+def check_engine(model: Path) -> Iterator[Check]:
+    """Open the model in a small context, park a part of it and read it back: what is told was done."""
+    try:
+        from psi_kv_governor.llama import GovernedLlama
+
+        llm = GovernedLlama(
+            str(model),
+            config=GovernorConfig(),
+            n_ctx=_PROBE_CELLS,
+            flash_attn=True,
+            auto=False,
+            n_gpu_layers=offload(),
+            verbose=False,
+        )
+    except (PsiKvError, ValueError, RuntimeError, OSError) as error:  # the last three are llama_cpp's own
+        yield Check("engine", "fail", "the model can't be opened", " ".join(str(error).split()))
+        return
+    try:
+        llm.eval([llm.token_bos()] * 600)
+        engine = llm.governor.engine
+        caches = engine.snapshot().caches
+        able = engine.describe().capabilities
+        returned = sum(
+            engine.apply(
+                Plan(steps=(Step(verb=verb, cache=cache.id, sequence=sequence.id, ranges=(Range(64, 512),)),))
+            ).bytes_returned
+            for cache in caches
+            for sequence in cache.sequences
+            for verb in ((Verb.MASK,) if cache.maskable else (Verb.PARK,))
+        )
+        yield check_cache(engine.describe())
+        yield _step("release", able.release, "fail")
+        yield _step("park", able.park, "warn", f"yes: {mib(returned)} went back in a trial")
+        yield _step("mask", able.mask, "warn")
+        if llm.context_params.flash_attn_type != 1:
+            return
+        yield Check(
+            "flash attention",
+            "ok",
+            "is off unless a program asks for it; with it running conversations can give too",
+        )
+    finally:
+        llm.close()
+
+
+def _step(name: str, capability: Capability, without: State, detail: str = "yes") -> Check:
+    if capability.able:
+        return Check(f"can {name}", "ok", detail)
+    return Check(f"can {name}", without, "no", capability.why)
