@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -226,8 +227,9 @@ def load_config(
         BadInputError: An unknown key of the file or an override, a wrong type, or a value out of its range,
             saying where it came from.
     """
-    if path is None and default_file and DEFAULT_FILE.is_file():
-        path = DEFAULT_FILE
+    if path is None and default_file:
+        with contextlib.suppress(OSError):  # a working directory that this user may not look into
+            path = DEFAULT_FILE if DEFAULT_FILE.is_file() else None
     arguments = {key: value for key, value in overrides.items() if value is not None}
     settings = {
         **({} if path is None else _from_file(path)),

@@ -31,6 +31,8 @@ from psi_kv_governor.sandbox.sandbox import Sandbox
 State = Literal["ok", "warn", "fail"]
 
 _COMMIT = re.compile(rb"^(CommitLimit|Committed_AS):\s+(\d{1,20}) kB\n", re.MULTILINE)
+_CAPABILITIES = re.compile(r"^CapEff:\s*([0-9a-f]{1,16})$", re.MULTILINE)
+_NUMBER = re.compile(r"[0-9]{1,18}")
 _CAP_SYS_RESOURCE = 24  # <linux/capability.h>
 _PROBE_CELLS = 2048  # large enough that its cache is governed, with room for a range to park
 
@@ -141,10 +143,10 @@ def check_overcommit(root: Path = Path("/")) -> Check:
 def check_swap(root: Path = Path("/")) -> Check:
     """Whether there is swap: without it a process is killed before a stall shows."""
     try:
-        lines = (root / "proc/swaps").read_text().splitlines()[1:]
+        lines = (root / "proc/swaps").read_text(errors="replace").splitlines()[1:]
     except OSError:
         lines = []
-    devices = [words for words in map(str.split, lines) if len(words) >= 4]
+    devices = [words for words in map(str.split, lines) if len(words) >= 4 and _NUMBER.fullmatch(words[2])]
     if not devices:
         return Check(
             "swap",
@@ -171,11 +173,11 @@ def check_privileges(root: Path = Path("/")) -> Check:
 
 def _may(capability: int, root: Path) -> bool:
     try:
-        status = (root / "proc/self/status").read_text()
+        status = (root / "proc/self/status").read_text(errors="replace")
     except OSError:
         return False
-    effective = next((line for line in status.splitlines() if line.startswith("CapEff:")), "CapEff: 0")
-    return bool(int(effective.split()[1], 16) >> capability & 1)
+    effective = _CAPABILITIES.search(status)
+    return effective is not None and bool(int(effective[1], 16) >> capability & 1)
 
 
 def check_compiler() -> Check:

@@ -26,8 +26,8 @@ class SurvivalOptions(Options, frozen=True, kw_only=True):
     """What is asked for."""
 
     only: Annotated[tuple[str, ...], Meta(description="Which surroundings.")] = tuple(SURROUNDINGS)
-    ctx: Annotated[int, Meta(ge=256, description="Tokens in the context.")] = 1800
-    tokens: Annotated[int, Meta(ge=1, description="Decoded while the others are there.")] = 64
+    ctx: Annotated[int, Meta(ge=256, description="Tokens in the context.")] = 1200
+    tokens: Annotated[int, Meta(ge=1, description="Decoded while the others are there.")] = 32
     repeats: Annotated[int, Meta(ge=1, description="Of each, plain and governed.")] = 1
 
     def check(self) -> None:

@@ -117,6 +117,28 @@ static bool written_through(struct region * region, uint64_t first, uint64_t las
     return false;  // they stay: a page that the disk refused is safe only in memory
 }
 
+// Whether pages of the range can't be dropped, found out before they are written: MADV_COLD changes nothing but the
+// order in which the kernel would take them, and refuses exactly what MADV_DONTNEED refuses. Before Linux 5.4 nobody
+// can tell.
+static bool locked(uint64_t first, uint64_t last) {
+#ifndef MADV_COLD
+#define MADV_COLD 20
+#endif
+    static int known = -1;
+    if (known < 0) {
+        void * page = mmap(NULL, page_bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        known       = page != MAP_FAILED && madvise(page, page_bytes(), MADV_COLD) == 0;
+        if (page != MAP_FAILED) {
+            (void) munmap(page, page_bytes());
+        }
+    }
+    if (!known || madvise((void *) first, last - first, MADV_COLD) == 0 || errno != EINVAL) {
+        return false;
+    }
+    refused("nothing is parked");
+    return true;
+}
+
 // Pages of a shared file are what the file holds, whoever writes meanwhile: they can be dropped at any moment.
 static uint64_t park_shared(struct region * region, uint64_t first, uint64_t last) {
     const uint64_t before = resident_in(first, last);
@@ -220,6 +242,9 @@ out:;
 }
 
 uint64_t park_pages(struct region * region, uint64_t first, uint64_t last, uint64_t * written) {
+    if (locked(first, last)) {
+        return 0;
+    }
     if (region->backing == BACKING_FILE) {
         return park_shared(region, first, last);
     }
@@ -235,7 +260,7 @@ uint64_t park_pages(struct region * region, uint64_t first, uint64_t last, uint6
 void write_pages(struct region * region, uint64_t first, uint64_t last) {
     if (region->backing == BACKING_FILE) {
         (void) sync_file_range(region->fd, (off_t) (first - region->first), (off_t) (last - first), SYNC_FILE_RANGE_WRITE);
-    } else if (!being_written(region, first, last)) {
+    } else if (!being_written(region, first, last) && !locked(first, last)) {
         uint64_t written = 0;
         (void) park_private(region, first, last, false, &written);
         agent.written_bytes += written;
@@ -282,9 +307,6 @@ uint64_t move_to_file(uint64_t first, uint64_t last) {
 
 uint64_t drop_pages(struct region * region, uint64_t first, uint64_t last) {
     const uint64_t before = resident_in(first, last);
-    if (before == 0 && !region->mapped) {
-        return 0;
-    }
     const uint64_t bytes = last - first;
     if (region->backing == BACKING_FILE) {
         const off_t offset = (off_t) (first - region->first);
@@ -296,6 +318,7 @@ uint64_t drop_pages(struct region * region, uint64_t first, uint64_t last) {
             (void) park_shared(region, first, last);
         }
     } else if (!region->mapped) {
+        // Also where nothing is resident: what was swapped out is freed in the swap (zram), without reading it.
         if (madvise((void *) first, bytes, MADV_DONTNEED) != 0) {
             refused("pages can't be dropped");
         }

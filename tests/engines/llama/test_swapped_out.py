@@ -1,0 +1,71 @@
+"""Cells that the kernel has put into zram: they are not read to be written, and free ones are freed there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from gguf_models import LARGE
+from psi_kv_governor.sandbox.sandbox import Sandbox
+
+pytestmark = [pytest.mark.llama, pytest.mark.swap]
+
+SCRIPT = """
+import json, mmap, os, sys
+from pathlib import Path
+from psi_kv_governor.engines.llama import loader
+agent = loader.load().agent
+agent.configure(sys.argv[2], in_file=False, reserve_bytes=0, limit_bytes=0)
+import llama_cpp
+from psi_kv_governor.engines.llama.client import Client, InProcess, Op
+llm = llama_cpp.Llama(sys.argv[1], n_ctx=8192, n_threads=1, n_threads_batch=1, verbose=False, flash_attn=True)
+for _ in range(5):
+    llm.eval([i % 240 + 5 for i in range(1500)])
+client = Client(InProcess(agent.serve))
+
+def status(name):
+    text = Path("/proc/self/status").read_text()
+    return int(text.split(name + ":")[1].split()[0]) << 10
+
+def resident():
+    return client.regions(count_resident=True)[0].resident
+
+region = client.regions(count_resident=True)[0]
+full, takes = resident(), []
+while resident() > full // 4 and len(takes) < 400:  # so much more that the kernel puts the cache into zram
+    takes.append(mmap.mmap(-1, 1 << 20))
+    takes[-1].write(os.urandom(1 << 20))
+    for other in takes:
+        other[0] = 1
+out = {"full": full, "left": resident(), "swapped": status("VmSwap")}
+before = status("VmSwap")
+reply = client.ask(Op.PARK, region.id, 0, ranges=[(0, 4000)])
+out |= {"written": reply.written, "problem": reply.problem, "read": before - status("VmSwap")}
+assert llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(llm.ctx), 0, 0, 3000)
+before = status("VmSwap")
+reply = client.ask(Op.RELEASE, region.id)
+out |= {"freed": before - status("VmSwap"), "released_problem": reply.problem}
+print(json.dumps(out))
+"""
+
+
+def test_what_is_in_zram_is_not_read_to_be_parked_and_is_freed_there_when_nobody_uses_it(tiny_model, folder):
+    with Sandbox(300 << 20, swap="zram", swap_bytes=512 << 20) as sandbox:
+        child = sandbox.popen(
+            [sys.executable, "-c", SCRIPT, str(tiny_model(LARGE)), str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        said, errors = child.communicate(timeout=200)
+    assert child.returncode == 0, errors[-3000:].decode()
+    out = json.loads(said)
+    assert out["left"] <= out["full"] // 4, out
+    assert out["problem"] == ""
+    # Only what was resident is written, and nothing came back from zram for it.
+    assert out["written"] <= out["left"] + (1 << 20), out
+    assert out["read"] <= 1 << 20, out
+    # The first 3,000 of 7,500 positions are free now, nearly all of them in zram.
+    assert out["freed"] > 0.3 * out["full"], out

@@ -1,0 +1,194 @@
+"""The doctor never fails itself, whatever lies under /proc and /sys and whatever a filter denies."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from psi_kv_governor import doctor, preflight
+from psi_kv_governor.config import GovernorConfig
+from psi_kv_governor.isolated import EndedError, looked
+from psi_kv_governor.preflight import Check
+from psikv_bench.survival import filtered
+
+_BOX = "sys/fs/cgroup/box/"
+PATHS = (
+    *("proc/" + name for name in ("pressure/memory", "meminfo", "swaps", "vmstat", "zoneinfo", "7/comm")),
+    *("proc/" + name for name in ("self/status", "self/cgroup", "self/mountinfo", "7/cmdline")),
+    "proc/sys/vm/overcommit_memory",
+    "sys/fs/cgroup/cgroup.controllers",
+    *(
+        _BOX + name
+        for name in ("memory.max", "memory.high", "memory.current", "memory.stat", "memory.events")
+    ),
+    *(_BOX + name for name in ("memory.pressure", "memory.swap.max", "cgroup.events")),
+    *(_BOX + name for name in ("memory.limit_in_bytes", "memory.usage_in_bytes")),
+)
+SENSIBLE = {
+    "proc/meminfo": b"MemTotal: 800000 kB\nMemAvailable: 400000 kB\nCommitLimit: 1 kB\nCommitted_AS: 9 kB\n",
+    "proc/self/cgroup": b"0::/box\n",
+    "proc/self/mountinfo": b"31 23 0:28 / /sys/fs/cgroup rw shared:9 - cgroup2 cgroup2 rw\n",
+    "proc/sys/vm/overcommit_memory": b"2\n",
+    "proc/7/comm": b"earlyoom\n",
+    "proc/7/cmdline": b"earlyoom\0-m\0nonsense\0",
+    "proc/swaps": b"Filename Type Size Used Priority\n/dev/zram0 partition nonsense x y\n",
+    "proc/pressure/memory": b"some avg10=0.00 avg60=0.00 avg300=0.00 total=7\n",
+    "sys/fs/cgroup/box/memory.max": b"99999999999999999999999\n",
+}
+CONTENT = st.one_of(
+    st.sampled_from(["absent", "folder", "loop", "nowhere", "sensible", "empty"]),
+    st.binary(max_size=80),
+    st.sampled_from(
+        [b"max\n", b"-1\n", b"9" * 400, b"0::/../..\n", b"some avg10=nan total=1e9\n", b"\xff\0\n"]
+    ),
+)
+CHECKS = (
+    preflight.check_pressure, preflight.check_cgroup, preflight.check_lines, preflight.check_swap,
+    preflight.check_overcommit, preflight.check_privileges,
+)  # fmt: skip
+
+
+def lay(root: Path, path: str, content: str | bytes) -> None:
+    """One thing of the machine as it is, or as it never should be."""
+    file = root / path
+    if content == "absent":
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if content == "folder":
+        file.mkdir()
+    elif content == "loop":
+        file.symlink_to(file.name)
+    elif content == "nowhere":
+        file.symlink_to("/nowhere/at/all")
+    else:
+        file.write_bytes(
+            SENSIBLE.get(path, b"1\n") if content == "sensible" else b"" if content == "empty" else content
+        )
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.fixed_dictionaries(dict.fromkeys(PATHS, CONTENT)))
+def test_whatever_a_machine_s_files_are_each_check_has_its_line(tmp_path, machine):
+    root = tmp_path / "root"
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir()
+    for path, content in machine.items():
+        lay(root, path, content)
+    for check in CHECKS:
+        found = check(root)
+        assert found.state in {"ok", "warn", "fail"}
+        assert found.detail
+        assert not any("\n" in text for text in (found.detail, found.remedy, *found.more))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user (root)")
+def test_files_that_may_not_be_read_are_told_about(tmp_path):
+    """Root reads everything, so another user looks."""
+    for path in PATHS:
+        lay(tmp_path, path, "sensible")
+        (tmp_path / path).chmod(0)
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_uid == os.geteuid() and folder not in {Path("/"), Path("/tmp")}:
+            folder.chmod(folder.stat().st_mode | 0o011)
+
+    def look() -> list[Check]:
+        os.setgroups([])
+        os.setgid(54321)
+        os.setuid(54321)
+        return [check(tmp_path) for check in CHECKS]
+
+    assert len(looked(look, list[Check])) == len(CHECKS)
+
+
+def test_what_kills_a_check_is_a_line_of_it():
+    assert doctor._looked("swap", lambda: os.kill(os.getpid(), 31), True) == [
+        Check("swap", "warn", "it can't be looked at: it was ended by SIGSYS", doctor._FILTER)
+    ]
+
+
+def test_what_a_check_raises_is_a_line_of_it():
+    def look() -> list[Check]:
+        raise RuntimeError("two\nlines")
+
+    for isolated in (True, False):
+        (found,) = doctor._looked("place to park", look, isolated)
+        assert (found.name, found.state) == ("place to park", "fail")
+        assert found.detail == "it can't be looked at: RuntimeError: two lines"
+
+
+def test_what_stands_still_is_not_waited_for():
+    with pytest.raises(EndedError, match="longer than 0 s"):
+        looked(lambda: time.sleep(60), int, longest_s=0.3)
+    with pytest.raises(EndedError, match="status 3"):
+        looked(lambda: os._exit(3), int)
+    assert looked(lambda: [1, 2], list[int]) == [1, 2]
+
+
+DOCTOR = [sys.executable, "-m", "psi_kv_governor.cli", "doctor", "--json", "--model", "/nowhere.gguf"]
+OURS = (
+    "mincore", "cachestat", "statfs", "fallocate", "fdatasync", "flock", "ftruncate", "mkdir", "chmod",
+    "pwrite64", "epoll_ctl", "socket", "bind", "unlink", "rename", "inotify_init1", "uname", "ppoll",
+    "sched_getaffinity", "capget", "prctl", "madvise", "sync_file_range",
+)  # fmt: skip
+"""What its checks call, and a Python that only prints may do without."""
+_PLAIN = "import click, rich.console, msgspec, numpy, subprocess; subprocess.run(['true'], check=True)"
+
+
+def under(argv: list[str], name: str, how: str, home: Path) -> subprocess.CompletedProcess:
+    environ = {"PATH": os.environ["PATH"], "HOME": str(home), "OPENBLAS_NUM_THREADS": "1"}
+    return subprocess.run(
+        filtered.command(argv, deny=[name], how=how),
+        capture_output=True, text=True, check=False, timeout=200, env=environ,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("how", ["refuse", "kill"])
+def test_whatever_a_filter_denies_the_doctor_says_all_it_has_to_say(how, tmp_path):
+    told = []
+    for name in OURS:
+        done = under(DOCTOR, name, how, tmp_path)
+        if done.returncode not in {0, 1}:  # its Python can't run under such a filter, whatever it runs
+            assert under([sys.executable, "-c", _PLAIN], name, how, tmp_path).returncode not in {0, 1}, (
+                name,
+                done.stderr[-2000:],
+            )
+            continue
+        assert "Traceback" not in done.stderr, (name, done.stderr[-2000:])
+        names = [check["name"] for check in json.loads(done.stdout)["checks"]]
+        assert {"pressure", "cgroup", "swap", "agent", "place to park", "model"} <= set(names), name
+        told.append(name)
+    assert len(told) > len(OURS) * 2 // 3, told
+
+
+def test_where_the_working_directory_may_not_be_read_the_settings_are_the_defaults(tmp_path):
+    """`psi-kv.toml` of the working directory is asked for first."""
+    script = "from psi_kv_governor.config import load_config; load_config(default_file=True); print('read')"
+    (tmp_path / "shut").mkdir(mode=0o700)
+    enter = ["setpriv", "--reuid", "54321", "--regid", "0", "--clear-groups", sys.executable, "-c", script]
+    if os.geteuid() != 0:
+        pytest.skip("becoming another user needs root")
+    done = subprocess.run(
+        enter,
+        cwd=tmp_path / "shut",
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": os.environ["PATH"]},
+    )
+    assert done.stdout == "read\n", done.stderr[-2000:]
+
+
+def test_the_place_and_the_agent_are_looked_at_with_any_setting():
+    for place in ("/proc/nowhere", "\0", "a" * 5000, "/dev/null", "/dev/full/x"):
+        assert preflight.check_place(GovernorConfig(place=place)).state == "fail"
