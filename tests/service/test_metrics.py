@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import socket
 import subprocess
 import threading
@@ -12,8 +11,12 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models.dashboard import Dashboard
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_tool import promtool
+from servers import Unavailable
 from service_help import MIB
 
 from psi_kv_governor.service.address import Address
@@ -106,12 +109,13 @@ def test_the_number_of_series_does_not_grow_with_what_happens(governor, source, 
 
 
 def test_names_and_units_follow_the_rules_of_prometheus(governor, metrics):
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("there is no promtool: apt install prometheus")
+    try:
+        checker = promtool()
+    except Unavailable as error:
+        pytest.skip(f"promtool can't be had: {error}")
     governor.step()
     done = subprocess.run(
-        [promtool, "check", "metrics"], input=text(metrics), capture_output=True, text=True, check=False
+        [checker, "check", "metrics"], input=text(metrics), capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -131,6 +135,40 @@ def test_the_board_asks_for_nothing_that_is_not_there(metrics):
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
     for panel in board["panels"]:
         assert {"title", "type", "gridPos", "datasource"} <= panel.keys()
+
+
+def test_grafana_s_own_models_take_the_board_and_lose_nothing_of_it():
+    board = json.loads(BOARD.read_text())
+    taken = json.loads(JSONEncoder().encode(Dashboard.from_json(board)))
+    assert lost(board, taken) == []
+
+
+def lost(asked: object, taken: object, where: str = "") -> list[str]:
+    """What is in `asked` and not, or not so, in `taken`."""
+    if isinstance(asked, dict) and isinstance(taken, dict):
+        return [one for key in asked for one in lost(asked[key], taken.get(key), f"{where}.{key}")]
+    if isinstance(asked, list) and isinstance(taken, list) and len(asked) == len(taken):
+        pairs = enumerate(zip(asked, taken, strict=True))
+        return [one for number, (a, b) in pairs for one in lost(a, b, f"{where}[{number}]")]
+    return [] if asked == taken else [where]
+
+
+def test_prometheus_understands_every_query_of_the_board(tmp_path):
+    try:
+        checker = promtool()
+    except Unavailable as error:
+        pytest.skip(f"promtool can't be had: {error}")
+    board = json.loads(BOARD.read_text())
+    asked = [target["expr"] for panel in board["panels"] for target in panel.get("targets", [])]
+    rules = [
+        {"record": f"a:b{n}", "expr": one.replace("$__rate_interval", "5m")} for n, one in enumerate(asked)
+    ]
+    (tmp_path / "rules.json").write_text(json.dumps({"groups": [{"name": "board", "rules": rules}]}))
+    done = subprocess.run(
+        [checker, "check", "rules", tmp_path / "rules.json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{len(asked)} rules found" in done.stdout
 
 
 # -- the server --------------------------------------------------------------------------------------------
