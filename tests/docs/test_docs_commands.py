@@ -17,7 +17,7 @@ from psi_kv_governor.config import tomllib  # the standard library's, or tomli
 TOLD = sorted(set(told()))
 OURS = [one for one in TOLD if one.words[0] == "psi-kv"]
 OTHERS = [one for one in TOLD if one.words[0] != "psi-kv"]
-FOREIGN = frozenset({"apt", "cd", "docker", "git", "kubectl", "podman", "sudo", "systemctl"})
+FOREIGN = frozenset({"apt", "cd", "docker", "git", "kubectl", "podman", "sudo", "systemctl", "vllm"})
 """Not ours, and not to be run here: their files have to be there."""
 TESTED_ELSEWHERE = {
     "bench": "tests/bench",
@@ -62,7 +62,7 @@ def desk(tmp_path_factory) -> Path:
     """A folder with what the docs take for granted: a recording, settings, programs."""
     folder = tmp_path_factory.mktemp("desk")
     (folder / "bin").mkdir()
-    for name in ("llama-server", "ollama"):
+    for name in ("llama-server", "ollama", "vllm"):
         shutil.copy(shutil.which("sleep") or "/bin/sleep", folder / "bin" / name)
     (folder / "bin/python").symlink_to(sys.executable)
     (folder / "run").mkdir(mode=0o700)
