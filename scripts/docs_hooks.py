@@ -25,6 +25,8 @@ import make_man  # noqa: E402
 
 PROJECT = ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
 SHOWN = (".md", ".png")
+_SOURCE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+((?:benchmarks|examples|packaging|scripts|src|tests)/[^)]+)\)")
+"""A link to a source, which the site does not have: its path is shown instead."""
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -41,6 +43,7 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Point links to where those files are in the site, and fill in what the code says."""
     where = page.file.src_uri
+    markdown = _SOURCE.sub(r"\1 (`\2`)", markdown)
     if where.startswith("project/"):
         markdown = re.sub(r"\]\((?:docs/)([^)]+)\)", r"](../\1)", markdown)
     elif not where.startswith("data/"):

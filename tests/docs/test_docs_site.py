@@ -165,6 +165,7 @@ def test_every_check_of_doctor_has_its_entry():
     assert {"pressure", "place to park", "program", "can mask"} <= names
     headings = set(re.findall(r"^## (.*)$", TROUBLE, re.MULTILINE))
     assert not names - headings
+    assert "it can't be looked at" in TROUBLE  # any of them, where looking was ended
 
 
 def test_every_warning_of_doctor_is_there_in_its_own_words():
