@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -71,8 +72,10 @@ def run(recorder: Recorder[SurvivalOptions]) -> Report:
         recorder.say("the context is decoded once", new=True)
         base, need = prepared(asked.model, asked.ctx, asked.tokens, folder)
         try:
+            done = Counter(pair.surrounding for pair in pairs)
             for number, name in enumerate(name for _ in range(asked.repeats) for name in asked.only):
-                if number < len(pairs):
+                if done[name]:
+                    done[name] -= 1
                     continue
                 recorder.say(f"{number + 1} of {asked.repeats * len(asked.only)}: {name}", new=True)
                 plain, governed = (live(name, variant, base, need, folder) for variant in VARIANTS)

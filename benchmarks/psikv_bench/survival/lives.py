@@ -8,11 +8,10 @@ import select
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 import msgspec
 
@@ -93,7 +92,7 @@ def prepared(
         place = folder / "need"
         place.mkdir()
         around = Around(place, 0, cache_bytes, ending)
-        with _started(order, around) as (child, _):
+        with _started(order, around) as child:
             _hear(child, "ready", _OPEN_S)
             need_bytes = getattr(glance(child.pid), "resident_bytes", 0)
     return order, (need_bytes, cache_bytes)
@@ -121,17 +120,15 @@ def live(name: str, variant: Variant, base: subject.Order, need: tuple[int, int]
 def _lived(name: str, order: subject.Order, around: Around) -> Run:
     said: dict[str, subject.Said] = {}
     outcome: Outcome = "lives"
-    with _started(order, around) as (child, errors):
+    with _started(order, around) as child:
         for event, limit_s in (("ready", _OPEN_S), ("decoded", _DECODE_S), ("calm", _DECODE_S)):
             found = _heard_during(child, event, limit_s, around)
             if isinstance(found, str):
                 outcome = found
                 break
             said[event] = found
-        if outcome == "lives":
-            child.wait(30)
-        why = _last_line(errors)
-        if child.returncode:
+        why = _end(child, kill=outcome == "stuck")
+        if outcome == "lives" and child.returncode:
             outcome = "killed" if child.returncode in _KILLED else "error"
     decoded = said.get("decoded", subject.Said(event=""))
     return Run(
@@ -168,24 +165,23 @@ def _heard_during(
 
 
 @contextlib.contextmanager
-def _started(order: subject.Order, around: Around) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
+def _started(order: subject.Order, around: Around) -> Iterator[subprocess.Popen[bytes]]:
     argv = around.wrap(
         [sys.executable, "-m", "psikv_bench.survival.subject", msgspec.json.encode(order).decode()]
     )
     start = subprocess.Popen if around.sandbox is None else around.sandbox.popen
     environ = {"PATH": os.environ["PATH"], "OPENBLAS_NUM_THREADS": "1", "HOME": os.environ.get("HOME", "/")}
-    errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed below, when nobody writes to it any more
     child: subprocess.Popen[bytes] = start(
-        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, cwd="/",
+        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/",
         env={**environ, **around.environ},
     )  # fmt: skip
     try:
-        yield child, errors
+        yield child
     finally:
         with contextlib.suppress(ProcessLookupError):
             child.kill()
         child.wait()
-        for pipe in (child.stdin, child.stdout, errors):
+        for pipe in (child.stdin, child.stdout, child.stderr):
             if pipe is not None:
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
@@ -225,7 +221,11 @@ def _hear(child: subprocess.Popen[bytes], event: str, limit_s: float) -> subject
     return "stuck"
 
 
-def _last_line(errors: IO[bytes]) -> str:
-    errors.seek(0)
-    lines: list[str] = errors.read().decode(errors="replace").strip().splitlines()
+def _end(child: subprocess.Popen[bytes], *, kill: bool) -> str:
+    """Wait for its end; gives the last that it said on stderr, which is a pipe: it may be allowed no file."""
+    if kill:
+        child.kill()
+    assert child.stderr is not None
+    lines = child.stderr.read().decode(errors="replace").strip().splitlines()
+    child.wait()
     return lines[-1][:300] if lines else ""

@@ -1,0 +1,90 @@
+"""What is in the file already is never written again, and at the floor there is next to nothing to do."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from gguf_models import LARGE
+from psi_kv_governor import GovernedLlama
+from psi_kv_governor.cache import Plan, Range, Step, Verb
+from psi_kv_governor.config import GovernorConfig
+
+pytestmark = pytest.mark.llama
+
+MOST_SHARE = 0.002
+"""Of a core, when there is nothing left to give."""
+
+
+def test_a_context_that_did_not_change_is_written_once_however_often_it_is_parked(tiny_model, folder):
+    config = GovernorConfig(place=str(folder), place_reserve_bytes=0, backing="memory")
+    llm = GovernedLlama(
+        str(tiny_model(LARGE)),
+        config=config,
+        auto=False,
+        n_ctx=2048,
+        n_threads=1,
+        verbose=False,
+        flash_attn=True,
+    )
+    try:
+        llm.eval([i % 240 + 5 for i in range(1200)])
+        engine, written = llm.governor.engine, []
+        for _ in range(3):
+            cache = engine.snapshot().caches[0]
+            part = (Range(0, 1024),)
+            step = Step(verb=Verb.PARK, cache=cache.id, sequence=0, ranges=part)
+            parked = engine.apply(Plan(steps=(step,)))
+            assert parked.problem == ""
+            assert parked.bytes_returned > 1 << 20
+            written.append(parked.written_bytes)
+            back = Step(verb=Verb.UNPARK, cache=cache.id, sequence=0, ranges=part)
+            assert engine.apply(Plan(steps=(back,))).bytes_back > 1 << 20
+        assert written[0] > 1 << 20
+        assert written[1:] == [0, 0]
+        assert engine.snapshot().written_bytes >= written[0]
+    finally:
+        llm.close()
+
+
+def test_with_nothing_left_to_give_a_governor_takes_a_five_hundredth_of_a_core(tiny_model, folder):
+    """By processor time and not by the clock: the machine is this one, and always short by its lines."""
+    config = GovernorConfig(
+        place=str(folder),
+        place_reserve_bytes=0,
+        headroom_low=1.0,
+        headroom_plenty=1.0,
+        headroom_low_bytes=1 << 60,
+        headroom_plenty_bytes=1 << 60,
+        floor_cells=1 << 20,
+        status_socket=False,
+    )
+    llm = GovernedLlama(
+        str(tiny_model(LARGE)),
+        config=config,
+        auto=False,
+        n_ctx=2048,
+        n_threads=1,
+        verbose=False,
+        flash_attn=True,
+    )
+    try:
+        llm.eval([i % 240 + 5 for i in range(1200)])
+        governor = llm.governor
+        time.sleep(1.1)  # then the sequence is idle, and is parked whole
+        deadline_s = time.monotonic() + 60
+        while governor.engine.snapshot().caches[0].resident_bytes > 1 << 20:
+            governor.step()
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+        taken_s = paused_s = 0.0
+        for _ in range(60):
+            time.sleep(0.02)
+            began_s = time.thread_time()
+            paused_s += governor.step()
+            taken_s += time.thread_time() - began_s
+        assert "headroom" in governor.status().reason
+        assert taken_s / paused_s < MOST_SHARE, (taken_s, paused_s)
+    finally:
+        llm.close()
