@@ -94,7 +94,7 @@ def prepared(
         around = Around(place, 0, cache_bytes, ending)
         with _started(order, around) as child:
             _hear(child, "ready", _OPEN_S)
-            need_bytes = getattr(glance(child.pid), "resident_bytes", 0)
+            need_bytes = getattr(glance(child.pid), "anonymous_bytes", 0)
     return order, (need_bytes, cache_bytes)
 
 

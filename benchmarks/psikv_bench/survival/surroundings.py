@@ -44,7 +44,7 @@ class Around:
     folder: Path
     """Its own, which any user can enter and write to; on a disk."""
     need_bytes: int
-    """What plain llama.cpp takes with this model and context, all of it in memory."""
+    """What plain llama.cpp takes of anonymous memory with this model and context."""
     cache_bytes: int
     ending: contextlib.ExitStack
     wrap: Callable[[list[str]], list[str]] = lambda argv: argv
@@ -57,6 +57,11 @@ class Around:
     during: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     """What happens while it decodes."""
     settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def short_bytes(self) -> int:
+        """A limit that lacks half of the cache beside a neighbour of 100 MiB, which has 10 MiB of its own."""
+        return self.need_bytes + 110 * MIB - self.cache_bytes // 2
 
     def limited(self, n_bytes: int, **swap: Any) -> None:
         """In a memory cgroup of so many bytes."""
@@ -140,21 +145,24 @@ def no_files(around: Around) -> None:
 
 def no_swap(around: Around) -> None:
     """A limit without swap, and a neighbour that takes what half of the cache holds, at 100 MB/s."""
-    around.limited(around.need_bytes + 100 * MIB - around.cache_bytes // 2)
+    around.limited(around.short_bytes)
     around.ramp(100, 100.0)
 
 
 def zram(around: Around) -> None:
     """The same with zram to swap to."""
-    around.limited(around.need_bytes + 100 * MIB - around.cache_bytes // 2, swap="zram", swap_bytes=512 * MIB)
+    around.limited(around.short_bytes, swap="zram", swap_bytes=512 * MIB)
     around.ramp(100, 100.0)
+
+
+_ALL_ELSE_READ_ONLY = "mount -o remount,ro,bind /"
 
 
 def tmpfs(around: Around) -> None:
     """The same without swap, and every folder is memory."""
     no_swap(around)
-    around.mounts(f"mount -t tmpfs -o mode=1777 none {around.folder}", "mount -t tmpfs none /var/tmp")
-    around.environ = {"HOME": str(around.folder), "XDG_CACHE_HOME": str(around.folder), "TMPDIR": "/dev/shm"}
+    around.mounts(f"mount -t tmpfs -o mode=1777 none {around.folder}", _ALL_ELSE_READ_ONLY)
+    around.environ = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "TMPDIR"), str(around.folder))
 
 
 def overlay(around: Around) -> None:
@@ -166,7 +174,7 @@ def overlay(around: Around) -> None:
         f"mkdir {here}/lower/upper {here}/lower/work {here}/lower/low",
         f"mount -t overlay -o lowerdir={here}/lower/low,upperdir={here}/lower/upper,"
         f"workdir={here}/lower/work overlay {here}/seen",
-        "mount -t tmpfs none /var/tmp" if not str(here).startswith("/var/tmp") else "true",
+        _ALL_ELSE_READ_ONLY,
     )
     around.environ = {"XDG_CACHE_HOME": f"{here}/seen", "HOME": f"{here}/seen", "TMPDIR": f"{here}/seen"}
 
@@ -184,21 +192,21 @@ def _image(around: Around, folder: str, mib: int) -> str:
 def loop(around: Around) -> None:
     """The same, and the only folder is a disk in a file that lies in memory."""
     no_swap(around)
-    around.mounts("mount -t tmpfs none /dev/shm", _image(around, "/dev/shm", 256))
+    around.mounts("mount -t tmpfs none /dev/shm", _image(around, "/dev/shm", 256), _ALL_ELSE_READ_ONLY)
     around.environ = dict.fromkeys(("XDG_CACHE_HOME", "HOME", "TMPDIR"), f"{around.folder}/disk")
 
 
 def full_disk(around: Around) -> None:
     """The same, and the disk has 16 MiB."""
     no_swap(around)
-    around.mounts(_image(around, str(around.folder), 16))
+    around.mounts(_image(around, str(around.folder), 16), _ALL_ELSE_READ_ONLY)
     around.environ = dict.fromkeys(("XDG_CACHE_HOME", "HOME", "TMPDIR"), f"{around.folder}/disk")
     around.settings = {"place_reserve_bytes": 0}
 
 
 def slow_disk(around: Around) -> None:
     """A disk of 8 MB/s, and a neighbour of 25 MB/s, without swap."""
-    around.limited(around.need_bytes + 100 * MIB - around.cache_bytes // 2)
+    around.limited(around.short_bytes)
     around.ramp(100, 25.0)
     blkio = Path("/sys/fs/cgroup/blkio/blkio.throttle.write_bps_device")
     if not blkio.exists():
@@ -221,28 +229,28 @@ def slow_disk(around: Around) -> None:
 
 
 def mapped_files(around: Around) -> None:
-    """A neighbour that maps a file of 200 MiB, in a limit with room for 120 of them."""
-    around.limited(around.need_bytes + 160 * MIB)
+    """A neighbour that maps a file of 200 MiB, in a limit with room for half of it."""
+    around.limited(around.need_bytes + 180 * MIB)
     around.neighbour = [sys.executable, "-c", _MAPPED, str(around.folder), "200"]
 
 
 def other_container(around: Around) -> None:
     """Another container that thrashes at its own limit."""
-    around.limited(around.need_bytes + 200 * MIB)
+    around.limited(around.need_bytes + 260 * MIB)
     around.other = around.ending.enter_context(Sandbox(48 * MIB, swap="zram", swap_bytes=256 * MIB))
     around.ramp(120, 0.0)
 
 
 def locked(around: Around) -> None:
     """Memory locked while it runs, and the neighbour of 100 MB/s in a limit with room for both."""
-    around.limited(around.need_bytes + 110 * MIB)
+    around.limited(around.need_bytes + 200 * MIB)
     around.ramp(100, 100.0)
     around.locks = True
 
 
 def frozen(around: Around) -> None:
     """Frozen for two seconds, and thawed."""
-    around.limited(around.need_bytes + 200 * MIB)
+    around.limited(around.need_bytes + 260 * MIB)
     assert around.sandbox is not None
     pids = around.sandbox.group.pids
 
