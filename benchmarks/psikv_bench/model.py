@@ -21,6 +21,7 @@ from psi_kv_governor.cache import (
     Kind,
     Plan,
     Range,
+    Recall,
     Result,
     SequenceState,
     Snapshot,
@@ -64,6 +65,7 @@ class Context:
             raise PsiKvError(f"nothing to measure with this model: {why}")
         self.llm.eval([0])  # the engine knows a cache from the first decode on
         llms.cut(self.llm, 0)
+        self.engine.recall(Recall())  # what is given up stays away, unless a measurement asks for recall
 
     def __enter__(self: _C) -> _C:
         return self

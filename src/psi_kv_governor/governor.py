@@ -27,6 +27,7 @@ from psi_kv_governor.policy.planner import Planner
 from psi_kv_governor.pressure.neighbours import Neighbourhood
 from psi_kv_governor.pressure.processes import holders
 from psi_kv_governor.pressure.reading import PressureSource, Reading
+from psi_kv_governor.recalling import Recalling
 from psi_kv_governor.refusing import Refusing
 from psi_kv_governor.results import Results
 from psi_kv_governor.sensor import Sensor
@@ -83,6 +84,7 @@ class Governor(Results):
         self._acting = Acting(self._engine, self._planner, bus, self.config, clock)
         self._reading = Reading(time_s=clock(), interval_s=0.0)
         self._refusing = Refusing(engine)
+        self._recalling = Recalling(engine, self._planner, self.config)
         self._reason = ""
         self._jitter = random.random() if jitter is None else jitter
         self._state = LawState(jitter=self._jitter)
@@ -98,6 +100,7 @@ class Governor(Results):
         self._worker = Worker("psi-kv-by-hand", _THREADS)
         open_governors.add(self)
         self._undisturbed(self._acting.collect)
+        self._undisturbed(self._recalling.now)
 
     @property
     def work(self) -> OwnWork:
@@ -119,6 +122,7 @@ class Governor(Results):
             reading=self._reading,
             limit=self._limit.share,
             limit_bytes=self._limit.n_bytes,
+            recall=self._undisturbed(self._recalling.done),
         )
 
     def _look(self) -> tuple[Snapshot, Description]:
@@ -133,6 +137,7 @@ class Governor(Results):
         """Give up `fraction` (0 to 1) of what may go, now. Raises BadInputError, EngineError."""
         if not 0.0 <= fraction <= 1.0:
             raise BadInputError(f"a fraction of {fraction} is not usable: give a share from 0 to 1")
+        self._undisturbed(self._recalling.now)
         return self._undisturbed(lambda: self._acting.trim_share(fraction))
 
     def restore(self, max_bytes: int | None = None) -> Result:
@@ -158,6 +163,7 @@ class Governor(Results):
         is decoded there. Raises BadInputError.
         """
         self._planner.protect(Range(start, stop), sequence)
+        self._undisturbed(self._recalling.now)
 
     def unprotect(self, start: int = 0, stop: int | None = None, sequence: int | None = None) -> None:
         """Take the protection off the positions `start` to `stop` (default all). Raises BadInputError."""
@@ -235,6 +241,7 @@ class Governor(Results):
             self._bus.tell(
                 ModeChanged(time_s=reading.time_s, old=old, new=decision.mode, reason=decision.reason)
             )
+        self._recalling.turn(snapshot, acute=decision.urgent or decision.mode is Mode.TRIMMING)
         self._acting.carry_out(decision, snapshot)
         pressed = decision.mode in {Mode.TRIMMING, Mode.HOLDING} and self._state.quiet_since_s is None
         self._refusing.turn(snapshot, pressed=pressed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from psi_kv_governor.cache import CacheState, Description, Snapshot
+from psi_kv_governor.cache import CacheState, Description, Recalled, Snapshot
 from psi_kv_governor.control.decision import Mode
 from psi_kv_governor.pressure.reading import Level, Reading
 
@@ -46,6 +46,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     limit_bytes: int | None = None
     """Bytes that all caches together may hold under pressure; None where the limit is a share, or none."""
     caches: tuple[CacheState, ...] = ()
+    recall: Recalled | None = None
+    """What came back because it was looked for; None where the engine can't do that."""
 
     @classmethod
     def of(
@@ -60,6 +62,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         reading: Reading,
         limit: float | None,
         limit_bytes: int | None,
+        recall: Recalled | None = None,
     ) -> Status:
         """The status of an engine at this moment."""
         sequences = [(cache, sequence) for cache in snapshot.caches for sequence in cache.sequences]
@@ -87,4 +90,5 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
             limit=limit,
             limit_bytes=limit_bytes,
             caches=snapshot.caches,
+            recall=recall,
         )

@@ -4,6 +4,7 @@ from psi_kv_governor.cache.engine import Engine
 from psi_kv_governor.cache.evidence import Evidence, Kind, Values
 from psi_kv_governor.cache.plan import Plan, Result, Step, Verb
 from psi_kv_governor.cache.ranges import Range, cells_in, merged, without
+from psi_kv_governor.cache.recall import Recall, Recalled, RecallMode
 from psi_kv_governor.cache.serial import OneAtATime
 from psi_kv_governor.cache.snapshot import (
     BlobState,
@@ -29,6 +30,9 @@ __all__ = [
     "OneAtATime",
     "Plan",
     "Range",
+    "Recall",
+    "RecallMode",
+    "Recalled",
     "Result",
     "SequenceState",
     "Snapshot",

@@ -46,6 +46,8 @@ class Op(IntEnum):
     REFUSE = 15
     SAMPLED = 16
     BUFFERS = 17
+    RECALL = 18
+    RECALLED = 19
 
 
 class Reply(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import struct
 import time
 from collections.abc import Callable, Iterable
 
@@ -20,6 +21,8 @@ from psi_kv_governor.cache import (
     Kind,
     Plan,
     Range,
+    Recall,
+    Recalled,
     Result,
     SequenceState,
     Snapshot,
@@ -46,6 +49,12 @@ _COUNT_EVERY_S = 1.0
 """Resident pages are counted so often: 0.3 ms for a gigabyte."""
 SAVED_STATES = 1 << 19
 """`CacheState.id` of a process' saved states: above those of its buffers."""
+_RECALL_MODES = {"off": 0, "follow": 1, "ahead": 2}
+_RECALLED = struct.Struct("<5Q")
+RECALL_EVERY = 8
+"""Of the tokens decoded one by one, one in so many is held against what is parked."""
+RECALL_LAYERS = 1
+"""Layers whose keys are summarised."""
 _OPS = {
     Verb.WRITE_BEHIND: Op.WRITE,
     Verb.RELEASE: Op.RELEASE,
@@ -330,6 +339,30 @@ class LlamaEngine:
             for region in regions
             if region.by_cell and (region.affected or region.masked)
         ]
+
+    def recall(self, settings: Recall) -> None:
+        """Exchange parked cells for live ones by itself, as `settings` say, until told otherwise."""
+        s = settings
+        first = ((_RECALL_MODES[s.mode], RECALL_EVERY), (s.sink_cells, s.window_cells))
+        mib_per_s = max(1, min(round(s.bytes_per_s / (1 << 20)), 1 << 20))
+        then = ((RECALL_LAYERS, int(s.paused)), (mib_per_s, 0))
+        most = (1 << 31) - 1
+        marked = tuple((min(part.start, most), min(part.stop, most)) for part in s.marked)
+        self.client.ask(Op.RECALL, ranges=(*first, *then, *marked))
+
+    def recalled(self) -> Recalled:
+        """What it did so far. Raises EngineError."""
+        regions = [region for region in self._look() if region.by_cell]
+        if not regions:
+            return Recalled(why_not="no cache is open")
+        largest = max(regions, key=lambda region: region.rows)
+        payload = self.client.ask(Op.RECALLED, largest.id).payload
+        if len(payload) < _RECALLED.size:
+            return Recalled(why_not="the agent is of another version")
+        return Recalled(
+            **dict(zip(Recalled.__struct_fields__, _RECALLED.unpack_from(payload), strict=False)),
+            why_not=payload[_RECALLED.size :].decode(errors="replace"),
+        )
 
     def refuse_blobs(self, refuse: bool) -> None:
         """Have the program's own prompt cache shrink instead of growing, until told otherwise."""

@@ -22,6 +22,8 @@ from psi_kv_governor.cache import (
     Evidence,
     Kind,
     Plan,
+    Recall,
+    Recalled,
     Result,
     Snapshot,
     Step,
@@ -114,6 +116,7 @@ class Fleet:
         self._next = 1
         self._kinds: frozenset[Kind] = frozenset()
         self._refuses = False
+        self._recall = Recall()
         self._lock = threading.Lock()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(f"\0{self.name}")
@@ -159,10 +162,11 @@ class Fleet:
             member = _Member(self._next, pid, transport, engine)
             self._next += 1
             self._members[member.number] = member
-            kinds, refuses = self._kinds, self._refuses
+            kinds, refuses, recall = self._kinds, self._refuses, self._recall
         with contextlib.suppress(EngineError):
             engine.collect(kinds)
             engine.refuse_blobs(refuses)
+            engine.recall(recall)
         self._opened(pid)
 
     def _gone(self, member: _Member) -> None:
@@ -259,6 +263,29 @@ class Fleet:
         if member is None:
             raise EngineError("the process of this cache has ended")
         return member.engine.evidence(cache & ((1 << _ID_BITS) - 1), sequence)
+
+    def recall(self, settings: Recall) -> None:
+        """See LlamaEngine. Also of those who connect later."""
+        with self._lock:
+            self._recall = settings
+        for member in self._all():
+            with contextlib.suppress(EngineError):
+                member.engine.recall(settings)
+
+    def recalled(self) -> Recalled:
+        """Return what was done in all processes together; why nothing can be is said where none can."""
+        told = []
+        for member in self._all():
+            with contextlib.suppress(EngineError):
+                told.append(member.engine.recalled())
+        able = [one for one in told if not one.why_not]
+        if not able:
+            return next(iter(told), Recalled(why_not="no process is there"))
+        totals = {
+            name: sum(getattr(one, name) for one in able)
+            for name in ("read_bytes", "blocks", "exchanges", "decoded_again")
+        }
+        return Recalled(**totals, summary_bytes=max(one.summary_bytes for one in able))
 
     def refuse_blobs(self, refuse: bool) -> None:
         """See LlamaEngine. Also of those who connect later."""

@@ -48,6 +48,7 @@ struct lib {
     uint32_t (*n_seq_max)(const struct llama_context *);
     int32_t (*pos_min)(llama_memory_t, int32_t);
     int32_t (*pos_max)(llama_memory_t, int32_t);
+    bool    (*seq_rm)(llama_memory_t, int32_t, int32_t, int32_t);
     size_t  (*state_seq_get)(struct llama_context *, uint8_t *, size_t, int32_t, uint32_t);
 };
 
@@ -90,6 +91,7 @@ struct sequence { int32_t id; int32_t n, capacity; int32_t * rows; int32_t highe
 enum backing { BACKING_MEMORY = 0, BACKING_FILE = 1 };
 
 struct sampler;
+struct recall;
 
 struct region {
     uint32_t id;
@@ -123,6 +125,7 @@ struct region {
     int64_t * write_rows;
     int64_t  n_write_rows, write_capacity;
     struct sampler * sampler;
+    struct recall * recall;      // NULL until something of it was masked
 };
 
 struct agent {

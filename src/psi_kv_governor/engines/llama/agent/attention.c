@@ -13,7 +13,7 @@
 #include <string.h>
 
 #include "agent.h"
-#include "sampler.h"
+#include "recall.h"
 #include "values.h"
 
 struct sampler * sampler_new(int64_t n_cells, int32_t every, int32_t window, float keep, int32_t near) {
@@ -107,6 +107,10 @@ bool fast_kernels(void) {
 void sampler_observe_avx2(struct sampler * s, const struct ggml_tensor * node) { sampler_observe_any(s, node); }
 bool keys_score_avx2(const struct tensor * keys, bool cosine, const int32_t * rows, int64_t n, float * out, float * scratch) {
     return keys_score_any(keys, cosine, rows, n, out, scratch);
+}
+void summary_make_avx2(uint8_t * to, int32_t type, const uint8_t * row, int64_t n) { summary_make_any(to, type, row, n); }
+void recall_scores_avx2(struct recall * r, int32_t layer, const struct ggml_tensor * node, int64_t first_row, int64_t token) {
+    recall_scores_any(r, layer, node, first_row, token);
 }
 #endif
 

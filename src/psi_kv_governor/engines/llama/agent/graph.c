@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "agent.h"
+#include "recall.h"
 
 // The call that this thread is in: whose tokens its graphs decode.
 static __thread struct {
@@ -267,15 +267,29 @@ static bool sampled_node(struct ggml_tensor * node) {
     return keys && keys->sampled && sampler_due(region->sampler);
 }
 
+// The keys of a node whose queries are held against what is parked.
+static struct tensor * recalled_node(struct ggml_tensor * node, struct region ** region) {
+    if (node->op != opcodes_of(chained.lib)->flash) {
+        return NULL;
+    }
+    *region = region_of_address((uint64_t) (uintptr_t) node->src[1]->data);
+    return *region && recall_due(*region) ? region_tensor(*region, (uint64_t) (uintptr_t) node->src[1]->data) : NULL;
+}
+
 static bool observe(struct ggml_tensor * node, bool ask, void * user_data) {
     (void) user_data;
-    const bool ours   = sampled_node(node);
+    struct region *       region   = NULL;
+    const struct tensor * recalled = recalled_node(node, &region);
+    const bool sampled = sampled_node(node), ours = sampled || recall_wants(region, recalled);
     const bool theirs = chained.callback && chained.callback(node, ask, chained.user);
     if (ask) {
         return ours || theirs;
     }
-    if (ours) {
+    if (sampled) {
         sampler_observe(region_of_address((uint64_t) (uintptr_t) node->src[1]->data)->sampler, node);
+    }
+    if (recall_wants(region, recalled)) {
+        recall_observe(region, recalled, node);
     }
     return chained.callback ? theirs : true;
 }
@@ -461,6 +475,9 @@ void graph_before(struct lib * lib, ggml_backend_sched_t sched, struct ggml_cgra
             sampler_written(region->sampler, region->write_rows, region->n_write_rows);
             due = due || sampler_due(region->sampler);
         }
+        if (region->recall && !region->writes_all) {
+            due = recall_before(region, call.batch, call.next, region->write_rows, region->n_write_rows) || due;
+        }
     }
     chained = (struct chained){.lib = lib};
     for (int i = 0; i < MAX_CONTEXTS; i++) {
@@ -473,7 +490,7 @@ void graph_before(struct lib * lib, ggml_backend_sched_t sched, struct ggml_cgra
         call.next += (int32_t) call.index[0]->ne[0];
     }
     pthread_mutex_unlock(&agent.lock);
-    if (lib->set_eval_callback && agent.sample_every > 0) {
+    if (lib->set_eval_callback && (agent.sample_every > 0 || recall_settings.mode > 0)) {
         lib->set_eval_callback(sched, due ? observe : chained.callback, due ? NULL : chained.user);
     }
 }

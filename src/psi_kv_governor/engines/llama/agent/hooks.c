@@ -9,7 +9,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "agent.h"
+#include "recall.h"
 
 #if defined(__x86_64__)
 #define DLSYM_FIRST "GLIBC_2.2.5"
@@ -114,9 +114,16 @@ EXPORT int32_t ggml_backend_sched_graph_compute_async(ggml_backend_sched_t sched
 EXPORT int32_t llama_decode(struct llama_context * ctx, struct llama_batch batch) {
     REAL(llama_decode);
     INSIDE;
-    graph_call_begin(ctx, lib_of((void *) real), &batch);
-    const int32_t result = real(ctx, batch);
+    struct lib *  lib  = lib_of((void *) real);
+    const int32_t from = recall_begin(ctx, lib, &batch);
+    graph_call_begin(ctx, lib, &batch);
+    int32_t result = real(ctx, batch);
     graph_call_end();
+    if (result == 0 && recall_end(ctx, lib, from)) {  // what it asks for has come back: the same tokens once more
+        graph_call_begin(ctx, lib, &batch);
+        result = real(ctx, batch);
+        graph_call_end();
+    }
     return result;
 }
 

@@ -8,6 +8,7 @@
 #endif
 #define KERNEL(name) name##_avx2
 #include "kernels.c"
+#include "summaries.c"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

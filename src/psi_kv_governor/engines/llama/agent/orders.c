@@ -1,10 +1,10 @@
-// Acting on what the governor asked: parking, masking, writing, releasing and bringing back, in slices and until a
-// deadline.
+// Acting on what was asked: parking, masking, writing, releasing and bringing back, in slices and until a deadline.
 
 #include <stdlib.h>
 #include <string.h>
 
 #include "protocol.h"
+#include "recall.h"
 
 #define SLICE_BYTES (8u << 20)
 // How long a program's call may be kept waiting for us, and how long we wait for it.
@@ -54,16 +54,16 @@ static bool pages_of(const struct region * region, const struct tensor * tensor,
     return *first < *last;
 }
 
-enum act { ACT_PARK, ACT_WRITE, ACT_DROP };
+enum act { ACT_PARK, ACT_WRITE, ACT_DROP, ACT_PARK_HERE };  // here: this thread's own graph has just ended
 
 static void act_on(struct region * region, enum act act, uint64_t first, uint64_t last, struct reply * reply) {
     // A shared file holds what was written, whoever writes now; anonymous pages are moved while nobody writes them.
-    const bool gate = region->backing == BACKING_MEMORY && act != ACT_DROP;
+    const bool gate = region->backing == BACKING_MEMORY && act != ACT_DROP && act != ACT_PARK_HERE;
     if (gate && (gate_inside() || !gate_take(false, PATIENCE_S))) {
         snprintf(agent.problem, sizeof(agent.problem), "the program is busy in llama.cpp: nothing can be moved now");
         return;
     }
-    if (act == ACT_PARK) {
+    if (act == ACT_PARK || act == ACT_PARK_HERE) {
         reply->bytes += park_pages(region, first, last, &reply->written);
     } else if (act == ACT_WRITE) {
         write_pages(region, first, last);
@@ -89,7 +89,7 @@ static void act_on_rows(struct region * region, const struct request * request, 
             }
             int64_t to = from, wanted = 0;
             for (; to < region->n_rows && rows[to]; to++) {
-                wanted += rows[to] > 1;  // 2: asked for; 1: cold neighbours, which only round the pages
+                wanted += rows[to] > 1;  // 2 and 3: asked for; 1: cold neighbours, which only round the pages
             }
             uint64_t first, last;
             if (wanted && pages_of(region, tensor, from, to, false, &first, &last)) {
@@ -116,7 +116,7 @@ static void act_on_all(struct region * region, const struct request * request, d
     }
 }
 
-// Rows of the sequence that are asked for become 2, other cold ones (parked, free) 1. Rows that a sequence used later
+// Rows of the sequence that are asked for become 2, or 3 where they are masked only now; other cold ones (parked, free) 1. Rows that a sequence used later
 // has as well stay out.
 static void choose_rows(struct region * region, const struct request * request, struct sequence * sequence, uint8_t * rows, uint8_t set, struct reply * reply) {
     for (int64_t i = 0; i < region->n_rows; i++) {
@@ -137,6 +137,7 @@ static void choose_rows(struct region * region, const struct request * request, 
     for (int32_t i = 0; i < sequence->n; i++) {
         const int32_t row = sequence->rows[i];
         if (rows[row] == 2) {
+            rows[row] = (set & ROW_MASKED) && !(region->flags[row] & ROW_MASKED) ? 3 : 2;
             reply->cells++;
             reply->masked += (set & ROW_MASKED) && !(region->flags[row] & ROW_MASKED);
             region->n_masked += (set & ROW_MASKED) && !(region->flags[row] & ROW_MASKED);
@@ -166,6 +167,9 @@ void order_park(struct region * region, const struct request * request, double b
     }
     pthread_mutex_unlock(&agent.lock);
     reply->status = sequence ? 0 : 1;
+    if (sequence && request->op == MASK) {
+        recall_summarise(region, rows);
+    }
     if (sequence) {
         act_on_rows(region, request, begin_s, request->op == WRITE ? ACT_WRITE : ACT_PARK, rows, reply);
     }
@@ -173,6 +177,61 @@ void order_park(struct region * region, const struct request * request, double b
 }
 
 // ---- back again -------------------------------------------------------------------------------------------------
+
+// Reads rows back, in runs of neighbours.
+static uint64_t read_rows(struct region * region, const int32_t * rows, int32_t n) {
+    uint64_t bytes = 0;
+    for (int32_t t = 0; t < region->n_tensors; t++) {
+        for (int32_t a = 0; a < n;) {
+            int32_t b = a + 1;
+            while (b < n && rows[b] == rows[b - 1] + 1) {
+                b++;
+            }
+            uint64_t first, last;
+            if (region->tensors[t].whole_rows && pages_of(region, &region->tensors[t], rows[a], rows[b - 1] + 1, true, &first, &last)) {
+                bytes += unpark_pages(region, first, last);
+            }
+            a = b;
+        }
+    }
+    return bytes;
+}
+
+// Rows that are 3 are masked and parked, and in their place those that are 1 come back. In the thread whose graph has just
+// ended, so that nobody writes them. Gives the bytes read.
+uint64_t order_exchange(struct region * region, const uint8_t * rows) {
+    const struct request none = {.op = MASK};
+    struct reply reply = {.done = 1};
+    uint8_t * cold = malloc((size_t) region->n_rows);
+    int32_t * back = malloc((size_t) region->n_rows * sizeof(int32_t)), n = 0;
+    pthread_mutex_lock(&agent.lock);
+    for (int32_t row = 0; cold && back && row < region->n_rows; row++) {
+        if (rows[row] == 1) {
+            back[n++] = row;
+        }
+        if (rows[row] == 3 && !(region->flags[row] & ROW_MASKED)) {
+            region->flags[row] |= ROW_MASKED | ROW_PARKED;
+            region->n_masked++;
+        }
+        const bool elsewhere = (region->flags[row] & ROW_PARKED) || !(region->flags[row] & ROW_USED);
+        cold[row] = rows[row] == 3 ? 3 : rows[row] == 1 ? 0 : elsewhere;
+    }
+    pthread_mutex_unlock(&agent.lock);
+    uint64_t bytes = 0;
+    if (cold && back) {
+        act_on_rows(region, &none, 0.0, ACT_PARK_HERE, cold, &reply);
+        bytes = read_rows(region, back, n);
+        pthread_mutex_lock(&agent.lock);
+        for (int32_t i = 0; i < n; i++) {
+            region->n_masked -= (region->flags[back[i]] & ROW_MASKED) != 0;
+            region->flags[back[i]] &= (uint8_t) ~(ROW_MASKED | ROW_PARKED);
+        }
+        pthread_mutex_unlock(&agent.lock);
+    }
+    free(cold);
+    free(back);
+    return bytes;
+}
 
 // Reads a slice of rows back and has attention look at them again, until the time or the bytes are up.
 void order_unpark(struct region * region, const struct request * request, double begin_s, struct reply * reply) {
@@ -200,19 +259,7 @@ void order_unpark(struct region * region, const struct request * request, double
             }
         }
         pthread_mutex_unlock(&agent.lock);
-        for (int32_t t = 0; t < region->n_tensors; t++) {
-            for (int32_t a = 0; a < n;) {
-                int32_t b = a + 1;
-                while (b < n && batch[b] == batch[b - 1] + 1) {
-                    b++;
-                }
-                uint64_t first, last;
-                if (region->tensors[t].whole_rows && pages_of(region, &region->tensors[t], batch[a], batch[b - 1] + 1, true, &first, &last)) {
-                    reply->bytes += unpark_pages(region, first, last);
-                }
-                a = b;
-            }
-        }
+        reply->bytes += read_rows(region, batch, n);
         pthread_mutex_lock(&agent.lock);
         for (int32_t a = 0; a < n; a++) {
             region->n_masked -= (region->flags[batch[a]] & ROW_MASKED) != 0;

@@ -6,7 +6,7 @@
 #include "agent.h"
 
 enum { VERSION = 1 };
-enum op { HELLO = 1, SNAPSHOT, SEQUENCE, MASK, UNMASK, PARK, UNPARK, WRITE, RELEASE, EVIDENCE, COLLECT, FORGET, BLOBS, PARK_BLOB, REFUSE, SAMPLED, BUFFERS };
+enum op { HELLO = 1, SNAPSHOT, SEQUENCE, MASK, UNMASK, PARK, UNPARK, WRITE, RELEASE, EVIDENCE, COLLECT, FORGET, BLOBS, PARK_BLOB, REFUSE, SAMPLED, BUFFERS, RECALL, RECALLED };
 enum kind { ARRIVALS = 1, KEY_NORMS, KEY_DIFFS, ATTENTION, LAST_USED };
 
 struct range { int32_t start, stop; };
@@ -47,6 +47,7 @@ bool refresh_map(struct region * region, bool anyway);
 void order_park(struct region * region, const struct request * request, double begin_s, struct reply * reply);
 void order_unpark(struct region * region, const struct request * request, double begin_s, struct reply * reply);
 void order_release(struct region * region, const struct request * request, double begin_s, struct reply * reply);
+uint64_t order_exchange(struct region * region, const uint8_t * rows);
 void forget_masks(struct region * region);
 
 // ---- state.c: saying what is. Each gives where its reply ends, NULL if there was no place for it -----------------

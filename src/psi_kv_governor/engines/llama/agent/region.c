@@ -6,7 +6,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "agent.h"
+#include "recall.h"
 
 // Smaller buffers are left alone: less than a trim of the smallest model here returns.
 #define LEAST_BYTES (1u << 20)
@@ -100,6 +100,7 @@ static void forget(struct region * region) {
         free(region->sequences[i].rows);
     }
     sampler_free(region->sampler);
+    recall_free(region->recall);
     free(region->tensors);
     free(region->pos);
     free(region->flags);

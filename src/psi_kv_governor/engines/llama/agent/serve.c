@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include "protocol.h"
+#include "recall.h"
 
 pthread_mutex_t serving = PTHREAD_MUTEX_INITIALIZER;
 
@@ -28,6 +29,19 @@ static char * answer(const struct request * request, size_t n_message, char * to
         agent.sample_every = request->ranges[0].start, agent.sample_window = request->ranges[0].stop;
         agent.sample_near = request->ranges[1].start, agent.sample_layers = request->ranges[1].stop;
         agent.sample_half_life = (float) request->ranges[2].start;
+        return to;
+    }
+    if (request->op == RECALL && request->n_ranges >= 4) {
+        const struct range * r = request->ranges;
+        pthread_mutex_lock(&agent.lock);
+        recall_settings.mode = r[0].start, recall_settings.every = r[0].stop > 0 ? r[0].stop : 1;
+        recall_settings.sink_cells = r[1].start, recall_settings.window_cells = r[1].stop;
+        recall_settings.layers = r[2].start, recall_settings.paused = r[2].stop != 0;
+        recall_settings.bytes_per_s = r[3].start * 1048576.0;
+        const int32_t n_marked = (int32_t) request->n_ranges - 4;
+        recall_settings.n_marked = n_marked < MOST_MARKED ? n_marked : MOST_MARKED;
+        memcpy(recall_settings.marked, r + 4, (size_t) recall_settings.n_marked * sizeof(struct range));
+        pthread_mutex_unlock(&agent.lock);
         return to;
     }
     if (request->op == BLOBS) {
@@ -64,6 +78,7 @@ static char * answer(const struct request * request, size_t n_message, char * to
         case UNPARK:   order_unpark(region, request, begin_s, reply); break;
         case RELEASE:  order_release(region, request, begin_s, reply); break;
         case FORGET:   forget_masks(region); break;
+        case RECALLED: return recall_tell(region, to, end);
         default:       reply->status = 2;
     }
     return to;
@@ -77,6 +92,7 @@ void agent_alone(void) {
     }
     agent.watched      = false;
     agent.sample_every = 0;
+    recall_settings.mode = 0;
     blobs_refuse(false);
 }
 

@@ -1,0 +1,205 @@
+"""Recall on real contexts: what is parked comes back when a question needs it, and nothing changes otherwise."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import pytest
+
+from gguf_models import LARGE
+from psi_kv_governor.cache import Plan, Range, Recall, Recalled, Step, Verb
+from psi_kv_governor.engines.llama.client import Client, InProcess
+from psi_kv_governor.engines.llama.engine import LlamaEngine
+
+pytestmark = pytest.mark.llama
+TEXT = (
+    "The museum opens at nine and closes at five. Visitors walk through the halls and look at the paintings. "
+    "In the garden the trees stand in long rows, and the gardener waters them in the evening. "
+)
+FACT = "\n\nThe treasure is buried under the fountain.\n\n"
+QUESTION = "\n\nThe treasure is buried under the"
+SETTINGS = Recall(mode="ahead", sink_cells=32, window_cells=64, bytes_per_s=1e9)
+
+
+@pytest.fixture
+def open_llm(folder, agent):
+    """Opens a plain `llama_cpp.Llama` with an engine over its caches."""
+    import llama_cpp
+
+    opened = []
+
+    def open_(model, *, backing="file", **arguments):
+        agent.configure(str(folder), in_file=backing == "file", reserve_bytes=0, limit_bytes=0)
+        chosen = {"n_ctx": 768, "n_threads": 1, "n_threads_batch": 1, "verbose": False, "flash_attn": True}
+        llm = llama_cpp.Llama(str(model), **{**chosen, **arguments})
+        address = ctypes.cast(llm.ctx, ctypes.c_void_p).value
+        client = Client(InProcess(agent.serve))
+        engine = LlamaEngine(client, pid=1, place=str(folder), backing=backing, context=lambda: address)
+        opened.append((llm, engine))
+        return llm, engine
+
+    yield open_
+    for llm, engine in opened:
+        engine.recall(Recall())
+        llm.close()
+
+
+def logits(llm) -> np.ndarray:
+    import llama_cpp
+
+    return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), (llm.n_vocab(),)).copy()
+
+
+def do(engine, verb, *ranges):
+    (cache,) = engine.snapshot().caches
+    step = Step(verb=verb, cache=cache.id, sequence=0, ranges=tuple(Range(*part) for part in ranges))
+    return engine.apply(Plan(steps=(step,)))
+
+
+def sequence(engine):
+    (cache,) = engine.snapshot().caches
+    return cache.sequences[0]
+
+
+def since(engine, before: Recalled) -> Recalled:
+    now = engine.recalled()
+    names = ("read_bytes", "blocks", "exchanges", "decoded_again")
+    return Recalled(**{name: getattr(now, name) - getattr(before, name) for name in names})
+
+
+class Story:
+    """A text with a fact in it, of which three quarters were given up, the fact among them."""
+
+    def __init__(self, llm, engine) -> None:
+        self.llm, self.engine = llm, engine
+        words = TEXT * 2 + FACT + TEXT * 8
+        self.tokens = llm.tokenize(words.encode())
+        self.question = llm.tokenize(QUESTION.encode(), add_bos=False)
+        before = len(llm.tokenize((TEXT * 2).encode()))
+        self.fact = Range(before, before + len(llm.tokenize(FACT.encode(), add_bos=False)))
+        self.gone = (32, 32 + 3 * (len(self.tokens) - 128) // 4)
+        assert self.gone[0] < self.fact.start
+        assert self.fact.stop < self.gone[1]
+        llm.eval(self.tokens)
+
+    def read(self, **settings) -> Recalled:
+        """From the whole text: give up, ask."""
+        do(self.engine, Verb.UNMASK)
+        self.llm.n_tokens = len(self.tokens)
+        self.engine.recall(_with(settings))
+        before = self.engine.recalled()
+        do(self.engine, Verb.MASK, self.gone)
+        self.llm.eval(self.question)
+        return since(self.engine, before)
+
+    def answer(self) -> str:
+        return self.llm.detokenize([int(logits(self.llm).argmax())], special=True).decode()
+
+
+def _with(settings) -> Recall:
+    return Recall(**{**{name: getattr(SETTINGS, name) for name in SETTINGS.__struct_fields__}, **settings})
+
+
+@pytest.fixture
+def story(open_llm, demo_model):
+    return Story(*open_llm(demo_model))
+
+
+def test_a_fact_that_was_given_up_comes_back_for_its_question(story):
+    off = story.read(mode="off")
+    assert off.exchanges == 0
+    assert "fountain" not in story.answer()
+    told = story.read()
+    assert "fountain" in story.answer()
+    assert told.decoded_again == 1
+    assert told.read_bytes > 0
+
+
+def test_as_many_cells_are_live_after_an_exchange_as_before(story):
+    told = story.read()
+    masked = sequence(story.engine).masked
+    assert told.blocks > 0
+    assert sum(part.cells for part in masked) == story.gone[1] - story.gone[0]
+    assert len(story.tokens) + len(story.question) == sequence(story.engine).next_position
+    for part in masked:  # what is protected stays
+        assert part.start >= SETTINGS.sink_cells
+        assert part.stop <= len(story.tokens) + len(story.question) - SETTINGS.window_cells
+
+
+def test_what_was_exchanged_comes_back_bit_for_bit(story):
+    story.llm.eval(story.question)
+    whole = logits(story.llm)
+    story.read()
+    do(story.engine, Verb.UNMASK)
+    story.llm.n_tokens = len(story.tokens)
+    story.engine.recall(Recall())
+    story.llm.eval(story.question)
+    assert np.array_equal(logits(story.llm), whole)
+
+
+def test_nothing_is_done_while_nothing_is_masked(story):
+    story.engine.recall(Recall())
+    story.llm.eval(story.question)
+    whole = logits(story.llm)
+    story.llm.n_tokens = len(story.tokens)
+    story.engine.recall(SETTINGS)
+    before = story.engine.recalled()
+    story.llm.eval(story.question)
+    assert np.array_equal(logits(story.llm), whole)
+    assert since(story.engine, before) == Recalled()
+
+
+def test_nothing_comes_in_while_memory_is_short(story):
+    assert story.read(paused=True) == Recalled()
+    assert "fountain" not in story.answer()
+
+
+def test_what_is_marked_stays(story):
+    live = Range(story.gone[1], len(story.tokens) - 64)
+    told = story.read(marked=(live,))
+    assert told.exchanges == 0  # nothing may go for it
+    assert told.decoded_again == 0
+
+
+def test_following_exchanges_blocks_and_decodes_nothing_again(story):
+    told = story.read(mode="follow")
+    assert told.blocks > 0
+    assert told.decoded_again == 0
+
+
+def test_no_more_is_read_than_allowed(story):
+    told = story.read(bytes_per_s=float(1 << 20))  # less than three blocks of the demo model
+    assert told.blocks <= 2
+
+
+def test_a_summary_is_less_than_two_in_a_hundred_of_what_is_parked(story):
+    story.read()
+    (cache,) = story.engine.snapshot().caches
+    assert 0 < story.engine.recalled().summary_bytes <= 0.02 * cache.cell_bytes
+
+
+def test_keys_in_q8_0_are_summarised_too_and_plain_memory_is_exchanged(open_llm, demo_model):
+    story = Story(*open_llm(demo_model, backing="memory", type_k=8, type_v=8))
+    assert story.read().decoded_again == 1
+    assert "fountain" in story.answer()
+
+
+def test_drafts_to_be_verified_are_never_decoded_twice(story):
+    import llama_cpp
+    from llama_cpp import _internals
+
+    story.read(mode="follow")
+    story.engine.recall(SETTINGS)
+    before = story.engine.recalled()
+    batch = _internals.LlamaBatch(n_tokens=8, embd=0, n_seq_max=1, verbose=False)
+    batch.set_batch(story.question[:6], n_past=story.llm.n_tokens, logits_all=True)
+    assert llama_cpp.llama_decode(story.llm.ctx, batch.batch) == 0
+    batch.close()
+    assert since(story.engine, before).decoded_again == 0
+
+
+def test_a_cache_without_flash_attention_says_why_not(open_llm, tiny_model):
+    llm, engine = open_llm(tiny_model(LARGE), flash_attn=False)
+    llm.eval([1, 2, 3])
+    assert "flash attention is off" in engine.recalled().why_not
