@@ -1,4 +1,4 @@
-"""Recall on real contexts: what is parked comes back when a question needs it, and nothing changes otherwise."""
+"""Recall on real contexts: what is parked comes back for a question, and nothing changes otherwise."""
 
 from __future__ import annotations
 
