@@ -44,6 +44,25 @@ print(hashlib.sha256(ctypes.string_at(at, size)).hexdigest(), flush=True)
 """
 
 
+LOADS = """
+import ctypes, resource, sys
+import llama_cpp
+llm = llama_cpp.Llama(sys.argv[1], n_ctx=2048, n_threads=1, verbose=False, flash_attn=True)
+new = ctypes.CDLL(None)._Znwm
+new.restype, new.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
+llm.eval([504] * 400)
+size = llama_cpp.llama_state_seq_get_size_ext(llm.ctx, 0, 0)
+state = ctypes.cast(new(size), ctypes.POINTER(ctypes.c_uint8))
+assert llama_cpp.llama_state_seq_get_data_ext(llm.ctx, state, size, 0, 0) == size
+print(size, flush=True)
+sys.stdin.readline()
+llm._ctx.kv_cache_clear()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+assert llama_cpp.llama_state_seq_set_data_ext(llm.ctx, state, size, 0, 0) == size
+print(resource.getrusage(resource.RUSAGE_SELF).ru_majflt - before, flush=True)
+"""
+
+
 def park_all(fleet: Fleet) -> tuple[int, Result]:
     cache = next(cache for cache in fleet.snapshot().caches if cache.blobs)
     steps = tuple(Step(verb=Verb.PARK, cache=cache.id, blob=blob.id) for blob in cache.blobs)
@@ -73,3 +92,21 @@ def test_one_that_is_written_again_after_it_was_parked_is_the_new_one(demo_model
     assert first != second == read_back
     assert [n for n, _ in results] == [1, 1]
     assert all(result.bytes_returned > 1 << 20 for _, result in results)
+
+
+def test_one_that_is_loaded_is_read_ahead_and_not_page_by_page(demo_model, folder):
+    fleet = Fleet(place=str(folder), backing="memory")
+    command = [sys.executable, "-c", LOADS, str(demo_model)]
+    environ = with_agent(fleet.name, folder, "memory")
+    with (
+        contextlib.closing(fleet),
+        subprocess.Popen(
+            command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as program,
+    ):
+        size = int(program.stdout.readline())
+        _, done = park_all(fleet)
+        assert done.bytes_returned >= size // 2
+        print(file=program.stdin, flush=True)
+        major_faults = int(program.stdout.readline())
+    assert major_faults < size // 4096 // 8
