@@ -46,7 +46,7 @@ _CALM_TOKENS = 200
 class ServerOptions(Options, frozen=True, kw_only=True):
     """What is served, and in how much memory."""
 
-    repeats: Annotated[int, Meta(ge=1, description="Pairs of runs, ungoverned and governed.")] = 20
+    repeats: Annotated[int, Meta(ge=0, description="Pairs of runs, ungoverned and governed.")] = 20
     limit_mib: Annotated[int, Meta(ge=64, description="Memory of the container.")] = 300
     talks: Annotated[int, Meta(ge=1, description="Conversations that return.")] = 10
     shots: Annotated[int, Meta(ge=1, description="One-shot prompts.")] = 200
@@ -68,7 +68,8 @@ def run(recorder: Recorder[ServerOptions]) -> Report:
             runs.append(_play(words, options, governed=governed))
     ratios = list(_calm(words, options, recorder)) if options.calm_pairs else []
     report = recorder.report(list(_figures(runs, ratios)), [options.threads or 1], rows=runs)
-    return recorder.save(report, (), partial(plot, runs=runs[-2:], limit_bytes=options.limit_mib << 20))
+    draw = [partial(plot, runs=runs[-2:], limit_bytes=options.limit_mib << 20)] if runs else []
+    return recorder.save(report, (), *draw)
 
 
 def _command(words: Sequence[str], port: int, *, governed: bool, place: str) -> list[str]:
@@ -149,7 +150,7 @@ def _standing(words: Sequence[str], options: ServerOptions, *, governed: bool) -
 
 
 def _figures(runs: Sequence[Run], ratios: Sequence[float]) -> Iterator[Figure]:
-    for governed, case in ((False, "ungoverned"), (True, "governed")):
+    for governed, case in ((False, "ungoverned"), (True, "governed")) if runs else ():
         these = [one for one in runs if one.governed is governed]
         kills = [float(one.kills) for one in these]
         yield figure("kills", "times", kills, NO_KILLS if governed else None, case=case)
@@ -157,8 +158,9 @@ def _figures(runs: Sequence[Run], ratios: Sequence[float]) -> Iterator[Figure]:
         yield figure("answers", "times", served, case=case)
         yield figure("peak", "MB", [one.peak_bytes / 1e6 for one in these], case=case)
     alive = [one for one in runs if one.governed and not one.died]
-    died = [float(bool(one.died)) for one in runs if one.governed]
-    yield figure("runs that did not serve all", "runs", died, NO_KILLS, case="governed")
+    if runs:
+        died = [float(bool(one.died)) for one in runs if one.governed]
+        yield figure("runs that did not serve all", "runs", died, NO_KILLS, case="governed")
     if alive:
         sooner = [one.first_token_s("first") / one.first_token_s("return") for one in alive]
         yield figure("first token: computed over returning", "x", sooner, SOONER, case="governed")
@@ -176,6 +178,7 @@ SCENE = Scene(
     run=run,
     examples=(
         "psi-kv bench server --quick",
+        "psi-kv bench server --repeats 0 --calm-pairs 100",
         "psi-kv bench server --server 'llama-server -m MODEL -c 32768 --port {port}' --limit-mib 2000",
     ),
 )
