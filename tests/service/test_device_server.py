@@ -53,7 +53,7 @@ def test_the_saved_states_of_a_server_on_a_device_are_parked_and_come_back(devic
             server.complete(other * 6, 1)
         until(lambda: states(fleet) != [], "nothing was saved")
         before = resident_bytes(server.pid)
-        Governor(fleet).park()
+        assert Governor(fleet).park().problem == ""
         assert all(blob.parked for blob in states(fleet))
         n_bytes = sum(blob.n_bytes for blob in states(fleet))
         assert n_bytes > 1 << 20

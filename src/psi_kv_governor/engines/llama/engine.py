@@ -100,7 +100,9 @@ class LlamaEngine:
         """See Engine."""
         regions = list(self._regions.values())
         able = Capability(able=True)
-        none_yet = Capability(able=False, why="" if regions else self._why_none())
+        away = [] if regions else self._away()
+        none_yet = Capability(able=False, why=_why_none(away))
+        parks = bool(regions) or (bool(away) and self._knows_blobs)
         placeless = Capability(able=False, why="there is no place to park")
         no_blobs = Capability(able=False, why="states that are saved here are not known")
         by_cell = [region for region in regions if region.by_cell]
@@ -112,7 +114,7 @@ class LlamaEngine:
             engine="llama",
             capabilities=Capabilities(
                 release=able if by_cell else (state if regions else none_yet),
-                park=(able if self._place else placeless) if regions else none_yet,
+                park=(able if self._place else placeless) if parks else none_yet,
                 mask=(mask if self._place else placeless) if by_cell or not regions else state,
                 blobs=placeless if not self._place else able if self._knows_blobs else no_blobs,
             ),
@@ -121,19 +123,12 @@ class LlamaEngine:
             details={"backing": self._why_backing} if self._why_backing else {},
         )
 
-    def _why_none(self) -> str:
-        """Why there is no cache that gives pages back."""
+    def _away(self) -> list[str]:
+        """Where caches are whose pages can't be returned."""
         try:
-            away = [] if self._closed else elsewhere(self.client.buffers())
+            return [] if self._closed else elsewhere(self.client.buffers())
         except EngineError:
-            away = []
-        if not away:
-            return "no cache is open, or it is too small to matter (1 MiB)"
-        return (
-            f"its keys and values are in {' and '.join(away)}, where no page can be returned: of a program "
-            "saved states are parked, GovernedLlama makes its context smaller, and with offload_kqv=False "
-            "(--no-kv-offload) they are in host memory"
-        )
+            return []
 
     def snapshot(self) -> Snapshot:
         """See Engine."""
@@ -378,6 +373,17 @@ class LlamaEngine:
         except EngineError:
             pass  # the agent is gone, and its masks with it
         self._closed = True
+
+
+def _why_none(away: list[str]) -> str:
+    """Why there is no cache that gives pages back."""
+    if not away:
+        return "no cache is open, or it is too small to matter (1 MiB)"
+    return (
+        f"its keys and values are in {' and '.join(away)}, where no page can be returned: of a program saved "
+        "states are parked, GovernedLlama makes its context smaller, and with offload_kqv=False "
+        "(--no-kv-offload) they are in host memory"
+    )
 
 
 def elsewhere(buffers: Iterable[BufferInfo]) -> list[str]:
