@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -98,15 +99,24 @@ def environ(root: Path) -> dict[str, str]:
 
 def _run(command: Sequence[Any], seconds: float = _FETCH_S, **options: Any) -> str:
     try:
-        done = subprocess.run(
-            list(map(str, command)), capture_output=True, text=True, timeout=seconds, check=False, **options
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
+        process = subprocess.Popen(
+            list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True, **options,
+        )  # fmt: skip
+    except OSError as error:
         raise Unavailable(f"{command[0]}: {error}") from error
-    if done.returncode != 0:
-        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except BaseException as error:  # also Ctrl-C: nothing goes on compiling behind us
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise Unavailable(f"{Path(command[0]).name} took more than {seconds:.0f} s") from error
+        raise
+    if process.returncode != 0:
+        last = (err.strip() or out.strip()).splitlines()[-1:]
         raise Unavailable(f"{Path(command[0]).name} {command[1]}: {' '.join(last)}")
-    return done.stdout
+    return out
 
 
 def _root(root: Path) -> Path:
@@ -138,16 +148,31 @@ def _root(root: Path) -> Path:
 
 
 def _build(version: str, root: Path, folder: Path, library: Path) -> None:
+    """Compiles what an earlier run did not come to."""
     work = folder / "work"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
+    libraries = next(root.glob("usr/lib/*/libvulkan_lvp.so")).parent
+    options = {"env": {**os.environ, "LD_LIBRARY_PATH": str(libraries)}}
+    if not (work / "configured").is_file():
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        _configure(version, root, work, libraries, options)
+        (work / "configured").touch()
+    build = ["--build", work / "build", "--target", "ggml-vulkan", "--parallel", os.cpu_count() or 1]
+    _run([_cmake(work), *build], _BUILD_S, **options)
+    (work / "build/bin/libggml-vulkan.so").replace(library)
+    shutil.rmtree(work)
+
+
+def _configure(version: str, root: Path, work: Path, libraries: Path, options: dict[str, Any]) -> None:
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     _run([*pip, "--no-binary", "llama-cpp-python", "--dest", work, f"llama-cpp-python=={version}"])
     with tarfile.open(next(work.glob("*.tar.gz"))) as source:
-        source.extractall(work, filter="data") if sys.version_info >= (3, 12) else source.extractall(work)
+        if sys.version_info >= (3, 12):
+            source.extractall(work, filter="data")
+        else:
+            source.extractall(work)
     (work / "shim/vulkan").mkdir(parents=True)
     (work / "shim/vulkan/vulkan.hpp").write_text(_SHIM)
-    libraries = next(root.glob("usr/lib/*/libvulkan_lvp.so")).parent
     told = {
         "GGML_VULKAN": "ON",
         "GGML_BACKEND_DL": "ON",
@@ -162,18 +187,15 @@ def _build(version: str, root: Path, folder: Path, library: Path) -> None:
         "SPIRV-Headers_DIR": f"{root}/usr/share/cmake/SPIRV-Headers",
     }
     source_dir = next(work.glob("llama_cpp_python-*")) / "vendor/llama.cpp"
-    options = {"env": {**os.environ, "LD_LIBRARY_PATH": str(libraries)}}
-    cmake = _cmake(work)
-    _run([cmake, "-S", source_dir, "-B", work / "build", *(f"-D{k}={v}" for k, v in told.items())], **options)
-    build = [cmake, "--build", work / "build", "--target", "ggml-vulkan", "--parallel", os.cpu_count() or 1]
-    _run(["nice", "-n", "5", *build], _BUILD_S, **options)
-    (work / "build/bin/libggml-vulkan.so").replace(library)
-    shutil.rmtree(work)
+    flags = [f"-D{name}={value}" for name, value in told.items()]
+    _run([_cmake(work), "-S", source_dir, "-B", work / "build", *flags], **options)
 
 
 def _cmake(work: Path) -> str:
     if (found := shutil.which("cmake")) is not None:
         return found
-    _run([sys.executable, "-m", "venv", work / "tools"])
-    _run([work / "tools/bin/python", "-m", "pip", "install", "--quiet", "cmake"])
-    return str(work / "tools/bin/cmake")
+    cmake = work / "tools/bin/cmake"
+    if not cmake.is_file():
+        _run([sys.executable, "-m", "venv", work / "tools"])
+        _run([work / "tools/bin/python", "-m", "pip", "install", "--quiet", "cmake"])
+    return str(cmake)
