@@ -144,6 +144,18 @@ class TestOverhead:
         assert ratio.median > 0  # 4 tokens on a busy machine say no more
         assert of["1 thread", "plain"].median > 0
         assert len(of["", "processor time while idle and calm"].values) == 1
+        assert of["", "memory beside the engine"].passed
+
+    @pytest.mark.llama
+    def test_a_prompt_is_decoded_anew_in_each_turn_where_that_is_measured(self, demo_model):
+        options = overhead.OverheadOptions(
+            model=str(demo_model), threads=1, openings=1, repeats=1, prefill=96, idle_s=0.05,
+            variant="psi-file",
+        )  # fmt: skip
+        of = measured(overhead, options)
+        assert of["1 thread", "governed over plain speed"].median > 0
+        # Each page at most once a turn, and not at all while it is still dirty from the turn before.
+        assert of["", "dirtied on a disk a token"].median < 1.25 * 23.04
 
 
 @pytest.mark.llama

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Annotated
 
 from msgspec import Meta
@@ -29,7 +30,8 @@ from psikv_bench.record import Recorder, Report
 from psikv_bench.scene import Scene
 from psikv_bench.trials.sizing import until_opened
 
-SPEED = Asked(">=", 0.99)
+SPEED = Asked(">=", 0.997)
+MEMORY_MB = Asked("<", 8.0)
 _PROMPT_TOKENS = 256
 """Short: the longer the context, the more a token costs, and the less of that is overhead."""
 _TURN_TIMEOUT_S = 600.0
@@ -44,6 +46,9 @@ class OverheadOptions(Options, frozen=True, kw_only=True):
     max_s: Annotated[float, Meta(gt=0, description="No further pair is begun after this.")] = 120.0
     idle_s: Annotated[float, Meta(gt=0, description="How long the idle process is watched.")] = 5.0
     variant: Annotated[Variant, Meta(description="Which of the governed ones.")] = "psi"
+    prefill: Annotated[
+        int, Meta(ge=0, le=255, description="Of a prompt in each turn, instead of decoding.")
+    ] = 0
 
 
 Pair = tuple[Done, Done]
@@ -60,21 +65,33 @@ def run(recorder: Recorder[OverheadOptions]) -> Report:
     options = recorder.options
     settings = [options.threads] if options.threads else list(dict.fromkeys((1, cores())))
     pairs: dict[int, list[Pair]] = {threads: [] for threads in settings}
-    idle_shares = []
+    idle_shares: list[float] = []
+    written: list[float] = []
+    own_mb: list[float] = []
     for opening in range(options.openings):
         for threads in settings:
             with _Both(recorder, threads, governed_first=opening % 2 == 1) as both:
-                pairs[threads] += both.pairs()
+                before = both.written_bytes()
+                found = list(both.pairs())
+                pairs[threads] += found
+                tokens = (options.prefill or options.tokens) * (len(found) + 1)
+                written.append((both.written_bytes() - before) / tokens / 1e3)
+                own_mb.append(both.own_bytes() / 1e6)
                 recorder.say("looking at the idle process")
                 idle_shares.append(both.idle_share())
     figures = [
         one
         for threads in settings
         for one in _figures(
-            pairs[threads], options.tokens, threads, SPEED if threads == settings[0] else None
+            pairs[threads],
+            options.prefill or options.tokens,
+            threads,
+            SPEED if threads == settings[0] else None,
         )
     ]
     figures.append(figure("processor time while idle and calm", "share", idle_shares))
+    figures.append(figure("dirtied on a disk a token", "kB", written))
+    figures.append(figure("memory beside the engine", "MB", own_mb, MEMORY_MB))
     return recorder.save(recorder.report(figures, settings))
 
 
@@ -84,6 +101,8 @@ class _Both:
     def __init__(self, recorder: Recorder[OverheadOptions], threads: int, *, governed_first: bool) -> None:
         self._options, self._say, self._threads = recorder.options, recorder.say, threads
         self._watch = CalmWatch()
+        self._cells = -(-(_PROMPT_TOKENS + self._options.tokens + 1) // 256) * 256  # as llama.cpp rounds
+        self._cell_bytes = 0
         self._stack = ExitStack()
         order: list[Variant] = ["fixed", self._options.variant]
         hosts: dict[Variant, Host] = {}
@@ -92,9 +111,10 @@ class _Both:
                 setup = Setup(
                     variant=variant, model=self._options.model, context_tokens=_PROMPT_TOKENS,
                     decoded_tokens=self._options.tokens, threads=threads, prefill_threads=1,
+                    context_cells=self._cells,
                 )  # fmt: skip
                 hosts[variant] = self._stack.enter_context(Host(setup))
-                until_opened(hosts[variant], self._say)
+                self._cell_bytes = until_opened(hosts[variant], self._say).cell_bytes
             self._plain, self._governed = (hosts[variant] for variant in order)
             self._stack = self._stack.pop_all()
 
@@ -120,7 +140,8 @@ class _Both:
                 return
 
     def _turn(self, host: Host) -> Done:
-        host.order(messages.Generate(tokens=self._options.tokens))
+        again = self._options.prefill
+        host.order(messages.Generate(tokens=1 if again else self._options.tokens, again=again))
         return host.until(Done, _TURN_TIMEOUT_S, self._watch)
 
     def idle_share(self) -> float:
@@ -130,9 +151,22 @@ class _Both:
         time.sleep(self._options.idle_s)
         return (self._look().governor_cpu_s - before.governor_cpu_s) / (time.monotonic() - began_s)
 
-    def _look(self) -> messages.Looked:
-        self._governed.order(messages.Look())
-        return self._governed.until(messages.Looked, _TURN_TIMEOUT_S, self._watch)
+    def written_bytes(self) -> int:
+        """Pages that the governed process made dirty on a disk so far, as the kernel counts them."""
+        counts = Path(f"/proc/{self._governed.pid}/io").read_text().splitlines()
+        return next(int(line.split(":")[1]) for line in counts if line.startswith("write_bytes"))
+
+    def own_bytes(self) -> int:
+        """What is resident of the governed process beyond the plain one, but for cells: of those the plain
+        one has all, and the governed one as many as there are tokens."""
+        ours, theirs = self._look(), self._look(self._plain)
+        cells = self._cells - ours.live_cells
+        return ours.memory.resident_bytes - theirs.memory.resident_bytes + cells * self._cell_bytes
+
+    def _look(self, host: Host | None = None) -> messages.Looked:
+        host = host or self._governed
+        host.order(messages.Look())
+        return host.until(messages.Looked, _TURN_TIMEOUT_S, self._watch)
 
 
 def in_turns(plain: Callable[[], Done], governed: Callable[[], Done], pairs: int) -> Iterator[Pair]:
@@ -188,5 +222,8 @@ SCENE = Scene(
     options=OverheadOptions(),
     quick=OverheadOptions(openings=2, repeats=10, max_s=20.0, idle_s=1.0),
     run=run,
-    examples=("psi-kv bench overhead --quick", "psi-kv bench overhead --json --out-dir overhead"),
+    examples=(
+        "psi-kv bench overhead --quick",
+        "psi-kv bench overhead --variant psi-file --prefill 128 --out-dir overhead-prefill",
+    ),
 )

@@ -99,6 +99,8 @@ class Generate(_Order, frozen=True, kw_only=True):
     """A whole request of so many tokens on the prompt that is in the cache, as users make one. Says Done."""
 
     tokens: int
+    again: int = 0
+    """Of the prompt's last tokens so many are decoded anew."""
 
 
 class Prefill(_Order, frozen=True):

@@ -124,7 +124,7 @@ class Worker:
             case messages.Decode():
                 self._decode(order)
             case messages.Generate():
-                self._generate(order.tokens)
+                self._generate(order.tokens, order.again)
             case messages.Trim():
                 self._llm.governor.trim(order.fraction)
             case messages.Save():
@@ -216,7 +216,8 @@ class Worker:
                 chunk = self._prompt[start : start + self._setup.batch_tokens]
                 last_s = self._eval(chunk, said=True, since_s=last_s)
 
-    def _generate(self, tokens: int) -> None:
+    def _generate(self, tokens: int, again: int) -> None:
+        self._llm.n_tokens = min(int(self._llm.n_tokens), self._setup.context_tokens - again)
         prompt = self._llm.input_ids[: self._setup.context_tokens].tolist()
         request = self._llm.generate(prompt, temp=0.0)
         decoded = sum(1 for _ in islice(request, tokens))
