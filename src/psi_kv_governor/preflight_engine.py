@@ -93,6 +93,7 @@ def check_engine(model: Path) -> Iterator[Check]:
         yield _step("release", able.release, "fail")
         yield _step("park", able.park, "warn", f"yes: {mib(returned)} went back in a trial")
         yield _step("mask", able.mask, "warn")
+        yield _step("evict", able.evict, "ok" if able.park.able else "warn")
         if llm.context_params.flash_attn_type != 1:
             return
         yield Check(

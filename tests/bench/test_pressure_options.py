@@ -120,7 +120,7 @@ def machine(monkeypatch):
     """What sandboxes this machine can make, by the swap that is asked for."""
     able = {"zram": (True, ""), "none": (True, ""), "host": (False, "this machine has no swap of its own")}
     monkeypatch.setattr(Sandbox, "available", staticmethod(lambda swap="none": able[swap]))
-    monkeypatch.setattr(setting, "size_of", lambda *_: SIZE)
+    monkeypatch.setattr(setting, "size_of", lambda *_, **__: SIZE)
     return able
 
 

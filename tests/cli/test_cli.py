@@ -235,6 +235,7 @@ def test_doctor_is_content_with_a_good_model(demo_model, monkeypatch):
     report = json.loads(result.stdout)
     states = {check["name"]: check["state"] for check in report["checks"]}
     assert states["model"] == states["can release"] == "ok"
+    assert states["can evict"] == ("ok" if states["can park"] == "ok" else "warn")
     assert result.exit_code == (0 if "fail" not in states.values() else 1)
 
 

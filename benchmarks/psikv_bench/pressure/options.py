@@ -65,6 +65,7 @@ class PressureOptions(Options, frozen=True, kw_only=True):
     swap: Annotated[
         Swap, Meta(description="In that cgroup: a zram device of its own, none, the machine's.")
     ] = "zram"
+    mmap: Annotated[bool, Meta(description="Weights as a mapped file, or in memory [mapped].")] = True
     seed: Annotated[
         int, Meta(ge=0, description="Of the random order, and of what fills the neighbour's memory.")
     ] = 1

@@ -51,11 +51,11 @@ class Size(msgspec.Struct, frozen=True, kw_only=True):
     cell_bytes: int
 
 
-def size_of(model: Path, cells: int, threads: int, say: Say = say_nothing) -> Size:
+def size_of(model: Path, cells: int, threads: int, say: Say = say_nothing, *, mmap: bool = True) -> Size:
     """Measure it in a process of its own. Raises PsiKvError where the model can't be run."""
     setup = Setup(
         variant="fixed", model=str(model), context_cells=cells, context_tokens=min(512, cells - 2),
-        threads=threads,
+        threads=threads, mmap=mmap,
     )  # fmt: skip
     try:
         with Host(setup) as host:
@@ -137,7 +137,7 @@ def choose_setting(options: PressureOptions, say: Say = say_nothing) -> Setting:
         limit_bytes = options.memory_limit_mib * MIB
     elif isolated:
         say("measuring what the model takes", new=True)
-        size = size_of(Path(options.model), options.ctx_size, options.threads or 1, say)
+        size = size_of(Path(options.model), options.ctx_size, options.threads or 1, say, mmap=options.mmap)
         limit_bytes = limit_for(size, options)
     pressure_bytes = options.pressure_mib * MIB
     return Setting(
@@ -167,6 +167,7 @@ def scene_of(options: PressureOptions, setting: Setting, folder: Path | None) ->
         context_cells=options.ctx_size,
         tokens=options.n_predict,
         threads=options.threads or 1,
+        mmap=options.mmap,
         keep=options.keep,
         tail=options.tail,
         min_prune=options.min_prune,

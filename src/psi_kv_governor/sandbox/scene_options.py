@@ -31,6 +31,8 @@ class SceneOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Decoded under pressure."""
     threads: int = 1
     """That decode. With one for every core, the neighbour's work alone would slow it down: ggml spins."""
+    mmap: bool = True
+    """Weights as a mapped file, or in memory."""
     keep: int | None = None
     tail: int | None = None
     min_prune: int = 64
@@ -112,6 +114,7 @@ class SceneOptions(msgspec.Struct, frozen=True, kw_only=True):
             context_cells=self.context_cells,
             decoded_tokens=CALM_TOKENS + self.tokens,
             threads=self.threads,
+            mmap=self.mmap,
             auto=not self.gentle,
             keep=self.keep,
             tail=self.tail,

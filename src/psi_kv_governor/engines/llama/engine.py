@@ -55,6 +55,10 @@ RECALL_EVERY = 8
 """Of the tokens decoded one by one, one in so many is held against what is parked."""
 RECALL_LAYERS = 1
 """Layers whose keys are summarised."""
+_WHY_NO_EVICT = {
+    True: "there is a place to park, so nothing is thrown away",
+    False: "without a place to park a running context gives nothing: its program would not know what is gone",
+}
 _OPS = {
     Verb.WRITE_BEHIND: Op.WRITE,
     Verb.RELEASE: Op.RELEASE,
@@ -116,6 +120,7 @@ class LlamaEngine:
                 release=able if by_cell else (state if regions else none_yet),
                 park=(able if self._place else placeless) if parks else none_yet,
                 mask=(mask if self._place else placeless) if by_cell or not regions else state,
+                evict=Capability(able=False, why=_WHY_NO_EVICT[bool(self._place)]),
                 blobs=placeless if not self._place else able if self._knows_blobs else no_blobs,
             ),
             backing=self._backing,
