@@ -69,7 +69,7 @@ lint: $(READY) ## Check format, lint and types
 	$(BIN)/mypy $(wildcard scripts/*.py benchmarks/*.py)
 	@if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh .ci/run; fi
 
-# What makes pressure, or a machine of its own, is alone; everything else has both cores. WORKERS=0: one after the other.
+# WORKERS=2 gives both cores to everything but what makes pressure, or a machine of its own. 0: one after the other.
 WORKERS ?= 0
 ALONE := cgroup or swap or uml
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from psi_kv_governor.amounts import mib
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.engines.llama import loader
 from psi_kv_governor.errors import BadInputError, EngineError, PsiKvError
@@ -102,7 +103,7 @@ def check_cgroup(root: Path = Path("/")) -> Check:
         why = "no cgroup is to be seen: only the machine's own memory counts"
         return Check("cgroup", "warn", why, "mount cgroup2 at /sys/fs/cgroup, or start it under systemd")
     told = [
-        f"{_mib(one.headroom_bytes or 0)} free of {_mib(one.limit_bytes or 0)}, {one.limit} of {one.name}"
+        f"{mib(one.headroom_bytes or 0, 0)} free of {mib(one.limit_bytes or 0, 0)}, {one.limit} of {one.name}"
         for one in limits
     ]
     none = (
@@ -134,7 +135,7 @@ def check_overcommit(root: Path = Path("/")) -> Check:
     return Check(
         "overcommit",
         "warn",
-        f"strict: of {_mib(limit)} that may be promised {_mib(committed)} are, and what is parked stays "
+        f"strict: of {mib(limit, 0)} that may be promised {mib(committed, 0)} are, and what is parked stays "
         "promised; an allocation beyond that fails however much is free",
         "sysctl vm.overcommit_memory=0, or a higher vm.overcommit_ratio",
     )
@@ -154,7 +155,7 @@ def check_swap(root: Path = Path("/")) -> Check:
             "none: memory runs out without a stall before, and only headroom tells",
             "add compressed swap, for instance `apt install zram-tools` or systemd-zram-generator",
         )
-    named = (f"{words[0]} ({_mib(int(words[2]) * 1024)})" for words in devices)
+    named = (f"{words[0]} ({mib(int(words[2]) * 1024, 0)})" for words in devices)
     return Check("swap", "ok", ", ".join(named))
 
 
@@ -227,7 +228,7 @@ def check_place(config: GovernorConfig) -> Check:
         return Check("place to park", "fail", "none: nothing can be parked", search.why_none, more)
     backing, why = choose_backing(config.backing, place, *swap_state())
     speed = place.write_bytes_per_s / 1e6
-    detail = f"{place.folder} ({place.device}): {_mib(place.free_bytes)} of room, {speed:,.0f} MB/s"
+    detail = f"{place.folder} ({place.device}): {mib(place.free_bytes, 0)} of room, {speed:,.0f} MB/s"
     return Check("place to park", "ok", f"{detail}; caches are born in {backing}: {why}", more=more)
 
 
@@ -239,7 +240,3 @@ def check_model(model: Path | None = None) -> Check:
         return Check("model", "warn" if model is None else "fail", "not usable", str(error))
     size = f"{found.size_bytes / 1e6:,.0f} MB"
     return Check("model", "ok", f"{found.path} ({found.architecture}, {found.tensors} tensors, {size})")
-
-
-def _mib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:,.0f} MiB"
