@@ -110,3 +110,40 @@ def test_one_that_is_loaded_is_read_ahead_and_not_page_by_page(demo_model, folde
         print(file=program.stdin, flush=True)
         major_faults = int(program.stdout.readline())
     assert major_faults < size // 4096 // 8
+
+
+SAVES_PARKED = """
+import ctypes, resource, sys
+import llama_cpp
+llm = llama_cpp.Llama(sys.argv[1], n_ctx=2048, n_threads=1, verbose=False, flash_attn=True)
+llm.eval([504] * 400)
+size = llama_cpp.llama_state_seq_get_size_ext(llm.ctx, 0, 0)
+state = (ctypes.c_uint8 * size)()
+assert llama_cpp.llama_state_seq_get_data_ext(llm.ctx, state, size, 0, 0) == size
+saved = bytes(state)
+print(size, flush=True)
+sys.stdin.readline()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+assert llama_cpp.llama_state_seq_get_data_ext(llm.ctx, state, size, 0, 0) == size
+print(resource.getrusage(resource.RUSAGE_SELF).ru_majflt - before, bytes(state) == saved, flush=True)
+"""
+
+
+def test_a_parked_sequence_that_is_saved_is_read_ahead_and_not_page_by_page(demo_model, folder):
+    fleet = Fleet(place=str(folder), backing="file")
+    command = [sys.executable, "-c", SAVES_PARKED, str(demo_model)]
+    environ = with_agent(fleet.name, folder, "file")
+    with (
+        contextlib.closing(fleet),
+        subprocess.Popen(
+            command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as program,
+    ):
+        size = int(program.stdout.readline())
+        (cache,) = [cache for cache in fleet.snapshot().caches if cache.sequences]
+        done = fleet.apply(Plan(steps=(Step(verb=Verb.PARK, cache=cache.id, sequence=0),)))
+        assert done.bytes_returned >= size // 2
+        print(file=program.stdin, flush=True)
+        major_faults, same = program.stdout.readline().split()
+    assert same == "True"
+    assert int(major_faults) < size // 4096 // 8

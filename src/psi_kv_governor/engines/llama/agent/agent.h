@@ -208,6 +208,7 @@ void graph_after(void);
 void graph_note_callback(ggml_backend_sched_t sched, ggml_backend_sched_eval_callback callback, void * user);
 void graph_call_begin(struct llama_context * ctx, struct lib * lib, const struct llama_batch * batch);
 void graph_call_end(void);
+void graph_state_read(struct llama_context * ctx, int32_t sequence);
 void rows_overwritten(const struct ggml_tensor * tensor, size_t offset, size_t size);
 
 // ---- attention.c, keys.c: evidence ----------------------------------------------------------------------------

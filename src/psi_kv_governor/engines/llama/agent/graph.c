@@ -137,13 +137,8 @@ static int32_t sequence_at(const struct llama_batch * batch, int32_t i) {
     return batch->n_seq_id && batch->seq_id ? (batch->n_seq_id[i] == 1 ? batch->seq_id[i][0] : -1) : 0;
 }
 
-// A parked sequence that is decoded reads its cells, and so has them back.
-static void sequence_used(struct region * region, int32_t id) {
-    struct sequence * sequence = id >= 0 ? map_sequence(region, id, true) : NULL;
-    if (!sequence) {
-        return;
-    }
-    sequence->used_s = region->used_s;
+// Whoever reads the cells of a parked sequence has them back: they are read ahead in runs, not page by page.
+static void sequence_read(struct region * region, struct sequence * sequence) {
     for (int32_t i = 0; sequence->parked && i < sequence->n;) {
         int32_t       j   = i;
         const int32_t row = sequence->rows[i];
@@ -158,6 +153,27 @@ static void sequence_used(struct region * region, int32_t id) {
         i = j > i ? j : i + 1;
     }
     sequence->parked = false;
+}
+
+static void sequence_used(struct region * region, int32_t id) {
+    struct sequence * sequence = id >= 0 ? map_sequence(region, id, true) : NULL;
+    if (sequence) {
+        sequence->used_s = region->used_s;
+        sequence_read(region, sequence);
+    }
+}
+
+// Its state is about to be saved: servers do that to each idle slot before they give it to somebody else.
+void graph_state_read(struct llama_context * ctx, int32_t id) {
+    pthread_mutex_lock(&agent.lock);
+    for (int i = 0; i < MAX_REGIONS && ctx && id >= 0; i++) {
+        struct region *   region   = &agent.regions[i];
+        struct sequence * sequence = region->alive && region->cells && region->ctx == ctx ? map_sequence(region, id, false) : NULL;
+        if (sequence && sequence->parked && map_fresh(region)) {
+            sequence_read(region, sequence);
+        }
+    }
+    pthread_mutex_unlock(&agent.lock);
 }
 
 static void note_rows(struct region * region, const struct ggml_tensor * index, const struct ggml_tensor * positions) {

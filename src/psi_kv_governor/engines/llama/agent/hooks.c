@@ -236,6 +236,7 @@ EXPORT size_t llama_state_seq_get_data_ext(struct llama_context * ctx, uint8_t *
     REAL(llama_state_seq_get_data_ext);
     blob_begun(to);
     INSIDE;
+    graph_state_read(ctx, seq);
     const size_t n = real(ctx, to, size, seq, flags);
     blob_whole(to, n);
     return n;
