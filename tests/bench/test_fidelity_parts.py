@@ -49,6 +49,7 @@ def test_random_always_joins_in_under_several_seeds_and_full_is_no_policy():
 
 def test_evidence_is_gathered_for_all_together():
     assert needs(contenders(["window"], seed=0, seeds=1)) == frozenset()
+    assert needs(contenders(["recall"], seed=0, seeds=1)) == needs(contenders(["hybrid"], seed=0, seeds=1))
     assert needs(contenders(["attention", "keydiff"], seed=0, seeds=1)) == {"attention", "key_diffs"}
 
 

@@ -69,6 +69,12 @@ def test_the_full_cache_is_the_upper_bound_and_random_takes_part(rows):
     assert all(line.kl.mean > 0.0 for line in rows.likelihood if line.share)
 
 
+def test_recall_is_measured_as_one_more_contender(senseless):
+    report = small(senseless, policies=("recall",), only=("texts",))
+    assert {line.policy for line in report.rows.likelihood} == {"full", "one cell", "recall", "random"}
+    assert report.rows.differing_logits == 0
+
+
 def test_restoring_is_exact(rows):
     assert rows.trims_between_exact == 5  # window, attention, random under two seeds, and one cell
     assert rows.differing_logits == 0

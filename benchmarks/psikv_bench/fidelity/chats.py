@@ -128,7 +128,7 @@ def _under_pressure(subject: Subject, script: Script, policy: Policy, share: flo
         if isinstance(event, Trimmed):
             trims.append(event)
 
-    with subject.governed(policy, ScriptedPressure()) as governor:
+    with subject.recalling(policy), subject.governed(policy, ScriptedPressure()) as governor:
         governor.subscribe(note)
         for number, turn in enumerate(script.turns, 1):
             goal = share * number / len(script.turns)
@@ -153,7 +153,7 @@ def _answers(subject: Subject, script: Script) -> list[bool]:
 def _right(subject: Subject, fact: Planted, stem: Sequence[int]) -> bool:
     """Whether the first token of the right answer is more probable than those of the other choices."""
     mark = subject.mark()
-    logits = subject.logits(stem)[-1]
+    logits = subject.asked(stem, ())[-1]
     subject.back_to(mark)
     return max(fact.choices, key=lambda choice: logits[subject.tokens(f" {choice}")[0]]) == fact.answer
 

@@ -149,7 +149,7 @@ def _ask(
 ) -> Outcome:
     """Ask, and forget it again. The first `already` tokens of the question are in the context."""
     mark = subject.mark()
-    logits = subject.logits(asked.tokens[already:-1])
+    logits = subject.asked(asked.tokens[already : asked.stem], asked.tokens[asked.stem : -1])
     subject.back_to(mark)
     right = asked.right(logits, already)
     return Outcome(asked.question.task, asked.third, when, policy, share, right)

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from psi_kv_governor.cache import Recall
 from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.policy import Policy, Range
+from psi_kv_governor.sandbox import llm as llms
 from psi_kv_governor.sandbox.messages import Setup
-from psikv_bench.fidelity.contenders import Contender, needs
+from psikv_bench.fidelity.contenders import RECALL, Contender, needs
 from psikv_bench.model import Context, Logits
 
 
@@ -35,10 +39,12 @@ class Subject(Context):
     """
 
     def __init__(self, setup: Setup, compared: Sequence[Contender], n_ctx: int) -> None:
+        llms.llama_class(setup.variant)  # the agent has to be there before llama_cpp
         _check_length(Path(setup.model), n_ctx)
         super().__init__(setup, n_ctx)
         self.n_ctx = n_ctx
         self._ids: list[int] = []
+        self._recalls = False
         try:
             for one in compared:
                 self.check_served(one.policies[0])
@@ -82,10 +88,24 @@ class Subject(Context):
         self._ids += tokens
 
     def logits(self, tokens: Sequence[int]) -> Logits:
-        """Decode `tokens` (at most a batch) after the context; gives the logits after each."""
-        found = super().logits(tokens)
+        """Decode `tokens` (at most a batch) after the context; gives the logits after each.
+
+        With recall one by one, as an answer is: a batch would call at once for what each of them needs.
+        """
+        parts = [[token] for token in tokens] if self._recalls else [tokens]
+        found = np.concatenate([super(Subject, self).logits(part) for part in parts])
         self._ids += tokens
         return found
+
+    def asked(self, question: Sequence[int], answer: Sequence[int]) -> Logits:
+        """Decode a prompt's end and what follows it; gives the logits after each token. With recall those
+        within the question are NaN: a prompt has only those after its last."""
+        if not self._recalls:
+            return self.logits([*question, *answer])
+        self.read(question)
+        found = np.full((len(question), self.llm.n_vocab()), np.nan, np.float32)
+        found[-1] = np.ctypeslib.as_array(self.llm._ctx.get_logits(), shape=(self.llm.n_vocab(),))
+        return np.concatenate([found, self.logits(answer)]) if len(answer) else found
 
     def greedy(self, token: int, count: int) -> list[int]:
         """The `count` most probable tokens in turn, after `token` was decoded."""
@@ -128,12 +148,30 @@ class Subject(Context):
     def trimmed(self, policy: Policy, share: float) -> Iterator[None]:
         """Without `share` of the context, as `policy` chooses; whole again, and no longer, afterwards."""
         mark = self.mark()
+        with self.recalling(policy):
+            try:
+                self.trim(policy, self.cells(share))
+                yield
+            finally:
+                self.back_to(mark)
+                self.unmask()
+
+    @contextmanager
+    def recalling(self, policy: Policy) -> Iterator[None]:
+        """With recall, where `policy` is the contender that has it; without it afterwards."""
+        settings = Recall(
+            mode="ahead",
+            sink_cells=self.config.sink_cells,
+            window_cells=self.config.window_cells,
+            bytes_per_s=self.config.recall_bytes_per_s,
+        )
+        self._recalls = policy.name == RECALL
+        self.engine.recall(settings if self._recalls else Recall())
         try:
-            self.trim(policy, self.cells(share))
             yield
         finally:
-            self.back_to(mark)
-            self.unmask()
+            self.engine.recall(Recall())
+            self._recalls = False
 
     def cells(self, share: float) -> int:
         """`share` of the context in whole blocks, so that every policy gives up the same number of cells."""
