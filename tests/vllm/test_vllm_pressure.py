@@ -30,6 +30,7 @@ ENVIRON = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
+    "PSI_KV_BACKING": "file",  # others may have made swap
 }
 
 
@@ -39,7 +40,7 @@ class Engine:
     def __init__(self, sandbox: Sandbox, folder: Path, kind: str, *, processes: int) -> None:
         environ = {**os.environ, **ENVIRON, "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(processes > 1))}
         self.child = sandbox.popen(
-            [sys.executable, str(HERE / "scene_child.py"), kind, str(folder / "wide")],
+            [sys.executable, str(HERE / "scene_child.py"), kind, str(folder / "wide"), "{}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=(folder / f"{kind}.log").open("wb"),

@@ -31,3 +31,14 @@ def test_texts_are_the_same_while_blocks_are_parked_and_while_requests_stand_sti
         assert round_of["same"] == round_of["of"] == 40, verb
         assert round_of["bytes_returned"] > 1 << 20, verb
     assert told["mask"]["preempted"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1300)
+def test_texts_are_the_same_over_two_ranks(tmp_path):
+    """Each holds half of every block, and both park it."""
+    told = told_by(tmp_path / "wide", "park,mask", wide=True, tensor_parallel_size=2)
+    for verb, round_of in told.items():
+        assert round_of["same"] == round_of["of"] == 40, verb
+        assert round_of["ranks"] == 2
+        assert round_of["bytes_returned"] > 1 << 20, verb

@@ -9,6 +9,9 @@ import random
 import sys
 import threading
 import time
+from pathlib import Path
+
+from scene_child import make_model
 
 ONE_PROCESS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the scheduler's side is in reach of this script
@@ -29,6 +32,14 @@ def prompts() -> list[str]:
     words = topics["assignment"].split()
     starts = [" ".join(words[:100]), " ".join(words[300:390])]
     return [f"{starts[i % 2]} {' '.join(words[600 + 7 * i : 612 + 7 * i])}" for i in range(PROMPTS)]
+
+
+def numbers() -> list[dict]:
+    """The same of a model without a tokenizer."""
+    chance = random.Random(2)
+    starts = [[chance.randrange(3, 1024) for _ in range(200)] for _ in range(2)]
+    ends = [[chance.randrange(3, 1024) for _ in range(30)] for _ in range(PROMPTS)]
+    return [{"prompt_token_ids": starts[i % 2] + end} for i, end in enumerate(ends)]
 
 
 class Disturber(threading.Thread):
@@ -81,8 +92,11 @@ def main() -> None:
     os.environ.update(ONE_PROCESS)
     from vllm import LLM, SamplingParams
 
+    options = json.loads(sys.argv[3] if len(sys.argv) > 3 else "{}")
+    wide = bool(options.pop("wide", False))
     llm = LLM(
-        model=sys.argv[1],
+        model=str(make_model(Path(sys.argv[1]))) if wide else sys.argv[1],
+        skip_tokenizer_init=wide,
         enforce_eager=True,
         max_model_len=512,
         max_num_batched_tokens=512,
@@ -90,14 +104,17 @@ def main() -> None:
         dtype="float32",
         disable_log_stats=True,
         kv_transfer_config={"kv_connector": "PsiKvConnector", "kv_role": "kv_both"},
-        **json.loads(sys.argv[3] if len(sys.argv) > 3 else "{}"),
+        **options,
     )
     governing = llm.llm_engine.engine_core.engine_core.scheduler.connector._scheduler
-    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=not wide)
 
     def texts():
         llm.reset_prefix_cache()
-        return [out.outputs[0].token_ids for out in llm.generate(prompts(), sampling, use_tqdm=False)]
+        return [
+            out.outputs[0].token_ids
+            for out in llm.generate(numbers() if wide else prompts(), sampling, use_tqdm=False)
+        ]
 
     plain, told = texts(), {}
     for verb in sys.argv[2].split(","):
