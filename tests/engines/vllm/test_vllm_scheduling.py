@@ -1,12 +1,18 @@
 """What the governor wishes, and what becomes of it step by step."""
 
+import time
+
 from vllm_help import BLOCK_BYTES, TOKENS, SchedulerOnPaper
 
 from psi_kv_governor.cache import Plan, Range, Step, Verb
+from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.engines.vllm.engine import VllmEngine
 from psi_kv_governor.engines.vllm.figures import added
 from psi_kv_governor.engines.vllm.messages import About, Kind, Report
 from psi_kv_governor.engines.vllm.scheduling import Wish
+from psi_kv_governor.governor import Governor
+from psi_kv_governor.policy import get_policy
+from psi_kv_governor.pressure.reading import one_level
 
 
 def asked(one: SchedulerOnPaper, *wishes: Wish) -> list:
@@ -25,7 +31,7 @@ def sequences(one: SchedulerOnPaper) -> dict[int, object]:
 
 def test_nothing_is_given_of_a_fresh_pool():
     one = SchedulerOnPaper()
-    assert asked(one, Wish(Verb.PARK, n_bytes=1 << 20), Wish(Verb.RELEASE)) == []
+    assert asked(one, Wish(Verb.PARK, n_bytes=1 << 30), Wish(Verb.RELEASE)) == []
 
 
 def test_cached_blocks_go_least_recently_used_first():
@@ -45,9 +51,9 @@ def test_what_is_ordered_away_is_not_given_twice():
     one = SchedulerOnPaper()
     one.begin("a", 4 * TOKENS)
     one.end("a")
-    first = asked(one, Wish(Verb.PARK, n_bytes=1 << 20))
+    first = asked(one, Wish(Verb.PARK, n_bytes=1 << 30))
     assert len(first[0].blocks) == 4
-    assert asked(one, Wish(Verb.PARK, n_bytes=1 << 20)) == []
+    assert asked(one, Wish(Verb.PARK, n_bytes=1 << 30)) == []
 
 
 def test_a_block_of_no_use_is_released_and_a_cached_one_is_not():
@@ -64,7 +70,7 @@ def test_a_parked_block_that_is_found_again_is_said_to_be_used():
     one.begin("a", 2 * TOKENS)
     table = list(one.tables["a"])
     one.end("a")
-    one.side._wishes.append(Wish(Verb.PARK, n_bytes=1 << 20))
+    one.side._wishes.append(Wish(Verb.PARK, n_bytes=1 << 30))
     one.answer(one.step())
     assert sequences(one)[0].parked_bytes == 2 * BLOCK_BYTES
     one.begin("b", 2 * TOKENS, shared=table)
@@ -76,7 +82,7 @@ def test_a_failed_park_leaves_the_blocks_where_they_are():
     one = SchedulerOnPaper()
     one.begin("a", 2 * TOKENS)
     one.end("a")
-    wish = Wish(Verb.PARK, n_bytes=1 << 20)
+    wish = Wish(Verb.PARK, n_bytes=1 << 30)
     one.side._wishes.append(wish)
     one.answer(one.step(), problem="the disk is full")
     assert wish.done.problem == "the disk is full"
@@ -87,7 +93,7 @@ def test_an_order_is_over_when_every_rank_has_done_it():
     one = SchedulerOnPaper(ranks=2)
     one.begin("a", TOKENS)
     one.end("a")
-    wish = Wish(Verb.PARK, n_bytes=1 << 20)
+    wish = Wish(Verb.PARK, n_bytes=1 << 30)
     one.side._wishes.append(wish)
     step = one.step()
     one.ranks = 1
@@ -177,6 +183,72 @@ class TestStandingStill:
         assert order.blocks == (self.one.tables["d"][2],)
 
 
+def test_what_is_being_decoded_is_not_parked_by_hand():
+    one = SchedulerOnPaper()
+    one.begin("a", TOKENS)
+    one.step()
+    wish = Wish(Verb.PARK, sequence=1)
+    assert asked(one, wish) == []
+    assert "being decoded" in wish.done.problem
+
+
+def test_what_was_parked_is_read_back_last_used_first():
+    one = SchedulerOnPaper()
+    for name in "ab":
+        one.begin(name, TOKENS)
+    tables = dict(one.tables)
+    for name in "ab":
+        one.end(name)
+    one.side._wishes.append(Wish(Verb.PARK, n_bytes=1 << 30))
+    one.until_idle()
+    (order,) = asked(one, Wish(Verb.UNPARK, n_bytes=BLOCK_BYTES))
+    assert (order.kind, list(order.blocks)) == (Kind.BACK, tables["b"])
+
+
+def test_a_pressed_machine_gives_first_what_nobody_uses_and_then_has_a_request_stand_still():
+    """The real law and planner on this engine: acute, with little to give but what runs."""
+    one = SchedulerOnPaper()
+    for name in "abc":
+        one.begin(name, 4 * TOKENS)
+    one.end("a")
+    one.step()
+    one.side.wake = lambda: one.until_idle(2)
+    governor = Governor(
+        engine_of(one),
+        source=Gone(),
+        policy=get_policy("window"),
+        config=GovernorConfig(status_socket=False),
+        neighbours=None,
+    )
+    try:
+        for _ in range(4):
+            governor.step()
+            time.sleep(0.12)  # the cooldown of a large trim
+    finally:
+        governor.close()
+    assert one.held == {"c": True}
+    assert not one.side.free().cached
+
+
+class Gone:
+    """A machine of which almost nothing is left."""
+
+    name = "gone"
+
+    def read(self):
+        return one_level(
+            time_s=time.monotonic(),
+            interval_s=0.1,
+            some=0.9,
+            full=0.8,
+            headroom_bytes=1 << 16,
+            limit_bytes=1 << 30,
+        )
+
+    def close(self):
+        pass
+
+
 def test_an_idle_engine_makes_no_step_for_nothing():
     one = SchedulerOnPaper()
     assert not one.side.pending()
@@ -241,7 +313,7 @@ def test_figures_are_told_once_a_second_and_amounts_once():
     one = SchedulerOnPaper()
     one.begin("a", 2 * TOKENS)
     one.end("a")
-    one.side._wishes.append(Wish(Verb.PARK, n_bytes=1 << 20))
+    one.side._wishes.append(Wish(Verb.PARK, n_bytes=1 << 30))
     one.until_idle()
     told = one.side.told()
     assert told["returned_bytes"] == told["parked_bytes"] == 2 * BLOCK_BYTES

@@ -11,7 +11,7 @@ from psi_kv_governor.engines.vllm.messages import About, Finished, Kind, Report
 from psi_kv_governor.engines.vllm.messages import Step as WorkerStep
 from psi_kv_governor.engines.vllm.scheduling import Scheduling
 
-TOKENS, BLOCK_BYTES = 16, 4096
+TOKENS, BLOCK_BYTES = 16, 1 << 20
 
 
 @dataclass

@@ -24,6 +24,8 @@ from psi_kv_governor.engines.vllm.requests import Requests, Running, blocks_at
 PREFIXES = 0
 """Number of the sequence that stands for all cached blocks that no request uses."""
 
+_DECODED = "it is being decoded, and would be read back at once"
+
 _LOOK_S = 0.1
 """Time between two readings of a far host while steps are made anyway, or headroom is low."""
 _IDLE_LOOK_S = 1.0
@@ -264,7 +266,7 @@ class Scheduling:
             if blocks:
                 orders.append(self._order(wish, kind, blocks))
             elif not any(wish is waiting for _, waiting in self._aside):
-                wish.end()
+                wish.end(_DECODED if wish.sequence != PREFIXES and wish.verb is Verb.PARK else "")
         return orders
 
     def _order(self, wish: Wish, kind: Kind, blocks: Iterable[int]) -> Order:
