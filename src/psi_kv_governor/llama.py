@@ -198,6 +198,7 @@ class GovernedLlama(llama_cpp.Llama):  # type: ignore[misc]  # mypy here follows
         """Stop the governor and free the model."""
         if governor := self.__dict__.get("governor"):
             governor.close()
+            opening.leave(self.__dict__.get("_ctx"))
             governor.engine.close()
         if "_stack" in self.__dict__:
             super().close()

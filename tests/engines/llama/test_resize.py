@@ -262,6 +262,15 @@ def test_who_takes_the_address_has_a_context_that_stays(open_llm, plain):
     assert np.array_equal(next_logits(ours, TOKEN), next_logits(theirs, TOKEN))
 
 
+def test_a_model_that_is_closed_does_not_grow_for_it(open_llm, monkeypatch):
+    llm = filled(open_llm())
+    apply(llm, Verb.MASK, (16, 300))
+    made = []
+    monkeypatch.setattr(resizing.llama_cpp, "llama_init_from_model", lambda *_: made.append(1))
+    llm.close()
+    assert made == []
+
+
 # -- what can't be made anew -----------------------------------------------------------------------------
 
 

@@ -120,6 +120,12 @@ def pin(context: Any) -> None:
         context.pin("the program took the context's address")
 
 
+def leave(context: Any) -> None:
+    """The model is about to be closed: nothing of it need come back for that."""
+    if isinstance(context, ResizableContext):
+        context.why_pinned = "the model is closed"
+
+
 @contextmanager
 def still(context: Any) -> Iterator[None]:
     """It is not made anew meanwhile, and has the logits of the last token."""
