@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import servers
 
 ROOT = Path(__file__).parents[2]
 MACHINES = ("aarch64", "x86_64")
@@ -143,6 +144,43 @@ def test_without_a_compiler_exec_governs_a_program_of_another_environment(instal
     assert str(psi_kv.parents[1]) in done.stdout
     assert "libpsikv_agent.so" in done.stdout
     assert "opened no llama.cpp cache" not in done.stderr
+
+
+@pytest.mark.llama
+def test_without_a_compiler_exec_governs_a_llama_server(installed, demo_model):
+    psi_kv, bare = installed
+    try:
+        server = servers.debian_server()
+    except servers.Unavailable as error:
+        pytest.skip(f"Debian's llama-server can't be had: {error}")
+    words = [
+        *server,
+        "-m",
+        str(demo_model),
+        "-c",
+        "4096",
+        "-t",
+        "1",
+        "--port",
+        str(servers.free_port()),
+        "--no-webui",
+    ]
+    began = subprocess.Popen(
+        [psi_kv, "exec", "--", *words], env={**bare, "HOME": str(psi_kv.parents[2])},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        for _ in range(600):
+            told = run(psi_kv, "status", str(began.pid), "--json", check=False, **bare).stdout
+            if '"cell_bytes"' in told:  # a cache, and so the agent in the server
+                break
+            assert began.poll() is None, began.stderr.read()
+            time.sleep(0.2)
+        assert '"cell_bytes"' in told
+    finally:
+        began.terminate()
+        _, said = began.communicate(timeout=60)
+    assert "ungoverned" not in said
 
 
 @pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="there is no dpkg-deb: apt install dpkg")

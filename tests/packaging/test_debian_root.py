@@ -1,0 +1,94 @@
+"""The Debian package in a Debian of its own: installed, used, its unit verified, and removed again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from fcntl import LOCK_EX, flock
+from pathlib import Path
+
+import pytest
+import servers
+
+from psi_kv_governor.engines.llama.loader import agent_path
+
+ROOT = Path(__file__).parents[2]
+SUITE = "trixie"
+NEEDS = (
+    "systemd,python3-click,python3-rich,python3-msgspec,python3-numpy,python3-pyelftools,python3-platformdirs"
+)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a root"),
+    pytest.mark.skipif(
+        shutil.which("debootstrap") is None, reason="there is no debootstrap: apt install debootstrap"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def debian() -> Path:
+    """A Debian with what the package depends on, made once and kept in the cache of the tests."""
+    servers.CACHE.mkdir(parents=True, exist_ok=True)
+    with (servers.CACHE / f"{SUITE}.lock").open("w") as lock:
+        flock(lock, LOCK_EX)
+        root, ready = servers.CACHE / SUITE, servers.CACHE / f"{SUITE}.ready"
+        if not ready.is_file():
+            shutil.rmtree(root, ignore_errors=True)
+            command = ["debootstrap", "--variant=minbase", f"--include={NEEDS}", SUITE, str(root)]
+            try:
+                done = subprocess.run(
+                    [*command, servers._mirror()], capture_output=True, text=True, check=False, timeout=800
+                )
+            except (servers.Unavailable, subprocess.TimeoutExpired) as error:
+                pytest.skip(f"a Debian can't be had: {error}")
+            if done.returncode:
+                pytest.skip(f"a Debian can't be had: {done.stdout.splitlines()[-1]}")
+            ready.touch()
+        return root
+
+
+@pytest.fixture
+def package(tmp_path) -> Path:
+    """The package of a wheel that has this machine's agent in it."""
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", tmp_path, ROOT], check=True
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    assert agent_path().is_file()
+    subprocess.run([sys.executable, ROOT / "scripts/build_deb.py", wheel, tmp_path], check=True)
+    (deb,) = tmp_path.glob("*.deb")
+    return deb
+
+
+def inside(root: Path, *command: str, status: int = 0) -> str:
+    done = subprocess.run(
+        ["chroot", str(root), *command], capture_output=True, text=True, check=False, timeout=200
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_it_installs_runs_has_a_sound_unit_and_leaves_nothing(debian, package):
+    shutil.copy(package, debian / "root")
+    inside(debian, "dpkg", "--install", f"/root/{package.name}")
+    try:
+        assert inside(debian, "psi-kv", "--version").startswith("psi-kv ")
+        inside(debian, "psi-kv", "exec", "--", "sh", "-c", "exit 7", status=7)
+        dry = inside(debian, "psi-kv", "exec", "--dry-run", "--", "sh")
+        assert "/usr/lib/python3/dist-packages/psi_kv_governor/engines/llama/libpsikv_agent.so" in dry
+        (debian / "etc/psi-kv").mkdir(exist_ok=True)
+        (debian / "etc/psi-kv/x.env").write_text("COMMAND=/bin/true\n")
+        assert inside(debian, "systemd-analyze", "verify", "--man=no", "psi-kv@x.service") == ""
+        (debian / "etc/psi-kv/x.env").unlink()
+        for page in ("man1/psi-kv.1", "man1/psi-kv-exec.1", "man5/psi-kv.toml.5"):
+            inside(debian, "gzip", "-t", f"/usr/share/man/{page}.gz")
+    finally:
+        inside(debian, "dpkg", "--purge", "psi-kv-governor")
+        (debian / "root" / package.name).unlink()
+    assert not (debian / "usr/bin/psi-kv").exists()
+    assert not (debian / "usr/lib/python3/dist-packages/psi_kv_governor").exists()
