@@ -143,3 +143,17 @@ def test_a_dry_run_starts_nothing(run, tmp_path):
     assert told["governed"]
     assert told["reached"] == "later"
     assert not (tmp_path / "made").exists()
+
+
+def test_what_a_unit_sets_means_nothing_where_no_service_manager_is(run, tmp_path):
+    of_a_unit = {
+        "NOTIFY_SOCKET": "/there/is/none",
+        "MEMORY_PRESSURE_WATCH": "/there/is/none",
+        "MEMORY_PRESSURE_WRITE": "bm9uc2Vuc2U=",
+        "STATE_DIRECTORY": "/there/is/none",
+        "CACHE_DIRECTORY": str(tmp_path),
+        "INVOCATION_ID": "0" * 32,
+    }
+    done = run("sh", "-c", "exit 7", env={**os.environ, **of_a_unit})
+    assert done.returncode == 7
+    assert len(done.stderr.splitlines()) == 1, done.stderr  # that it opened no cache
