@@ -216,11 +216,15 @@ def markdown(report: Report, plots: Sequence[str] = ()) -> str:
         lines += ["Interrupted: what was finished until then.", ""]
     lines += [line for name in plots for line in (f"![{name}]({name})", "")]
     for table in report.tables:
-        lines += [f"## {table.title}", "", _row(table.columns), _row(["---"] * len(table.columns))]
-        lines += [*map(_row, table.rows), ""]
+        lines += [f"## {table.title}", "", *as_table(table), ""]
     lines += ["## Verdict", "", *(f"- {found.verdict}" for found in report.figures), ""]
     lines += [*(f"- {note}" for note in report.notes), "", report.header.words]
     return "\n".join(lines) + "\n"
+
+
+def as_table(table: Table) -> list[str]:
+    """The lines of it in Markdown."""
+    return [_row(table.columns), _row(["---"] * len(table.columns)), *map(_row, table.rows)]
 
 
 def _row(words: Sequence[str]) -> str:

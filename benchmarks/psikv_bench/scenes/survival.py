@@ -89,7 +89,7 @@ def run(recorder: Recorder[SurvivalOptions]) -> Report:
         list(_figures(pairs)),
         [1],
         interrupted=interrupted,
-        tables=[_table(pairs)],
+        tables=[table(pairs)],
         notes=[
             "tokens/s are of one run each, whatever else the machine did meanwhile: they are no record",
             "answers: equal token by token; `told`: some were decoded while cells were masked, as the result "
@@ -117,7 +117,8 @@ def _figures(pairs: Sequence[Pair]) -> Iterator[Figure]:
             yield figure("tokens/s over plain", "x", [ratio], case=pair.surrounding)
 
 
-def _table(pairs: Sequence[Pair]) -> Table:
+def table(pairs: Sequence[Pair]) -> Table:
+    """Who lives in what."""
     rows = []
     for pair in pairs:
         plain, governed = pair.plain, pair.governed
@@ -131,7 +132,7 @@ def _table(pairs: Sequence[Pair]) -> Table:
                 pair.answers,
                 ratio if governed.tokens_per_s else "-",
                 f"{governed.returned_bytes / 1e6:.0f}",
-                governed.ungoverned or (governed.why if governed.outcome != "lives" else ""),
+                _short(governed.ungoverned or (governed.why if governed.outcome != "lives" else "")),
             ]
         )
     return Table(
@@ -142,6 +143,11 @@ def _table(pairs: Sequence[Pair]) -> Table:
         ],
         rows=rows,
     )  # fmt: skip
+
+
+def _short(why: str) -> str:
+    """A reason without the paths of this machine."""
+    return why.partition(" (")[0][:80]
 
 
 def _checks(options: SurvivalOptions, folder: Path | None) -> Iterator[Check]:
