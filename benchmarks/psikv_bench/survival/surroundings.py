@@ -199,9 +199,8 @@ def loop(around: Around) -> None:
 def full_disk(around: Around) -> None:
     """The same, and the disk has 16 MiB."""
     no_swap(around)
-    around.mounts(_image(around, str(around.folder), 16), _ALL_ELSE_READ_ONLY)
-    around.environ = dict.fromkeys(("XDG_CACHE_HOME", "HOME", "TMPDIR"), f"{around.folder}/disk")
-    around.settings = {"place_reserve_bytes": 0}
+    around.mounts(_image(around, str(around.folder), 16))
+    around.settings = {"place_reserve_bytes": 0, "place": f"{around.folder}/disk"}
 
 
 def slow_disk(around: Around) -> None:
