@@ -122,7 +122,7 @@ class GovernedLlama(llama_cpp.Llama):  # type: ignore[misc]  # mypy here follows
         """As upstream."""
         params = self.__dict__["context_params"]
         if "_model" in self.__dict__ and "_ctx" not in self.__dict__:
-            opening.ask_for(self._model.model, params, self._psi_kv_config, all_logits=self._logits_all)
+            opening.make_resizable(self._model.model, params, self._psi_kv_config)
         return params
 
     @context_params.setter

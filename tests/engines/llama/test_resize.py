@@ -364,8 +364,41 @@ def test_no_memory_to_grow_passes_over_what_was_parked_and_says_so(open_llm, mon
 # -- the compute buffer ----------------------------------------------------------------------------------
 
 
-def test_no_memory_is_set_aside_for_logits_that_nobody_takes(open_llm):
-    pages = {"residence": "pages"}
-    assert open_llm(settings=pages).context_params.n_outputs_max == 4
-    assert open_llm(settings=pages, logits_all=True).context_params.n_outputs_max == 0
-    assert open_llm(settings=pages, embedding=True).context_params.n_outputs_max == 0
+def all_rows(llm):
+    """As a program does that decodes by itself and takes the logits of every token."""
+    context, tokens = llm.ctx, llm.tokenize(PROMPT.encode())
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), False)
+    batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+    batch.n_tokens = len(tokens)
+    for at, token in enumerate(tokens):
+        batch.token[at], batch.pos[at], batch.n_seq_id[at], batch.logits[at] = token, at, 1, 1
+        batch.seq_id[at][0] = 0
+    assert llama_cpp.llama_decode(context, batch) == 0
+    n_vocab = llm.n_vocab()
+    rows = [
+        np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, at), (n_vocab,))
+        for at in range(len(tokens))
+    ]
+    out = np.array(rows)
+    llama_cpp.llama_batch_free(batch)
+    return out
+
+
+def test_a_context_made_smaller_sets_no_memory_aside_for_logits_that_nobody_takes(open_llm):
+    llm = filled(open_llm())
+    assert not llm._ctx.resizer.outputs_limited  # the program's own is as the program asked
+    apply(llm, Verb.PARK, (16, 300))
+    assert llm._ctx.resizer.outputs_limited
+
+
+def test_who_takes_the_address_can_have_the_logits_of_every_token(open_llm):
+    expected = all_rows(open_llm())
+    llm = filled(open_llm())
+    apply(llm, Verb.PARK, (16, 300))
+    assert len(expected) > 4  # more than a smaller context has rows for
+    assert np.array_equal(all_rows(llm), expected)
+    assert not llm._ctx.resizer.outputs_limited
+
+
+def test_a_model_that_gives_pages_has_room_for_all_logits(open_llm):
+    assert len(all_rows(open_llm(settings={"residence": "pages"}))) > 4

@@ -91,6 +91,7 @@ class ResizableContext(_internals.LlamaContext):  # type: ignore[misc]  # mypy h
         with self.lock:
             if self.why_pinned:
                 return
+            self.resizer.most_outputs = 0  # whoever decodes by itself may ask for more than upstream's own
             try:
                 self.make_whole()
             except EngineError as error:
@@ -211,7 +212,11 @@ class ResizableContext(_internals.LlamaContext):  # type: ignore[misc]  # mypy h
     def make_whole(self) -> None:
         """All cells, and everything in them. The lock is held. Raises EngineError."""
         resizer = self.resizer
-        if resizer.pieces or resizer.cells < resizer.sizes.logical:
+        if (
+            resizer.pieces
+            or resizer.cells < resizer.sizes.logical
+            or (resizer.outputs_limited and not resizer.most_outputs)
+        ):
             self.undisturbed(lambda: resizer.rebuild(lambda live: resizer.sizes.logical, back=resizer.pieces))
 
     def n_ctx(self) -> int:

@@ -21,21 +21,9 @@ from psi_kv_governor.engines.llama.resize.resizer import Resizer
 from psi_kv_governor.engines.llama.resize.sizes import sizes_of, why_not
 
 _OUTPUTS = 4
-"""Rows of logits that one decode may give where upstream asks for the last alone. For a batch of 512 the
-compute buffer of SmolLM2 is 98.3 MiB, and 15.3 with so many."""
-
-
-def limit_outputs(params: Any) -> None:
-    """Have no memory set aside for logits that nobody takes. A program's own number stays."""
-    if not params.n_outputs_max and not params.embeddings:
-        params.n_outputs_max = max(_OUTPUTS, params.n_seq_max)
-
-
-def ask_for(model: Any, params: Any, config: GovernorConfig, *, all_logits: bool) -> None:
-    """What a context is made with, beside what upstream asks for."""
-    make_resizable(model, params, config)
-    if not all_logits:
-        limit_outputs(params)
+"""Rows of logits that one decode may give in a context made smaller: upstream asks for the last alone.
+For a batch of 512 the compute buffer of SmolLM2 is 98.3 MiB, and 15.3 with so many. llama.cpp aborts where a
+decode asks for more, so a context that the program made, or whose address it took, has all of them."""
 
 
 def make_resizable(model: Any, params: Any, config: GovernorConfig) -> None:
@@ -85,6 +73,7 @@ def _engine(llm: Any, buffers: Sequence[BufferInfo], folder: str) -> ResizingEng
         sizes=sizes_of(model, params, llama_cpp.llama_n_ctx(pointer)),
         place=Place(folder, llm._psi_kv_config.place_reserve_bytes),
         cell_bytes=sum(one.n_bytes // one.rows for one in buffers),
+        most_outputs=0 if llm._logits_all else _OUTPUTS,
     )
     owner = weakref.ref(llm)
     resizer.on_new = lambda pointer: _dress(owner(), pointer)

@@ -25,7 +25,15 @@ class Resizer:
     """One llama_context that may be freed and made again. Whoever calls holds the lock of its owner."""
 
     def __init__(
-        self, model: Any, params: Any, pointer: Any, *, sizes: Sizes, place: Place, cell_bytes: int
+        self,
+        model: Any,
+        params: Any,
+        pointer: Any,
+        *,
+        sizes: Sizes,
+        place: Place,
+        cell_bytes: int,
+        most_outputs: int = 0,
     ) -> None:
         self.pointer: Any = pointer
         """The llama_context; None where there was no memory for any."""
@@ -41,6 +49,10 @@ class Resizer:
         """What the last rebuild gave up."""
         self.on_new: Callable[[Any], None] = lambda pointer: None
         """Called with each new context, for what is set in it after it is made."""
+        self.most_outputs = most_outputs
+        """Rows of logits that one decode may ask of a context made here; 0: as of the program's own."""
+        self.outputs_limited = False
+        """The context there is now has fewer than the program's own had."""
         self._model = model
         self._params = params
         self._place = place
@@ -185,6 +197,9 @@ class Resizer:
         """A new context with `content`. Raises EngineError, and then there is none."""
         params = type(self._params).from_buffer_copy(self._params)
         params.n_ctx = cells
+        limited = bool(self.most_outputs) and not params.n_outputs_max
+        if limited:
+            params.n_outputs_max = max(self.most_outputs, params.n_seq_max)
         pointer = llama_cpp.llama_init_from_model(self._model, params)
         if not pointer:
             raise EngineError(f"there is no memory for a context of {cells:,} cells")
@@ -196,6 +211,7 @@ class Resizer:
             self._free()
             raise
         self.cells = llama_cpp.llama_n_ctx(pointer)
+        self.outputs_limited = limited
         self.on_new(pointer)
 
     def _free(self) -> None:
