@@ -87,6 +87,21 @@ def test_without_a_compiled_agent_the_program_runs(run, tmp_path):
     assert len(lines_of_ours(done.stderr)) == 1
 
 
+def test_without_a_governor_the_program_runs():
+    fails = """
+import psi_kv_governor.service.exec as exec_, psi_kv_governor.cli as cli
+def fail(*args, **kwargs): raise RuntimeError("no source of pressure can be made")
+exec_.Governor = fail
+cli.main()
+"""
+    command = [sys.executable, "-c", fails, "exec", "--", "sh", "-c", "echo runs; exit 7"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.returncode) == ("runs\n", 7)
+    assert lines_of_ours(done.stderr) == [
+        "psi-kv: sh runs ungoverned: the governor can't be made: no source of pressure can be made"
+    ]
+
+
 def test_on_a_root_that_is_read_only_with_no_place_to_park(run):
     script = 'mount -o remount,bind,ro / && exec "$@"'
     sandbox = ("unshare", "--mount", "--propagation", "private", "--", "sh", "-c", script, "sh")

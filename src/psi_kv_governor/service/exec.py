@@ -121,25 +121,16 @@ def run(
     if prepared.serving is not None:
         return _run_vllm(command, prepared.path, prepared.serving, held, beside)
     opened: list[int] = []
-    fleet, why = None, prepared.why_not
+    governed, why = None, prepared.why_not
     if not prepared.inside and not why:  # else it has its governor, or can have none
-        try:
-            fleet = Fleet(
-                place=prepared.chosen.folder,
-                backing=prepared.chosen.backing,
-                why_backing=prepared.chosen.why,
-                opened=opened.append,
-                refused=lambda pid, why: _say(f"process {pid} runs ungoverned: {why}"),
-            )
-        except OSError as error:
-            why = f"no socket can be made for its agent: {error.strerror or error}"
-    if fleet is None:
+        governed, why = _governed(prepared, config, opened)
+    if governed is None:
         program = Program(command, prepared.path, environ, held)
         if why:
             _say(f"{command[0]} runs ungoverned: {why}")
         return program.wait()
+    fleet, governor = governed
     try:
-        governor = Governor(fleet, config=config, name=prepared.path.name)
         governor.subscribe(_say_answered)
         program = Program(command, prepared.path, environment(prepared, fleet, config, environ), held)
         with contextlib.ExitStack() as ending:
@@ -156,6 +147,31 @@ def run(
     if not opened:
         _say(f"{command[0]} opened no llama.cpp cache that could be governed: psi-kv doctor -- {command[0]}")
     return status
+
+
+def _governed(
+    prepared: Prepared, config: GovernorConfig, opened: list[int]
+) -> tuple[tuple[Fleet, Governor] | None, str]:
+    """What governs the program that is about to be started, or why it runs without. Raises BadInputError
+    where a setting is wrong: nothing was started yet."""
+    try:
+        fleet = Fleet(
+            place=prepared.chosen.folder,
+            backing=prepared.chosen.backing,
+            why_backing=prepared.chosen.why,
+            opened=opened.append,
+            refused=lambda pid, why: _say(f"process {pid} runs ungoverned: {why}"),
+        )
+    except OSError as error:
+        return None, f"no socket can be made for its agent: {error.strerror or error}"
+    try:
+        return (fleet, Governor(fleet, config=config, name=prepared.path.name)), ""
+    except BadInputError:
+        fleet.close()
+        raise
+    except Exception as error:
+        fleet.close()
+        return None, f"the governor can't be made: {error}"
 
 
 def _run_vllm(

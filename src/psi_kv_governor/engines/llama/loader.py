@@ -51,7 +51,10 @@ def agent_path() -> Path:
         )
     if _SHIPPED.is_file():
         return _SHIPPED
-    digest = hashlib.sha256("\0".join((*FLAGS, platform.machine(), platform.libc_ver()[0])).encode())
+    try:
+        digest = hashlib.sha256("\0".join((*FLAGS, platform.machine(), platform.libc_ver()[0])).encode())
+    except OSError as error:  # platform asks uname, which a filter may refuse
+        raise EngineError(f"what machine this is can't be asked: {error}") from error
     try:
         for part in sorted(SOURCE_DIR.glob("*.[ch]")):
             digest.update(part.name.encode() + part.read_bytes())
