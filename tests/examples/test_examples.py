@@ -53,4 +53,5 @@ def test_a_policy_of_one_s_own_decides_what_is_masked(demo_model):
 
 def test_every_example_has_its_test():
     tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
-    assert not [path.name for path in EXAMPLES.glob("*.py") if f'"{path.name}"' not in tests]
+    named = [(path.name, f'"{path.name}"', f'"{path.stem}"') for path in EXAMPLES.glob("*.py")]
+    assert not [name for name, as_file, as_module in named if as_file not in tests and as_module not in tests]

@@ -69,6 +69,9 @@ class Bell:
                     self._rung.clear()
             else:
                 self._poll(door[0], time.monotonic() + timeout_s)
+        except OSError:  # poll is refused: sleep without it from now on
+            with self._lock:
+                self._release()
         finally:
             with self._lock:
                 self._asleep = False

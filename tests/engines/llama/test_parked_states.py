@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from fakes import FakeSource
@@ -56,7 +57,8 @@ def test_a_saved_state_has_upstream_s_bytes_and_is_pickled_as_them(open_llm, tin
     saved, upstream = ours.save_state(), theirs.save_state()
     assert saved.llama_state == upstream.llama_state
     assert saved.llama_state_size == upstream.llama_state_size == len(saved.llama_state)
-    assert (saved.scores == upstream.scores).all()
+    # Without logits_all nothing writes them: they are what was in that memory, NaN too.
+    assert np.array_equal(saved.scores, ours.scores[: ours.n_tokens], equal_nan=True)
     copied = pickle.loads(pickle.dumps(saved))
     assert type(copied.llama_state) is bytes
     theirs.load_state(copied)
