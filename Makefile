@@ -69,8 +69,8 @@ lint: $(READY) ## Check format, lint and types
 	$(BIN)/mypy $(wildcard scripts/*.py benchmarks/*.py)
 	@if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh .ci/run; fi
 
-# WORKERS=2 gives both cores to everything but what makes pressure, or a machine of its own. 0: one after the other.
-WORKERS ?= 0
+# Two at a time but for what makes pressure, or a machine of its own. WORKERS=0: one after the other.
+WORKERS ?= 2
 ALONE := cgroup or swap or uml
 
 test: lint model ## Lint, types and all tests; ends with what was skipped and why
