@@ -54,7 +54,7 @@ def test_8192_cells_become_256_and_whole_again(child, kind):
     assert told["least_cells"] == 256
     assert told["returned_bytes"] >= 0.98 * told["computed_bytes"]  # by the kernel, not computed
     assert told["measured_bytes"] >= 0.98 * told["computed_bytes"]
-    # 1.6 and 1.8 MB were measured, of some 500: a context with fewer rows of logits is another graph to the driver.
+    # 1.6 and 1.8 MB were measured, of some 500: fewer rows of logits are another graph to the driver.
     assert told["peak_above_start_bytes"] <= 4 << 20
     assert told["masked"] == told["back"] == 12
     assert told["mask_changes"]
