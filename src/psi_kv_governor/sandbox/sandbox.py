@@ -82,6 +82,11 @@ class Sandbox:
         return self._made.group
 
     @property
+    def swap_device(self) -> Path | None:
+        """The zram device, where it has one."""
+        return None if self._made.zram is None else Path(f"/dev/zram{self._made.zram}")
+
+    @property
     def pressure_file(self) -> Path | None:
         """The sandbox's own `memory.pressure`; None where no cgroup v2 is to be had."""
         return None if self.group.unified is None else self.group.unified / "memory.pressure"
