@@ -148,6 +148,7 @@ def under(argv: list[str], name: str, how: str, home: Path) -> subprocess.Comple
     return subprocess.run(
         filtered.command(argv, deny=[name], how=how),
         capture_output=True, text=True, check=False, timeout=200, env=environ,
+        cwd=home,  # Python looks for a temporary folder there too, and may not remove what it tried with
     )  # fmt: skip
 
 
