@@ -59,7 +59,7 @@ class Unavailable(Exception):
 class Backend(NamedTuple):
     """A Vulkan backend for the llama.cpp that is installed."""
 
-    library: Path
+    shared_object: Path
     environ: dict[str, str]
     """What a process needs to find the driver."""
 

@@ -59,8 +59,7 @@ class Context:
 
     def __init__(self, setup: Setup, n_ctx: int) -> None:
         self.config: GovernorConfig = load_config(**llms.settings_of(setup))
-        threads = setup.prefill_threads or setup.threads
-        self.llm: Any = llms.open_llm(setup, n_ctx, threads, all_logits=True)
+        self.llm: Any = llms.open_llm(setup, n_ctx, setup.prefill_threads or setup.threads)
         if why := llms.why_not_governable(self.llm):
             self.close()
             raise PsiKvError(f"nothing to measure with this model: {why}")

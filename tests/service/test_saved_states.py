@@ -94,16 +94,20 @@ def test_one_that_is_written_again_after_it_was_parked_is_the_new_one(demo_model
     assert all(result.bytes_returned > 1 << 20 for _, result in results)
 
 
-def test_one_that_is_loaded_is_read_ahead_and_not_page_by_page(demo_model, folder):
-    fleet = Fleet(place=str(folder), backing="memory")
-    command = [sys.executable, "-c", LOADS, str(demo_model)]
-    environ = with_agent(fleet.name, folder, "memory")
-    with (
-        contextlib.closing(fleet),
-        subprocess.Popen(
+@contextlib.contextmanager
+def program_of(script, model, folder, backing):
+    """A program that waits for a line, and its sidecar."""
+    with contextlib.closing(Fleet(place=str(folder), backing=backing)) as fleet:
+        command = [sys.executable, "-c", script, str(model)]
+        environ = with_agent(fleet.name, folder, backing)
+        with subprocess.Popen(
             command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        ) as program,
-    ):
+        ) as program:
+            yield program, fleet
+
+
+def test_one_that_is_loaded_is_read_ahead_and_not_page_by_page(demo_model, folder):
+    with program_of(LOADS, demo_model, folder, "memory") as (program, fleet):
         size = int(program.stdout.readline())
         _, done = park_all(fleet)
         assert done.bytes_returned >= size // 2
@@ -130,15 +134,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_majflt - before, bytes(state) 
 
 
 def test_a_parked_sequence_that_is_saved_is_read_ahead_and_not_page_by_page(demo_model, folder):
-    fleet = Fleet(place=str(folder), backing="file")
-    command = [sys.executable, "-c", SAVES_PARKED, str(demo_model)]
-    environ = with_agent(fleet.name, folder, "file")
-    with (
-        contextlib.closing(fleet),
-        subprocess.Popen(
-            command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        ) as program,
-    ):
+    with program_of(SAVES_PARKED, demo_model, folder, "file") as (program, fleet):
         size = int(program.stdout.readline())
         (cache,) = [cache for cache in fleet.snapshot().caches if cache.sequences]
         done = fleet.apply(Plan(steps=(Step(verb=Verb.PARK, cache=cache.id, sequence=0),)))

@@ -65,9 +65,8 @@ def check_plain(maps: Path = Path("/proc/self/maps")) -> None:
         raise PsiKvError(f"plain llama.cpp is not plain here: {loaded}; unset LD_PRELOAD, LLAMA_CPP_LIB_PATH")
 
 
-def open_llm(setup: Setup, n_ctx: int, prefill_threads: int, *, all_logits: bool = False) -> Any:
-    """The model of `setup`. Only what governs it differs between variants. With `all_logits` a batch may ask
-    for the logits of each of its tokens; one that does not gets those of its last. Raises BadInputError."""
+def open_llm(setup: Setup, n_ctx: int, prefill_threads: int) -> Any:
+    """The model of `setup`. Only what governs it differs between variants. Raises BadInputError."""
     arguments: dict[str, Any] = {
         "n_ctx": n_ctx,
         "n_batch": setup.batch_tokens,
@@ -78,7 +77,6 @@ def open_llm(setup: Setup, n_ctx: int, prefill_threads: int, *, all_logits: bool
         "type_v": _GGML_TYPES[setup.cache],
         "use_mmap": setup.mmap,
         "verbose": False,
-        "logits_all": all_logits,
     }
     kind = llama_class(setup.variant)
     if is_plain(setup.variant):
@@ -86,9 +84,7 @@ def open_llm(setup: Setup, n_ctx: int, prefill_threads: int, *, all_logits: bool
     from psi_kv_governor.config import load_config
 
     auto = setup.auto and is_governed(setup.variant)
-    llm = kind(setup.model, config=load_config(**settings_of(setup)), auto=auto, **arguments)
-    llm._logits_all = False  # the context has the place for them; `eval` asks for the last alone
-    return llm
+    return kind(setup.model, config=load_config(**settings_of(setup)), auto=auto, **arguments)
 
 
 def settings_of(setup: Setup) -> dict[str, Any]:

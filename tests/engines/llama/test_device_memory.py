@@ -36,7 +36,7 @@ def child(backend, demo_model, folder) -> Callable[[str], dict[str, Any]]:
 
     def run(what: str) -> dict[str, Any]:
         done = subprocess.run(
-            [sys.executable, str(CHILD), str(backend.library), str(demo_model), str(folder), what],
+            [sys.executable, str(CHILD), str(backend.shared_object), str(demo_model), str(folder), what],
             env={**backend.environ, "PYTHONPATH": f"{TESTS}:{CHILD.parent}"},
             capture_output=True, text=True, timeout=1500, check=False,
         )  # fmt: skip
