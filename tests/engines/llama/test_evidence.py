@@ -229,6 +229,30 @@ def logits(llm) -> np.ndarray:
     return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), (llm.n_vocab(),)).copy()
 
 
+def test_a_programs_own_callback_is_called_however_many_contexts_there_are(open_governed, open_captured):
+    import llama_cpp
+    from llama_cpp import _internals
+
+    made = open_governed(Sampling(every=1))
+    small = llama_cpp.llama_context_default_params()
+    small.n_ctx = small.n_batch = small.n_ubatch = 32
+    small.n_threads = small.n_threads_batch = 1
+    contexts = [
+        _internals.LlamaContext(model=made.llm._model, params=small, verbose=False) for _ in range(70)
+    ]
+    for context in contexts:  # MAX_CONTEXTS is 64
+        batch = llama_cpp.llama_batch_get_one((ctypes.c_int32 * 1)(1), 1)
+        assert llama_cpp.llama_decode(context.ctx, batch) == 0
+    plain, capture = open_captured(20)
+    plain.eval(tokens_of(plain, 12))
+    assert capture.taken().shape == (12, 9, 64)
+    for context in contexts:
+        context.close()
+    later, captured_later = open_captured(20)  # the agent has room again
+    later.eval(tokens_of(later, 12))
+    assert captured_later.taken().shape == (12, 9, 64)
+
+
 def test_sampling_changes_no_bit_of_the_logits(open_governed):
     calm = open_governed()
     calm_logits = []

@@ -206,6 +206,7 @@ void map_shift(llama_memory_t memory, int32_t id, int32_t p0, int32_t p1, int32_
 void graph_before(struct lib * lib, ggml_backend_sched_t sched, struct ggml_cgraph * graph);
 void graph_after(void);
 void graph_note_callback(ggml_backend_sched_t sched, ggml_backend_sched_eval_callback callback, void * user);
+void graph_forget_callback(ggml_backend_sched_t sched);
 void graph_call_begin(struct llama_context * ctx, struct lib * lib, const struct llama_batch * batch);
 void graph_call_end(void);
 void graph_state_read(struct llama_context * ctx, int32_t sequence);

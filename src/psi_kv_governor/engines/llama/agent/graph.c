@@ -102,6 +102,16 @@ void graph_note_callback(ggml_backend_sched_t sched, ggml_backend_sched_eval_cal
     pthread_mutex_unlock(&agent.lock);
 }
 
+void graph_forget_callback(ggml_backend_sched_t sched) {
+    pthread_mutex_lock(&agent.lock);
+    for (int i = 0; i < MAX_CONTEXTS; i++) {
+        if (callbacks[i].sched == sched) {
+            callbacks[i].sched = NULL;
+        }
+    }
+    pthread_mutex_unlock(&agent.lock);
+}
+
 // ---- rows ---------------------------------------------------------------------------------------------------
 
 static void row_fresh(struct region * region, int64_t row) {
@@ -496,8 +506,10 @@ void graph_before(struct lib * lib, ggml_backend_sched_t sched, struct ggml_cgra
         }
     }
     chained = (struct chained){.lib = lib};
+    bool known = false;  // whose callback is not known, because the table is full, keeps it: it is not sampled
     for (int i = 0; i < MAX_CONTEXTS; i++) {
         if (callbacks[i].sched == sched) {
+            known            = true;
             chained.callback = callbacks[i].callback;
             chained.user     = callbacks[i].user;
         }
@@ -506,7 +518,7 @@ void graph_before(struct lib * lib, ggml_backend_sched_t sched, struct ggml_cgra
         call.next += (int32_t) call.index[0]->ne[0];
     }
     pthread_mutex_unlock(&agent.lock);
-    if (lib->set_eval_callback && (agent.sample_every > 0 || recall_settings.mode > 0)) {
+    if (known && lib->set_eval_callback && (agent.sample_every > 0 || recall_settings.mode > 0)) {
         lib->set_eval_callback(sched, due ? observe : chained.callback, due ? NULL : chained.user);
     }
 }

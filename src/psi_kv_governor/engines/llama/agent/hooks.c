@@ -97,6 +97,12 @@ EXPORT void ggml_backend_sched_set_eval_callback(ggml_backend_sched_t sched, ggm
     real(sched, callback, user);
 }
 
+EXPORT void ggml_backend_sched_free(ggml_backend_sched_t sched) {
+    REAL(ggml_backend_sched_free);
+    graph_forget_callback(sched);
+    real(sched);
+}
+
 EXPORT int32_t ggml_backend_sched_graph_compute_async(ggml_backend_sched_t sched, struct ggml_cgraph * graph) {
     REAL(ggml_backend_sched_graph_compute_async);
     INSIDE;  // whoever did not come through one of the functions below
