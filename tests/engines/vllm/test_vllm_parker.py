@@ -3,6 +3,7 @@
 import ctypes
 import random
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,3 +130,25 @@ def test_whoever_claims_first_always_finds_what_he_wrote(mapping, parker, monkey
         parker.order([Order(number, Kind.PARK, tuple(parked))])
     in_time(lambda: not parker.busy)
     assert threading.active_count() < 50
+
+
+def test_what_is_written_anew_is_not_read_for_that(mapping, parker):
+    """A write to a parked page brings its old content from the disk first."""
+    fill(mapping)
+    parker.order([Order(1, Kind.PARK, tuple(range(BLOCKS)))])
+    parker.work(1e12)
+    parker.claim([3, 40])
+    before = read_bytes()
+    parker.blank([3])
+    rows(mapping)[:, 3] = 99
+    anew = read_bytes() - before
+    rows(mapping)[:, 40] = 98
+    assert anew < SIZE * LAYERS <= read_bytes() - before - anew
+    assert (rows(mapping)[:, 3] == 99).all()
+    assert (rows(mapping)[:, 4] == 5).all()
+
+
+def read_bytes() -> int:
+    """What this process has had read from disks."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))

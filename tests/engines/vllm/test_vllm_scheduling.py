@@ -9,7 +9,7 @@ from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.engines.vllm.engine import VllmEngine
 from psi_kv_governor.engines.vllm.figures import added
 from psi_kv_governor.engines.vllm.messages import About, Kind, Report
-from psi_kv_governor.engines.vllm.scheduling import Wish
+from psi_kv_governor.engines.vllm.wishes import Wish
 from psi_kv_governor.governor import Governor
 from psi_kv_governor.policy import get_policy
 from psi_kv_governor.pressure.reading import one_level
@@ -76,6 +76,21 @@ def test_a_parked_block_that_is_found_again_is_said_to_be_used():
     one.begin("b", 2 * TOKENS, shared=table)
     assert set(one.step().used) == set(table)
     assert one.side.ledger.here(table) == table
+
+
+def test_a_parked_block_that_somebody_writes_anew_is_said_to_be_blank():
+    """With a beginning that is found by hash, only what lies behind it."""
+    one = SchedulerOnPaper(n_blocks=6)
+    one.begin("a", 5 * TOKENS)
+    table = list(one.tables["a"])
+    one.end("a")
+    one.side._wishes.append(Wish(Verb.PARK, n_bytes=1 << 30))
+    one.answer(one.step())
+    one.begin("b", 3 * TOKENS, shared=table[:1])
+    step = one.step()
+    assert set(step.blank) == set(one.tables["b"]) - {table[0]}
+    assert set(step.used) == set(one.tables["b"])
+    assert one.step().blank == ()
 
 
 def test_a_failed_park_leaves_the_blocks_where_they_are():

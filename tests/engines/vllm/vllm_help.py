@@ -50,6 +50,7 @@ class SchedulerOnPaper:
         self.ended: set[str] = set()
         self.requests: dict[str, SimpleNamespace] = {}
         self.new: dict[str, list[int]] = {}
+        self.shared: dict[str, int] = {}
         self.preempted: set[str] = set()
         self.ranks = ranks
         self.side = Scheduling(n_blocks, TOKENS, ranks, BLOCK_BYTES)
@@ -78,6 +79,7 @@ class SchedulerOnPaper:
         )
         self.requests[name] = request
         self.new[name] = blocks
+        self.shared[name] = len(shared or []) * TOKENS
         self.side.admitted(request, blocks)
 
     def _touch(self, block: Block) -> None:
@@ -113,7 +115,8 @@ class SchedulerOnPaper:
             preempted_req_ids=self.preempted,
             finished_req_ids=self.ended,
             scheduled_new_reqs=[
-                SimpleNamespace(req_id=name, block_ids=(blocks,)) for name, blocks in self.new.items()
+                SimpleNamespace(req_id=name, block_ids=(blocks,), num_computed_tokens=self.shared[name])
+                for name, blocks in self.new.items()
             ],
             scheduled_cached_reqs=SimpleNamespace(new_block_ids=[None], resumed_req_ids=set()),
         )

@@ -29,14 +29,21 @@ class Ledger:
     def __init__(self, n_blocks: int) -> None:
         self.n_blocks = n_blocks
         self._here = np.zeros(n_blocks, dtype=np.bool_)
+        self._stored = np.zeros(n_blocks, dtype=np.bool_)
 
     def came(self, blocks: Iterable[int]) -> None:
         """Somebody uses these from now on, or they were read back."""
-        self._here[self._known(blocks)] = True
+        known = self._known(blocks)
+        self._here[known], self._stored[known] = True, False
 
-    def went(self, blocks: Iterable[int]) -> None:
-        """These were given up."""
-        self._here[self._known(blocks)] = False
+    def went(self, blocks: Iterable[int], *, stored: bool = False) -> None:
+        """These were given up; `stored` where a file has their content."""
+        known = self._known(blocks)
+        self._here[known], self._stored[known] = False, stored
+
+    def stored(self, blocks: Iterable[int]) -> set[int]:
+        """Those of `blocks` that only a file has."""
+        return {block for block in self._known(blocks) if self._stored[block]}
 
     def here(self, blocks: Iterable[int]) -> list[int]:
         """Those of `blocks` that are in memory."""

@@ -24,7 +24,8 @@ from psi_kv_governor.cache import (
     merged,
 )
 from psi_kv_governor.engines.vllm.requests import Running, positions_of
-from psi_kv_governor.engines.vllm.scheduling import PREFIXES, Scheduling, Wish
+from psi_kv_governor.engines.vllm.scheduling import Scheduling
+from psi_kv_governor.engines.vllm.wishes import PREFIXES, Wish
 from psi_kv_governor.errors import EngineError
 
 PATIENCE_S = 5.0

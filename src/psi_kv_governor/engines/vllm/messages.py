@@ -36,6 +36,8 @@ class Step:
 
     used: tuple[int, ...] = ()
     """Blocks that a request uses from this step on: whatever was ordered for them before is off."""
+    blank: tuple[int, ...] = ()
+    """Of these the parked ones that are written anew: the first write would read what they held."""
     orders: tuple[Order, ...] = ()
     idle: bool = False
     """No forward pass waits for the end of the work."""

@@ -66,6 +66,14 @@ class Parker:
             with self._slice:
                 pass
 
+    def blank(self, blocks: Iterable[int]) -> None:
+        """Whoever claimed these writes them anew: what a file has of them is not to be read for that."""
+        wanted = list(blocks)
+        if wanted:
+            with self._slice:
+                self._do(Kind.RELEASE, wanted)
+                self._do(Kind.BACK, wanted)  # zeros without a read; a fault would read the neighbours around
+
     def order(self, orders: Iterable[Order]) -> None:
         """Do these, in order."""
         with self._work:

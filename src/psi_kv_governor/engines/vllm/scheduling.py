@@ -7,22 +7,19 @@ in the engine's own thread, at the end of its scheduling, when it is certain who
 from __future__ import annotations
 
 import itertools
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 from psi_kv_governor.cache import Verb
 from psi_kv_governor.engines.vllm import unpublished
 from psi_kv_governor.engines.vllm.blocks import Free, Ledger, first_bytes
 from psi_kv_governor.engines.vllm.figures import Figures
-from psi_kv_governor.engines.vllm.messages import About, Finished, Kind, Order, Report, Step
+from psi_kv_governor.engines.vllm.messages import About, Kind, Order, Report, Step
+from psi_kv_governor.engines.vllm.outputs import got, left
 from psi_kv_governor.engines.vllm.requests import Requests, Running, blocks_at
-
-PREFIXES = 0
-"""Number of the sequence that stands for all cached blocks that no request uses."""
+from psi_kv_governor.engines.vllm.wishes import PREFIXES, Wish
 
 _DECODED = "it is being decoded, and would be read back at once"
 
@@ -34,26 +31,6 @@ _FIGURES_S = 1.0
 """Time between two tellings of figures."""
 _WRITE_BLOCKS_BYTES = 64 << 20
 """Most that is written behind in one go."""
-
-
-@dataclass
-class Wish:
-    """What the governor asks for, and what became of it."""
-
-    verb: Verb
-    sequence: int = PREFIXES
-    n_bytes: int = 0
-    positions: tuple[tuple[int, int], ...] = ()
-    """Of a request that comes back: first and last position, exclusive."""
-    done: Finished = field(default_factory=lambda: Finished(ranks=0))
-    blocks: tuple[int, ...] = ()
-    over: threading.Event = field(default_factory=threading.Event)
-
-    def end(self, problem: str = "") -> None:
-        """Nothing more comes of it."""
-        if problem:
-            self.done = self.done + Finished(problem=problem, ranks=0)
-        self.over.set()
 
 
 class Scheduling:
@@ -89,6 +66,8 @@ class Scheduling:
         self._open: dict[int, Wish] = {}
         self._numbers = itertools.count(1)
         self._fresh: list[int] = []
+        self._blank: list[int] = []
+        self._stored: set[int] = set()
         self._ready = False
         self._told_s = 0.0
 
@@ -162,11 +141,11 @@ class Scheduling:
             self.last_used_s = time.monotonic()
         woken = self.requests.somebody_moves()
         if woken is not None:
-            self._use(_flat(self.groups(woken)))
+            self._use(itertools.chain(*self.groups(woken)))
         orders = [*self._set_aside(scheduled), *self._resolved()]
-        used, self._fresh = tuple(dict.fromkeys(self._fresh)), []
+        used, blank = self._taken()
         look = not self._ready or self._look_due(_LOOK_S) or bool(orders)
-        return Step(used=used, orders=tuple(orders), idle=not scheduled, look=look)
+        return Step(used=used, blank=blank, orders=tuple(orders), idle=not scheduled, look=look)
 
     def report(self, report: Report) -> None:
         """What the workers answered."""
@@ -217,26 +196,22 @@ class Scheduling:
 
     def _use(self, blocks: Iterable[int]) -> None:
         blocks = list(blocks)
+        self._stored |= self.ledger.stored(blocks)
         self.ledger.came(blocks)
         self._fresh += blocks
 
+    def _taken(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The blocks that are used from this step on, and those of them that a file holds for nobody."""
+        used, blank = tuple(dict.fromkeys(self._fresh)), tuple(sorted(self._stored & set(self._blank)))
+        self._fresh, self._blank, self._stored = [], [], set()
+        return used, blank
+
     def _follow(self, output: Any) -> None:
         """Who got which blocks in this step, and who has none any more."""
-        preempted = set(getattr(output, "preempted_req_ids", None) or ())
-        preempted |= {
-            one.request.request_id
-            for one in self.requests.still
-            if getattr(getattr(one.request, "status", None), "name", "RUNNING") != "RUNNING"
-        }
-        admitted = {new.req_id for new in output.scheduled_new_reqs}
-        cached = output.scheduled_cached_reqs
-        admitted |= set(getattr(cached, "resumed_req_ids", ()))
-        self.requests.leave((preempted - admitted) | set(output.finished_req_ids))
-        for new in output.scheduled_new_reqs:
-            self._use(_flat(new.block_ids))
-        for blocks in cached.new_block_ids:
-            if blocks:
-                self._use(_flat(blocks))
+        self.requests.leave(left(output, (one.request for one in self.requests.still)))
+        found, blank = got(output, self.block_tokens)
+        self._use(found)
+        self._blank += blank
 
     def _own_blocks(self, one: Running) -> set[int]:
         """Those that hold tokens, and that nobody else uses: what is shared would be read back at once."""
@@ -274,7 +249,7 @@ class Scheduling:
         wish.blocks = order.blocks
         self._open[order.number] = wish
         if kind in {Kind.PARK, Kind.RELEASE}:
-            self.ledger.went(order.blocks)  # at once: nobody may give them a second time
+            self.ledger.went(order.blocks, stored=kind is Kind.PARK)  # at once: nobody gives them twice
         return order
 
     def _blocks_for(self, wish: Wish) -> tuple[Kind, Iterable[int]]:
@@ -319,8 +294,3 @@ class Scheduling:
         elif wish.done.problem and not wish.done.bytes_returned and wish.verb in {Verb.PARK, Verb.RELEASE}:
             self.ledger.came(wish.blocks)
         wish.end()
-
-
-def _flat(blocks: Any) -> list[int]:
-    """Block numbers of all groups of layers."""
-    return [block for group in blocks for block in group]

@@ -75,6 +75,7 @@ class Working:
         self._look = step.look
         if self._parker is not None:
             self._parker.claim(step.used)
+            self._parker.blank(step.blank)
             self._parker.order(step.orders)
 
     def end(self, step: Step) -> None:
