@@ -11,11 +11,12 @@ import msgspec
 
 from psi_kv_governor.answers import Answers
 from psi_kv_governor.bus import Bus, words
-from psi_kv_governor.cache import CacheState, Engine, Plan, Result, SequenceState, Snapshot, Step, Verb
+from psi_kv_governor.cache import CacheState, OneAtATime, Plan, Result, SequenceState, Snapshot, Step, Verb
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.control import SLICE_BYTES, Action, Decision
 from psi_kv_governor.events import CacheClosed, CacheOpened, Released, Restored, Trimmed
 from psi_kv_governor.own_work import OwnWork
+from psi_kv_governor.parking_check import ParkingCheck
 from psi_kv_governor.policy.planner import SLICE_S, Planner
 
 _BEHIND_S = 1.0
@@ -27,7 +28,12 @@ class Acting:
     """Does what the law or a person asks for, in the thread that asks. `clock` gives monotonic seconds."""
 
     def __init__(
-        self, engine: Engine, planner: Planner, bus: Bus, config: GovernorConfig, clock: Callable[[], float]
+        self,
+        engine: OneAtATime,
+        planner: Planner,
+        bus: Bus,
+        config: GovernorConfig,
+        clock: Callable[[], float],
     ) -> None:
         self.work = OwnWork(clock=clock)
         """Replaced where others have to know of it, and in a forked child."""
@@ -41,6 +47,7 @@ class Acting:
         self._clock = clock
         self._written: deque[tuple[float, int]] = deque()
         self._behind_s = -math.inf
+        self._check = ParkingCheck()
 
     def collect(self) -> None:
         """Have the engine gather what the policy needs. Where it can't, it is scored by what there is."""
@@ -150,7 +157,12 @@ class Acting:
         if not plan.steps:
             return Result()
         with self.work:
+            self._check.before()
             result = self._engine.apply(plan)
+            why = self._check.after(result, self._engine.describe())
+        if why:
+            self._engine.stop_parking(why)
+            self._bus.degrade("park", why)
         if result.written_bytes:
             self._written.append((self._clock(), result.written_bytes))
         if result.problem:

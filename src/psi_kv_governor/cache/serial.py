@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 
+import msgspec
+
 from psi_kv_governor.cache.engine import Engine
 from psi_kv_governor.cache.evidence import Evidence, Kind
 from psi_kv_governor.cache.plan import Plan, Result
-from psi_kv_governor.cache.snapshot import Description, Snapshot
+from psi_kv_governor.cache.snapshot import Capability, Description, Snapshot
 
 
 class OneAtATime:
@@ -19,11 +21,21 @@ class OneAtATime:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._lock = threading.Lock()
+        self._why_no_parking = ""
+
+    def stop_parking(self, why: str) -> None:
+        """Have it be an engine without a place from now on: what is parked already stays readable."""
+        self._why_no_parking = why
 
     def describe(self) -> Description:
         """See Engine."""
         with self._lock:
-            return self._engine.describe()
+            told = self._engine.describe()
+        if not self._why_no_parking:
+            return told
+        unable = Capability(able=False, why=self._why_no_parking)
+        able = msgspec.structs.replace(told.capabilities, park=unable, mask=unable, blobs=unable)
+        return msgspec.structs.replace(told, capabilities=able, place="")
 
     def snapshot(self) -> Snapshot:
         """See Engine."""

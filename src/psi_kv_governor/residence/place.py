@@ -11,8 +11,9 @@ from pathlib import Path
 import msgspec
 
 from psi_kv_governor.kernel.mountinfo import mount_of
-from psi_kv_governor.residence.files import own_folder_name, try_out
+from psi_kv_governor.residence.files import PROBE_BYTES, own_folder_name, try_out
 from psi_kv_governor.residence.storage import HERE, Kernel, storage_of
+from psi_kv_governor.residence.witness import found_before, held_bytes, memory_behind
 
 RESERVE_BYTES = 512 << 20
 """Free space that is left on the disk unless told otherwise."""
@@ -24,7 +25,7 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True):
     """A folder that can't be used."""
 
     name: str
-    """What refused it: `tmpfs`, `zram`, `fuse`, `nfs`, `read-only`, `not ours`, `full`, `absent`, ..."""
+    """What refused it: `tmpfs`, `zram`, `memory`, `fuse`, `nfs`, `read-only`, `not ours`, `full`, `absent`, ..."""
     folder: str
     why: str
     way_out: str = WAY_OUT
@@ -123,7 +124,12 @@ def check_place(
         return refuse(_name_of(error), f"it can't be made: {error.strerror}")
     storage = storage_of(top, kernel)  # an overlay answers for folders that are there only
     try:
+        held = held_bytes()
         tmpfile, speed = try_out(folder)
+        # By what the machine counts, whatever the names say: proved where it rose by half of what was written.
+        rose = held_bytes() - held >= PROBE_BYTES // 2
+        if memory := found_before(folder) or (memory_behind(folder) if rose else ""):
+            return refuse("memory", memory)
         room = os.statvfs(folder)
     except PermissionError as error:
         ours = "it can't be written to" if error.strerror == "Permission denied" else error.strerror
