@@ -23,13 +23,15 @@ CONTEXT = [i % 240 + 5 for i in range(1200)]
 
 @pytest.fixture
 def unseen(mounted, monkeypatch) -> Iterator[Path]:
-    """A disk in a file in memory, with what is below it out of sight, as in a container or a small machine."""
+    """A disk in a file in memory, with what is below it out of sight, as in a container."""
     monkeypatch.setattr(place, "storage_of", lambda *_: Storage("ext4 on sda1", "ext4"))
     monkeypatch.setattr(witness, "_found", {})
     monkeypatch.setattr(files, "_speeds", {})
-    with mounted("tmpfs") as memory:
-        with mounted("ext4", "-o", "loop", source=ext4_image(memory, 128 * MIB)) as point:
-            yield point
+    with (
+        mounted("tmpfs") as memory,
+        mounted("ext4", "-o", "loop", source=ext4_image(memory, 128 * MIB)) as point,
+    ):
+        yield point
 
 
 def test_it_is_refused_when_it_is_opened_and_the_doctor_says_so(unseen):

@@ -25,7 +25,7 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True):
     """A folder that can't be used."""
 
     name: str
-    """What refused it: `tmpfs`, `zram`, `memory`, `fuse`, `nfs`, `read-only`, `not ours`, `full`, `absent`, ..."""
+    """What refused it: `tmpfs`, `zram`, `memory`, `fuse`, `nfs`, `read-only`, `not ours`, `full`, ..."""
     folder: str
     why: str
     way_out: str = WAY_OUT
@@ -126,10 +126,7 @@ def check_place(
     try:
         held = held_bytes()
         tmpfile, speed = try_out(folder)
-        # By what the machine counts, whatever the names say: proved where it rose by half of what was written.
-        rose = held_bytes() - held >= PROBE_BYTES // 2
-        if memory := found_before(folder) or (memory_behind(folder) if rose else ""):
-            return refuse("memory", memory)
+        memory = _counted_as_memory(folder, held_bytes() - held)
         room = os.statvfs(folder)
     except PermissionError as error:
         ours = "it can't be written to" if error.strerror == "Permission denied" else error.strerror
@@ -137,8 +134,9 @@ def check_place(
     except OSError as error:
         return refuse(_name_of(error), f"no file can be made: {error.strerror}")
     free_bytes = min(limit_bytes, room.f_bavail * room.f_frsize - reserve_bytes)
-    if free_bytes <= 0:
-        return refuse("full", f"less than the reserve of {reserve_bytes >> 20} MiB is free")
+    if memory or free_bytes <= 0:
+        full = f"less than the reserve of {reserve_bytes >> 20} MiB is free"
+        return refuse("memory", memory) if memory else refuse("full", full)
     mount = mount_of(top, kernel.proc)
     return Place(
         folder=folder,
@@ -152,6 +150,12 @@ def check_place(
         tmpfile=tmpfile,
         runs_programs=not (mount and "noexec" in mount.options),
     )
+
+
+def _counted_as_memory(folder: str, rise_bytes: int) -> str:
+    """Why what was tried out there stayed in memory, whatever the folder's names say; '' where it did not."""
+    rose = rise_bytes >= PROBE_BYTES // 2
+    return found_before(folder) or (memory_behind(folder) if rose else "")
 
 
 def _candidates(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:

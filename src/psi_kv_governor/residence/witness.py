@@ -12,10 +12,10 @@ from psi_kv_governor.residence.files import open_unlinked
 _PROBES_BYTES = (4 << 20, 2 << 20, 4 << 20, 3 << 20, 2 << 20, 3 << 20)
 """Sizes in no order: what others do at the same moment rises by just these several times by no chance."""
 _PROOFS = 3
-"""Of the probes, so many have to be seen as memory. Not all: on a disk in memory blocks that were freed before are
-there already, and nothing rises when they are written again."""
+"""Of the probes, so many have to be seen as memory. Not all: on a disk in memory blocks that were freed
+before are there already, and nothing rises when they are written again."""
 _ERROR_BYTES = 1 << 20
-"""The kernel counts shared memory to 125 pages (0.5 MiB) a processor: the writer's and a loop device's own."""
+"""Shared memory is counted to 125 pages (0.5 MiB) a processor: the writer's and a loop device's."""
 _SWAPS, _BLOCKS = Path("/proc/swaps"), Path("/sys/block")
 
 _found: dict[int, str] = {}
@@ -42,7 +42,7 @@ class _SysInfo(ctypes.Structure):
 
 
 def held_bytes() -> int:
-    """Memory that files hold and no disk has: tmpfs (whatever lies on top of it), and zram that is no swap."""
+    """Memory that files hold and no disk has: tmpfs (whatever lies on it), and zram that is no swap."""
     info = _SysInfo()
     try:
         known = ctypes.CDLL(None).sysinfo(ctypes.byref(info)) == 0
