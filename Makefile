@@ -28,7 +28,7 @@ VLLM := .venv-vllm
 VLLM_READY := $(VLLM)/.psi-kv-ready
 VLLM_PYTHON ?= python3.11
 
-.PHONY: help setup demo test test-frameworks test-transformers test-vllm lint format bench-quick model wheel man docs deb clean
+.PHONY: help setup demo test demo-vllm test-frameworks test-transformers test-vllm lint format bench-quick model wheel man docs deb clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -105,6 +105,9 @@ test-transformers: $(TRANSFORMERS_READY) model ## Tests of the transformers engi
 
 test-vllm: $(VLLM_READY) ## Tests of the vLLM engine: makes an environment of 2.5 GB
 	$(VLLM)/bin/python -m pytest tests/engines/vllm tests/vllm
+
+demo-vllm: $(VLLM_READY) ## A vLLM engine and a neighbour that takes its memory, as it is and governed
+	@$(VLLM)/bin/python benchmarks/vllm_kills.py --demo
 
 # Without dependencies, and these after it: scripts/vllm_requirements.py says why. Python 3.11, for its torch.
 $(VLLM_READY): pyproject.toml scripts/vllm_requirements.py scripts/convert_demo_model.py | model

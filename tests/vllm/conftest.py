@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # vllm_scene
+
 MODEL = Path(sys.prefix) / "small"
 """The demo model with 6 of its 30 layers: real weights, and a fifth of the time."""
 

@@ -11,7 +11,8 @@ import threading
 import time
 from pathlib import Path
 
-from scene_child import make_model
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from vllm_scene_child import make_model
 
 ONE_PROCESS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the scheduler's side is in reach of this script

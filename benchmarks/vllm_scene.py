@@ -1,0 +1,206 @@
+"""A real vLLM engine in a memory cgroup without swap, and a neighbour that wants four times what is left.
+
+Run by the Python that vLLM is installed in (`make test-vllm` makes one). `vllm_kills.py` plays it and keeps a
+record, tests/vllm/test_vllm_pressure.py holds what it shows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from psi_kv_governor import socket_place
+from psi_kv_governor.cli._governed import connect, messages
+from psi_kv_governor.errors import PsiKvError
+from psi_kv_governor.events import Trimmed
+from psi_kv_governor.sandbox.sandbox import Sandbox
+from psi_kv_governor.status_messages import Update
+
+CHILD = Path(__file__).with_name("vllm_scene_child.py")
+MIB = 1 << 20
+LIMIT_BYTES = 5 << 30
+KV_MIB, SPARE_MIB, NEIGHBOUR_MIB = 1024, 300, 1200
+PRESSED_ROUNDS = 8
+"""Rounds of the work that have to end after the neighbour has all that it wants."""
+ENVIRON = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "PSI_KV_BACKING": "file",  # others may have made swap
+}
+
+
+class EngineEndedError(Exception):
+    """It was killed."""
+
+
+class Engine:
+    """The child, and what it says."""
+
+    def __init__(
+        self, sandbox: Sandbox, folder: Path, kind: str, *, processes: int = 1, **options: object
+    ) -> None:
+        environ = {**os.environ, **ENVIRON, "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(processes > 1))}
+        with (folder / f"{kind}.log").open("wb") as log:
+            self.child = sandbox.popen(
+                [sys.executable, str(CHILD), kind, str(folder / "wide"), json.dumps(options)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=environ,
+            )
+        self.rounds: list[dict[str, Any]] = []
+
+    def hear(self, event: str) -> dict[str, Any]:
+        """The next line that tells of `event`. Raises EngineEndedError where it ends before."""
+        for line in self.child.stdout or ():
+            told: dict[str, Any] = json.loads(line) if line.startswith(b"{") else {}
+            if told.get("event") == "round":
+                self.rounds.append(told)
+            if told.get("event") == event:
+                return told
+        raise EngineEndedError(f"no {event}: it ended with {self.child.wait()}")
+
+    def say(self, line: str) -> None:
+        """A line. Raises BrokenPipeError where it has ended."""
+        assert self.child.stdin is not None, "it is started with a pipe"
+        self.child.stdin.write(f"{line}\n".encode())
+        self.child.stdin.flush()
+
+    def tokens_per_s(self, start_s: float, stop_s: float) -> float | None:
+        """Of the rounds that began and ended in this time; None where there is none."""
+        times = [(a["time_s"], b) for a, b in zip(self.rounds, self.rounds[1:], strict=False)]
+        inside = [(b["time_s"] - a, b["tokens"]) for a, b in times if start_s <= a and b["time_s"] <= stop_s]
+        return sum(n for _, n in inside) / sum(s for s, _ in inside) if inside else None
+
+
+class Trims(threading.Thread):
+    """Hears of each trim of the governor in `pids`, until the engine ends."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self._pid = pid
+        self.found: list[Trimmed] = []
+
+    def run(self) -> None:
+        """Listen. Ends where there is no governor."""
+        pids = descendants(self._pid)
+        with contextlib.suppress(PsiKvError, OSError):
+            for governed in [one for one in socket_place.find() if one.pid in pids][:1]:
+                with closing(connect(governed)) as connection:
+                    for line in messages(connection):
+                        events = line.events if isinstance(line, Update) else []
+                        self.found += [event for event in events if isinstance(event, Trimmed)]
+
+
+class Told(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of one play."""
+
+    kind: str
+    rate_mib_s: int
+    """Of the neighbour; 0 is as fast as it can."""
+    kills: int
+    same: bool | None
+    """Whether the prompts that were cached said the same afterwards; None where the engine was killed."""
+    taken_s: float | None
+    """Until the neighbour had all that it wanted; None where it was killed."""
+    calm_tokens_per_s: float | None
+    pressed_tokens_per_s: float | None
+    returned_bytes: list[int]
+    """By each trim that returned something."""
+    trim_s: list[float]
+    """From its beginning until the system had these bytes."""
+
+
+def play(folder: Path, kind: str, rate_mib_s: int) -> Told:
+    """The engine with its cache filled and at work, when a neighbour comes."""
+    with Sandbox(LIMIT_BYTES) as sandbox:
+        engine = Engine(sandbox, folder, kind)
+        engine.hear("filled")
+        trims = Trims(engine.child.pid)
+        trims.start()
+        began_s = time.monotonic()
+        narrow(sandbox, sandbox.group.usage_bytes() + SPARE_MIB * MIB)
+        engine.say("go")
+        same, taken_s, pressed_s = None, None, time.monotonic()
+        with contextlib.suppress(EngineEndedError, BrokenPipeError):
+            for _ in range(3):
+                engine.hear("round")
+            pressed_s = time.monotonic()
+            taken_s = _neighbour(sandbox, rate_mib_s)
+            ended_s = time.monotonic()
+            while engine.hear("round")["time_s"] < ended_s:
+                pass
+            for _ in range(PRESSED_ROUNDS):
+                engine.hear("round")
+            engine.say("stop")
+            same = engine.hear("again")["same"]
+        given = [trim for trim in trims.found if trim.bytes_returned]
+        return Told(
+            kind=kind,
+            rate_mib_s=rate_mib_s,
+            kills=sandbox.group.oom_kills(),
+            same=same,
+            taken_s=taken_s,
+            calm_tokens_per_s=engine.tokens_per_s(began_s, pressed_s),
+            pressed_tokens_per_s=None if same is None else engine.tokens_per_s(pressed_s, time.monotonic()),
+            returned_bytes=[trim.bytes_returned for trim in given],
+            trim_s=[round(trim.seconds, 4) for trim in given],
+        )
+
+
+def _neighbour(sandbox: Sandbox, rate_mib_s: int) -> float | None:
+    """Let it take what it wants and go on using it. Gives the seconds; None where it was killed."""
+    argv = [sys.executable, "-m", "psi_kv_governor.sandbox.load", "--kind", "ramp"]
+    argv += ["--mib", str(NEIGHBOUR_MIB), "--rate-mib-s", str(rate_mib_s)]
+    started = time.monotonic()
+    neighbour = sandbox.popen(argv, stdout=subprocess.PIPE)
+    for line in neighbour.stdout or ():
+        if json.loads(line)["event"] == "taken":
+            threading.Thread(target=_heard_out, args=(neighbour,), daemon=True).start()
+            return time.monotonic() - started
+    return None
+
+
+def _heard_out(neighbour: subprocess.Popen[bytes]) -> None:
+    """A full pipe would have it wait."""
+    for _ in neighbour.stdout or ():
+        pass
+
+
+def narrow(sandbox: Sandbox, limit_bytes: int) -> None:
+    """Give the cgroup less from now on."""
+    for name in ("memory.max", "memory.limit_in_bytes", "memory.memsw.limit_in_bytes"):
+        file = sandbox.group.memory / name
+        if file.exists():
+            with contextlib.suppress(OSError):
+                file.write_text(str(limit_bytes))
+
+
+def descendants(pid: int) -> set[int]:
+    """A process, and all that it started."""
+    parents = dict(_parents())
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def _parents() -> Iterator[tuple[int, int]]:
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            yield int(folder.name), int((folder / "stat").read_text().rpartition(")")[2].split()[1])
