@@ -18,7 +18,7 @@ from click.testing import CliRunner
 import psikv_bench.scenes
 from psi_kv_governor import Governor, GovernorConfig
 from psi_kv_governor.cli._group import LazyGroup
-from psi_kv_governor.engines import get_engine
+from psi_kv_governor.engines import engines
 from psi_kv_governor.events import SourceChanged
 from psi_kv_governor.residence import find_place
 from psikv_bench import cli as bench_cli
@@ -40,7 +40,7 @@ def rows_engine(examples, monkeypatch, tmp_path):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rows-engine\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[psi_kv_governor.engines]\nrows = own_engine\n")
     monkeypatch.syspath_prepend(tmp_path)
-    return get_engine("rows")
+    return engines()["rows"].load()
 
 
 def quiet(engine, source) -> Governor:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -17,19 +20,18 @@ MOST_SHARE = 0.002
 """Of a core, when there is nothing left to give."""
 
 
+@contextmanager
+def filled(model: Path, config: GovernorConfig) -> Iterator[GovernedLlama]:
+    """With 1,200 tokens in its context."""
+    options = {"n_ctx": 2048, "n_threads": 1, "verbose": False, "flash_attn": True}
+    with closing(GovernedLlama(str(model), config=config, auto=False, **options)) as llm:
+        llm.eval([i % 240 + 5 for i in range(1200)])
+        yield llm
+
+
 def test_a_context_that_did_not_change_is_written_once_however_often_it_is_parked(tiny_model, folder):
     config = GovernorConfig(place=str(folder), place_reserve_bytes=0, backing="memory")
-    llm = GovernedLlama(
-        str(tiny_model(LARGE)),
-        config=config,
-        auto=False,
-        n_ctx=2048,
-        n_threads=1,
-        verbose=False,
-        flash_attn=True,
-    )
-    try:
-        llm.eval([i % 240 + 5 for i in range(1200)])
+    with filled(tiny_model(LARGE), config) as llm:
         engine, written = llm.governor.engine, []
         for _ in range(3):
             cache = engine.snapshot().caches[0]
@@ -44,8 +46,6 @@ def test_a_context_that_did_not_change_is_written_once_however_often_it_is_parke
         assert written[0] > 1 << 20
         assert written[1:] == [0, 0]
         assert engine.snapshot().written_bytes >= written[0]
-    finally:
-        llm.close()
 
 
 def test_with_nothing_left_to_give_a_governor_takes_a_five_hundredth_of_a_core(tiny_model, folder):
@@ -60,17 +60,7 @@ def test_with_nothing_left_to_give_a_governor_takes_a_five_hundredth_of_a_core(t
         floor_cells=1 << 20,
         status_socket=False,
     )
-    llm = GovernedLlama(
-        str(tiny_model(LARGE)),
-        config=config,
-        auto=False,
-        n_ctx=2048,
-        n_threads=1,
-        verbose=False,
-        flash_attn=True,
-    )
-    try:
-        llm.eval([i % 240 + 5 for i in range(1200)])
+    with filled(tiny_model(LARGE), config) as llm:
         governor = llm.governor
         time.sleep(1.1)  # then the sequence is idle, and is parked whole
         deadline_s = time.monotonic() + 60
@@ -82,8 +72,6 @@ def test_with_nothing_left_to_give_a_governor_takes_a_five_hundredth_of_a_core(t
         share = min(share_taken(governor) for _ in range(3))
         assert "headroom" in governor.status().reason
         assert share < MOST_SHARE
-    finally:
-        llm.close()
 
 
 def share_taken(governor) -> float:
