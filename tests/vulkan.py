@@ -12,20 +12,16 @@ import importlib.metadata
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import tarfile
-from collections.abc import Sequence
-from fcntl import LOCK_EX, flock
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from platformdirs import user_cache_path
+from packages_help import CACHE, PIP, Unavailable, alone, needs_apt, run, unpack_debs
 
-_CACHE = user_cache_path("psi-kv") / "test-devices"
+_CACHE = CACHE / "test-devices"
 _PACKAGES = ("mesa-vulkan-drivers", "libvulkan-dev", "glslc", "spirv-headers")
-_FETCH_S, _BUILD_S = 600, 2400
+_BUILD_S = 2400
 _OFF = (
     "GGML_NATIVE", "GGML_CPU", "LLAMA_CURL", "LLAMA_OPENSSL", "LLAMA_BUILD_COMMON", "LLAMA_BUILD_TESTS",
     "LLAMA_BUILD_TOOLS", "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_SERVER",
@@ -52,10 +48,6 @@ struct LayerSettingsCreateInfoEXT {
 """
 
 
-class Unavailable(Exception):
-    """It can't be had here."""
-
-
 class Backend(NamedTuple):
     """A Vulkan backend for the llama.cpp that is installed."""
 
@@ -72,8 +64,7 @@ def backend() -> Backend:
         raise Unavailable("llama-cpp-python is not installed") from error
     folder = _CACHE / f"llama-cpp-python-{version}"
     folder.mkdir(parents=True, exist_ok=True)
-    with (_CACHE / ".lock").open("w") as lock:
-        flock(lock, LOCK_EX)
+    with alone(_CACHE / "all"):
         library = folder / "libggml-vulkan.so"
         root = _root(_CACHE / "root")
         if not library.is_file():
@@ -97,50 +88,13 @@ def environ(root: Path) -> dict[str, str]:
     }
 
 
-def _run(command: Sequence[Any], seconds: float = _FETCH_S, **options: Any) -> str:
-    try:
-        process = subprocess.Popen(
-            list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            start_new_session=True, **options,
-        )  # fmt: skip
-    except OSError as error:
-        raise Unavailable(f"{command[0]}: {error}") from error
-    try:
-        out, err = process.communicate(timeout=seconds)
-    except BaseException as error:  # also Ctrl-C: nothing goes on compiling behind us
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        if isinstance(error, subprocess.TimeoutExpired):
-            raise Unavailable(f"{Path(command[0]).name} took more than {seconds:.0f} s") from error
-        raise
-    if process.returncode != 0:
-        last = (err.strip() or out.strip()).splitlines()[-1:]
-        raise Unavailable(f"{Path(command[0]).name} {command[1]}: {' '.join(last)}")
-    return out
-
-
 def _root(root: Path) -> Path:
     """Mesa, the loader, headers and a shader compiler for the C library of this machine."""
     if (root / "ready").is_file():
         return root
-    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
-        raise Unavailable("Mesa's lavapipe: there is no apt here")
+    needs_apt("Mesa's lavapipe")
     shutil.rmtree(root, ignore_errors=True)
-    for part in ("lists/partial", "archives/partial"):
-        (root / "apt" / part).mkdir(parents=True)
-    config = root / "apt" / "apt.conf"
-    # What is installed counts as there; the lists are our own, so that no right and no lock is needed.
-    config.write_text(
-        f'Dir::State::lists "{root}/apt/lists";\nDir::Cache "{root}/apt";\n'
-        f'Dir::Cache::archives "{root}/apt/archives";\nAPT::Sandbox::User "";\nDebug::NoLocking "true";\n'
-    )
-    apt = {**os.environ, "APT_CONFIG": str(config)}
-    _run(["apt-get", "--quiet", "update", "--error-on=any"], env=apt)
-    what = ["--yes", "--no-install-recommends", "--download-only", "--reinstall", *_PACKAGES]
-    _run(["apt-get", "--quiet", "install", *what], env=apt)
-    for deb in sorted((root / "apt/archives").glob("*.deb")):
-        _run(["dpkg-deb", "-x", deb, root])
-    shutil.rmtree(root / "apt")
+    unpack_debs(root, "", _PACKAGES, "--reinstall")  # what is installed counts as there
     if next(root.glob("usr/lib/*/libvulkan_lvp.so"), None) is None:
         raise Unavailable("Mesa's lavapipe: this distribution's mesa-vulkan-drivers has none")
     (root / "ready").touch()
@@ -158,14 +112,14 @@ def _build(version: str, root: Path, folder: Path, library: Path) -> None:
         _configure(version, root, work, libraries, options)
         (work / "configured").touch()
     build = ["--build", work / "build", "--target", "ggml-vulkan", "--parallel", os.cpu_count() or 1]
-    _run([_cmake(work), *build], _BUILD_S, **options)
+    run([_cmake(work), *build], _BUILD_S, **options)
     (work / "build/bin/libggml-vulkan.so").replace(library)
     shutil.rmtree(work)
 
 
 def _configure(version: str, root: Path, work: Path, libraries: Path, options: dict[str, Any]) -> None:
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    _run([*pip, "--no-binary", "llama-cpp-python", "--dest", work, f"llama-cpp-python=={version}"])
+    run([*pip, "--no-binary", "llama-cpp-python", "--dest", work, f"llama-cpp-python=={version}"])
     with tarfile.open(next(work.glob("*.tar.gz"))) as source:
         if sys.version_info >= (3, 12):
             source.extractall(work, filter="data")
@@ -188,7 +142,7 @@ def _configure(version: str, root: Path, work: Path, libraries: Path, options: d
     }
     source_dir = next(work.glob("llama_cpp_python-*")) / "vendor/llama.cpp"
     flags = [f"-D{name}={value}" for name, value in told.items()]
-    _run([_cmake(work), "-S", source_dir, "-B", work / "build", *flags], **options)
+    run([_cmake(work), "-S", source_dir, "-B", work / "build", *flags], **options)
 
 
 def _cmake(work: Path) -> str:
@@ -196,6 +150,6 @@ def _cmake(work: Path) -> str:
         return found
     cmake = work / "tools/bin/cmake"
     if not cmake.is_file():
-        _run([sys.executable, "-m", "venv", work / "tools"])
-        _run([work / "tools/bin/python", "-m", "pip", "install", "--quiet", "cmake"])
+        run([sys.executable, "-m", "venv", work / "tools"])
+        run([work / "tools/bin/python", *PIP, "cmake"])
     return str(cmake)

@@ -6,12 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
-from fcntl import LOCK_EX, flock
 from pathlib import Path
 
 import pytest
-import servers
 
+from packages_help import CACHE, Unavailable, alone, debian_mirror, run
 from psi_kv_governor.engines.llama.loader import agent_path
 
 ROOT = Path(__file__).parents[2]
@@ -33,21 +32,15 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def debian() -> Path:
     """A Debian with what the package depends on, made once and kept in the cache of the tests."""
-    servers.CACHE.mkdir(parents=True, exist_ok=True)
-    with (servers.CACHE / f"{SUITE}.lock").open("w") as lock:
-        flock(lock, LOCK_EX)
-        root, ready = servers.CACHE / SUITE, servers.CACHE / f"{SUITE}.ready"
+    with alone(CACHE / "test-servers" / SUITE) as root:
+        ready = root.with_name(f"{SUITE}.ready")
         if not ready.is_file():
             shutil.rmtree(root, ignore_errors=True)
-            command = ["debootstrap", "--variant=minbase", f"--include={NEEDS}", SUITE, str(root)]
+            command = ["debootstrap", "--variant=minbase", f"--include={NEEDS}", SUITE, root]
             try:
-                done = subprocess.run(
-                    [*command, servers._mirror()], capture_output=True, text=True, check=False, timeout=800
-                )
-            except (servers.Unavailable, subprocess.TimeoutExpired) as error:
+                run([*command, debian_mirror()], seconds=800)
+            except Unavailable as error:
                 pytest.skip(f"a Debian can't be had: {error}")
-            if done.returncode:
-                pytest.skip(f"a Debian can't be had: {done.stdout.splitlines()[-1]}")
             ready.touch()
         return root
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import servers
 
+from packages_help import Unavailable
+
 ROOT = Path(__file__).parents[2]
 MACHINES = ("aarch64", "x86_64")
 MOST_BYTES = 2 << 20
@@ -151,7 +153,7 @@ def test_without_a_compiler_exec_governs_a_llama_server(installed, demo_model):
     psi_kv, bare = installed
     try:
         server = servers.debian_server()
-    except servers.Unavailable as error:
+    except Unavailable as error:
         pytest.skip(f"Debian's llama-server can't be had: {error}")
     words = [
         *server,

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from servers import PSI_KV, Unavailable, debian_server, python_with_servers
+from servers import PSI_KV, debian_server, python_with_servers
 from service_help import paper
 
 from fakes import FakeSource
+from packages_help import Unavailable
 from psi_kv_governor.engines.simulated import SimulatedEngine
 from psi_kv_governor.governor import Governor
 from psi_kv_governor.residence import find_place

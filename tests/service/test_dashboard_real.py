@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 from browser import CHROMIUM, DRIVER, chromium, look, picture
 from selenium.webdriver.common.by import By
-from servers import PSI_KV, Unavailable, debian_server, free_port
+from servers import PSI_KV, debian_server, free_port
 
+from packages_help import Unavailable
 from psi_kv_governor.sandbox.sandbox import Sandbox
 
 pytestmark = [

@@ -8,8 +8,9 @@ import json
 from pathlib import Path
 
 import pytest
-from servers import Server, Unavailable, debian_server, free_port, resident_bytes, until, with_agent
+from servers import Server, debian_server, free_port, resident_bytes, until, with_agent
 
+from packages_help import Unavailable
 from psi_kv_governor.engines.llama.fleet import Fleet
 from psi_kv_governor.governor import Governor
 

@@ -16,9 +16,9 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_tool import promtool
-from servers import Unavailable
 from service_help import MIB
 
+from packages_help import Unavailable
 from psi_kv_governor.service.address import Address
 from psi_kv_governor.service.metrics import REASONS, Metrics, MetricsServer
 

@@ -8,7 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from servers import PSI_KV, Unavailable, node_addon
+from servers import PSI_KV, node_addon
+
+from packages_help import Unavailable
 
 HERE = Path(__file__).parent
 

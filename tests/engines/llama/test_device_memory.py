@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import vulkan
+from packages_help import Unavailable
 
 # The first time the backend is compiled: four minutes of one core.
 pytestmark = [pytest.mark.llama, pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -26,7 +27,7 @@ TESTS = Path(__file__).parents[2]
 def backend() -> vulkan.Backend:
     try:
         return vulkan.backend()
-    except vulkan.Unavailable as error:
+    except Unavailable as error:
         pytest.skip(f"llama.cpp's Vulkan backend or a driver in software can't be had here: {error}")
 
 
