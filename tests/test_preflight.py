@@ -229,6 +229,23 @@ def test_a_model_that_llama_cpp_refuses_is_one_failure(tmp_path):
     path = tmp_path / "empty.gguf"
     path.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + bytes(16))
     assert preflight.check_model(path).state == "ok"
-    (found,) = preflight_engine.check_engine(path)
+    (found,) = preflight_engine.check_engine(path, GovernorConfig())
     assert (found.name, found.state) == ("engine", "fail")
     assert "\n" not in found.remedy
+
+
+def test_whoever_wants_no_place_is_told_what_that_means(tmp_path):
+    found = preflight.check_place(GovernorConfig(place="none"))
+    assert (found.state, "gone" in found.detail) == ("ok", True)
+
+
+@pytest.mark.llama
+def test_without_a_place_the_doctor_says_that_running_conversations_evict(demo_model):
+    (found,) = [
+        check
+        for check in preflight_engine.check_engine(demo_model, GovernorConfig(place="none"))
+        if check.name == "can evict"
+    ]
+    assert found.state == "ok"
+    assert "MiB went back in a trial" in found.detail
+    assert "gone until it is decoded again" in found.detail

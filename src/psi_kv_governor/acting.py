@@ -129,7 +129,7 @@ class Acting:
             there = {cache.id for cache in snapshot.caches if pid in {None, cache.pid}}
             steps += [step for step in blobs.steps if step.cache in there]
         if not self._planner.ladder(snapshot).parks:
-            steps, problem = [], self._planner.why_nothing(snapshot)
+            steps, problem = [], self._engine.describe().capabilities.park.why or "there is no place to park"
         result = self._apply(Plan(steps=tuple(steps)))
         self._tell_trimmed(result, "by hand")
         if result.bytes_returned or result.problem:
@@ -203,6 +203,7 @@ class Acting:
                 time_s=self._clock(),
                 cells=result.cells,
                 masked=result.masked,
+                lost=result.lost,
                 bytes_returned=result.bytes_returned,
                 written_bytes=result.written_bytes,
                 seconds=result.seconds,

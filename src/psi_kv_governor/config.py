@@ -139,7 +139,8 @@ class GovernorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     # -- where to --------------------------------------------------------------------------------------
     place: str = ""
-    """Folder in which parked bytes are (unlinked files); empty: one is found. A disk, not memory."""
+    """Folder in which parked bytes are (unlinked files); empty: one is found. A disk, not memory. `none`:
+    what is given up of a context is evicted, and gone until it is decoded again."""
     backing: Literal["auto", "file", "memory"] = "auto"
     """Where a cache lives from the start: in a file of that folder, so that the kernel can take it by itself,
     or in memory. `auto`: in a file where there is no swap, since the kernel would kill there."""

@@ -62,7 +62,7 @@ def run_checks(
     if states["model"] == "ok" and "fail" not in {states["llama.cpp"], states["agent"]}:
         yield from _looked("devices", lambda: [preflight_engine.check_devices()], isolated)
         model = model or demo_model_path()
-        yield from _looked("engine", lambda: preflight_engine.check_engine(model), isolated)
+        yield from _looked("engine", lambda: preflight_engine.check_engine(model, config), isolated)
 
 
 def _looked(name: str, look: Callable[[], Iterable[Check]], isolated: bool) -> list[Check]:

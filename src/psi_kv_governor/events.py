@@ -25,11 +25,13 @@ class ModeChanged(_Event, frozen=True, kw_only=True):
 
 
 class Trimmed(_Event, frozen=True, kw_only=True):
-    """Memory was given up: parked, or parked and masked."""
+    """Memory was given up: parked, parked and masked, or without a place to park evicted."""
 
     cells: int
     masked: int
     """Of these, the ones that attention passes over from now on."""
+    lost: int = 0
+    """Of these, the ones whose content is gone: only decoding them again brings them back."""
     bytes_returned: int
     written_bytes: int = 0
     seconds: float

@@ -26,7 +26,7 @@ from psi_kv_governor.pressure.kill_lines import find_kill_lines
 from psi_kv_governor.pressure.reading import MACHINE
 from psi_kv_governor.pressure.systemd import WATCH
 from psi_kv_governor.pressure.waking import find_waker
-from psi_kv_governor.residence import choose_backing, find_place, swap_state
+from psi_kv_governor.residence import NO_PLACE, choose_backing, find_place, swap_state
 from psi_kv_governor.sandbox.sandbox import Sandbox
 
 State = Literal["ok", "warn", "fail"]
@@ -225,6 +225,8 @@ def check_place(config: GovernorConfig) -> Check:
     place = search.place
     more = tuple(f"refused: {one.folder}: {one.why}" for one in search.refused)
     if place is None:
+        if config.place == NO_PLACE:
+            return Check("place to park", "ok", "none, as was asked: what is given up of a context is gone")
         return Check("place to park", "fail", "none: nothing can be parked", search.why_none, more)
     backing, why = choose_backing(config.backing, place, *swap_state())
     speed = place.write_bytes_per_s / 1e6

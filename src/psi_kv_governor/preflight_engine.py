@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from psi_kv_governor.amounts import mib
-from psi_kv_governor.cache import Capability, Description, Domain, Plan, Range, Step, Verb
+from psi_kv_governor.cache import Capabilities, Capability, Description, Domain, Plan, Range, Step, Verb
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.engines.llama import devices, loader
 from psi_kv_governor.errors import PsiKvError
@@ -59,14 +59,18 @@ def _memory(one: devices.Device) -> str:
     return f"{mib(one.free_bytes)} of {mib(one.total_bytes)} free"
 
 
-def check_engine(model: Path) -> Iterator[Check]:
-    """Open the model in a small context, park a part of it and read it back: what is told was done."""
+def check_engine(model: Path, config: GovernorConfig) -> Iterator[Check]:
+    """Open the model in a small context, and give up a part of it: what is told was done."""
     try:
         from psi_kv_governor.llama import GovernedLlama
 
         llm = GovernedLlama(
             str(model),
-            config=GovernorConfig(),
+            config=GovernorConfig(
+                place=config.place,
+                place_limit_bytes=config.place_limit_bytes,
+                place_reserve_bytes=config.place_reserve_bytes,
+            ),
             n_ctx=_PROBE_CELLS,
             flash_attn=True,
             auto=False,
@@ -87,13 +91,15 @@ def check_engine(model: Path) -> Iterator[Check]:
             ).bytes_returned
             for cache in caches
             for sequence in cache.sequences
-            for verb in ((Verb.MASK,) if cache.maskable else (Verb.PARK,))
+            for verb in _trial(able, maskable=cache.maskable)
         )
         yield check_cache(engine.describe())
         yield _step("release", able.release, "fail")
-        yield _step("park", able.park, "warn", f"yes: {mib(returned)} went back in a trial")
+        told = f"yes: {mib(returned)} went back in a trial"
+        yield _step("park", able.park, "warn", told)
         yield _step("mask", able.mask, "warn")
-        yield _step("evict", able.evict, "ok" if able.park.able else "warn")
+        gone = f"{told}. Without a place, what running conversations give is gone until it is decoded again"
+        yield _step("evict", able.evict, "ok" if able.park.able else "warn", gone)
         if llm.context_params.flash_attn_type != 1:
             return
         yield Check(
@@ -103,6 +109,14 @@ def check_engine(model: Path) -> Iterator[Check]:
         )
     finally:
         llm.close()
+
+
+def _trial(able: Capabilities, *, maskable: bool) -> Iterator[Verb]:
+    """What gives up a part of a cache here."""
+    if able.evict.able:
+        yield Verb.EVICT
+    else:
+        yield Verb.MASK if maskable else Verb.PARK
 
 
 def _step(name: str, capability: Capability, without: State, detail: str = "yes") -> Check:

@@ -55,10 +55,12 @@ class Results:
 
 def computed_without(snapshot: Snapshot) -> dict[str, int]:
     """What the next token would be computed without; empty where nothing is missing."""
-    sequences = [one for cache in snapshot.caches if cache.maskable for one in cache.sequences]
+    sequences = [one for c in snapshot.caches if c.maskable or c.evictable for one in c.sequences]
     masked = max((one.masked_cells for one in sequences), default=0)
     affected = max((one.affected for one in sequences), default=0)
-    return {"masked_tokens": masked, "affected_tokens": affected} if masked or affected else {}
+    lost = max((one.lost_cells for one in sequences), default=0)
+    said = {"masked_tokens": masked, "affected_tokens": affected} if masked or affected or lost else {}
+    return said | {"lost_tokens": lost} if lost else said
 
 
 def annotated(governor: Results, result: Any) -> Any:

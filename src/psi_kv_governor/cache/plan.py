@@ -68,6 +68,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """Cells parked, masked, evicted or brought back by this plan."""
     masked: int = 0
     """Of these, the ones that attention passes over from now on."""
+    lost: int = 0
+    """Of these, the ones whose content was dropped: only decoding them again brings them back."""
     written_bytes: int = 0
     """Bytes that had to be written for it."""
     done: bool = True
@@ -83,6 +85,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
             bytes_back=self.bytes_back + other.bytes_back,
             cells=self.cells + other.cells,
             masked=self.masked + other.masked,
+            lost=self.lost + other.lost,
             written_bytes=self.written_bytes + other.written_bytes,
             done=self.done and other.done,
             seconds=self.seconds + other.seconds,

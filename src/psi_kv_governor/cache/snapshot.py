@@ -134,6 +134,8 @@ class CacheState(msgspec.Struct, frozen=True, kw_only=True):
     maskable: bool
     """Whether parked cells of a running sequence can be masked, so that they are not read."""
     why_not_maskable: str = ""
+    evictable: bool = True
+    """Whether content of its sequences can be dropped, where the engine can do that at all (EVICT)."""
     free_resident_bytes: int = 0
     """Resident bytes of cells nobody uses: what RELEASE would return."""
     rebuilt: bool = False

@@ -31,9 +31,11 @@ def words_of(event: Event) -> str:
         case CacheClosed():
             words = f"cache {event.cache} ({event.name}) is closed"
         case Trimmed():
-            kind = (
-                f"{event.cells:,} cells, {event.masked:,} of them masked" if event.cells else "saved states"
-            )
+            kind = f"{event.cells:,} cells, {event.masked:,} of them masked"
+            if event.lost:
+                kind = f"{event.lost:,} cells for good, there being no place to park"
+            elif not event.cells:
+                kind = "saved states"
             words = f"gave up {kind}: {mib(event.bytes_returned)} returned"
         case Restored():
             words = (

@@ -107,7 +107,8 @@ def _finish(llm: GovernedLlama, tally: Tally, answer: Answer, seconds: float, as
 
 def without(marked: dict[str, int]) -> str:
     """What an answer was computed without, in one clause."""
+    gone = f", {marked['lost_tokens']} were gone for good" if marked.get("lost_tokens") else ""
     return (
-        f"{marked['masked_tokens']} tokens of the context were masked while it answered, and "
+        f"{marked['masked_tokens']} tokens of the context were masked{gone} while it answered, and "
         f"{marked['affected_tokens']} were decoded without them"
     )

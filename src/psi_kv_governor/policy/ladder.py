@@ -141,11 +141,12 @@ class Ladder:
         """Sequences that can give ranges. All of their cells count, resident or not: the next token reads
         what attention looks at."""
         masks = self.parks and self.description.capabilities.mask.able and cache.maskable
+        evicts = self.evicts and cache.evictable
         for one in cache.sequences:
-            cells = self.may_go(one) if self.evicts or (masks and one.running) else 0
+            cells = self.may_go(one) if evicts or (masks and one.running) else 0
             # Less than a block would make each token that is decoded at the floor a trim of its own.
             if cells >= self.config.block_cells:
-                verb = Verb.EVICT if self.evicts else Verb.MASK
+                verb = Verb.EVICT if evicts else Verb.MASK
                 yield Rung(verb, cache, cells * cache.cell_bytes, sequence=one)
 
     # -- what is kept -----------------------------------------------------------------------------------

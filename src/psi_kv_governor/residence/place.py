@@ -18,6 +18,9 @@ from psi_kv_governor.residence.witness import found_before, held_bytes, memory_b
 RESERVE_BYTES = 512 << 20
 """Free space that is left on the disk unless told otherwise."""
 
+NO_PLACE = "none"
+"""The setting `place` of whoever wants nothing parked: what is given up then is evicted."""
+
 WAY_OUT = "name a folder on a disk by place (PSI_KV_PLACE), or mount one, e.g. at /var/tmp"
 
 
@@ -80,9 +83,13 @@ def find_place(
 ) -> Search:
     """The folder in which parked bytes live. Never raises for what a machine is like.
 
-    Where `setting` names a folder, that one or none. Else the first usable of: the service manager's cache
-    and state folders, the user's cache, TMPDIR, /var/tmp, /tmp.
+    Where `setting` names a folder, that one or none; `none` is none. Else the first usable of: the service
+    manager's cache and state folders, the user's cache, TMPDIR, /var/tmp, /tmp.
     """
+    if setting == NO_PLACE:
+        return Search(
+            place=None, refused=(Refusal(name="setting", folder="place = none", why="as was asked"),)
+        )
     if sys.platform != "linux":
         why = f"files that the kernel can take pages from are known on Linux, and not on {sys.platform}"
         return Search(place=None, refused=(Refusal(name="system", folder=setting, why=why),))

@@ -48,6 +48,7 @@ class Op(IntEnum):
     BUFFERS = 17
     RECALL = 18
     RECALLED = 19
+    EVICT = 20
 
 
 class Reply(NamedTuple):
@@ -75,6 +76,7 @@ class SequenceInfo(NamedTuple):
     masked: int
     affected: int
     parked: int
+    lost: int
     used_s: float
 
 
@@ -218,7 +220,8 @@ class Client:
         ]
 
     def cells(self, region: int, sequence: int) -> npt.NDArray[np.int32]:
-        """Position and flags of each cell of a sequence, in the order of positions: shape (cells, 2)."""
+        """Position and flags of each cell of a sequence, in the order of positions, and then of those that
+        were evicted: shape (cells, 2)."""
         reply = self.ask(Op.SEQUENCE, region, sequence)
         cells: npt.NDArray[np.int32] = np.frombuffer(reply.payload, dtype="<i4").reshape(-1, 2)
         return cells
@@ -242,10 +245,7 @@ def _region(payload: bytes, at: int) -> tuple[RegionInfo, int]:
     at += _REGION.size
     sequences = []
     for _ in range(n_sequences):
-        seq, low, high, cells, seq_masked, seq_affected, parked, _, seq_used_s = _SEQUENCE.unpack_from(
-            payload, at
-        )
-        sequences.append(SequenceInfo(seq, low, high, cells, seq_masked, seq_affected, parked, seq_used_s))
+        sequences.append(SequenceInfo(*_SEQUENCE.unpack_from(payload, at)))
         at += _SEQUENCE.size
     region = RegionInfo(
         id=number,

@@ -42,7 +42,7 @@ from psi_kv_governor.engines.llama.evidence import LlamaEvidence, Sampling
 from psi_kv_governor.engines.llama.states import FIRST_ID, SavedStates
 from psi_kv_governor.errors import EngineError
 
-_MASKED, _PARKED, _AFFECTED = 2, 4, 8  # enum row_flag in agent.h
+_MASKED, _PARKED, _AFFECTED, _LOST = 2, 4, 8, 16  # enum row_flag in agent.h
 _RUNNING_S = 1.0
 """A sequence that was decoded within so long is running: between two tokens of a slow machine."""
 _COUNT_EVERY_S = 1.0
@@ -55,10 +55,7 @@ RECALL_EVERY = 8
 """Of the tokens decoded one by one, one in so many is held against what is parked."""
 RECALL_LAYERS = 1
 """Layers whose keys are summarised."""
-_WHY_NO_EVICT = {
-    True: "there is a place to park, so nothing is thrown away",
-    False: "without a place to park a running context gives nothing: its program would not know what is gone",
-}
+_NOTHING_THROWN_AWAY = Capability(able=False, why="there is a place to park, so nothing is thrown away")
 _OPS = {
     Verb.WRITE_BEHIND: Op.WRITE,
     Verb.RELEASE: Op.RELEASE,
@@ -66,6 +63,7 @@ _OPS = {
     Verb.MASK: Op.MASK,
     Verb.UNMASK: Op.UNMASK,
     Verb.UNPARK: Op.UNPARK,
+    Verb.EVICT: Op.EVICT,
 }
 
 
@@ -120,7 +118,13 @@ class LlamaEngine:
                 release=able if by_cell else (state if regions else none_yet),
                 park=(able if self._place else placeless) if parks else none_yet,
                 mask=(mask if self._place else placeless) if by_cell or not regions else state,
-                evict=Capability(able=False, why=_WHY_NO_EVICT[bool(self._place)]),
+                evict=_NOTHING_THROWN_AWAY
+                if self._place
+                else able
+                if by_cell
+                else state
+                if regions
+                else none_yet,
                 blobs=placeless if not self._place else able if self._knows_blobs else no_blobs,
             ),
             backing=self._backing,
@@ -222,6 +226,7 @@ class LlamaEngine:
             row_bytes=region.row_bytes if region.by_cell else region.size,
             resident_bytes=self._resident.get(region.id, 0),
             maskable=region.maskable and not slides,
+            evictable=region.by_cell and not slides,
             why_not_maskable=why if region.by_cell else "a recurrent state has no cells",
             free_resident_bytes=self._free_resident(region),
             sequences=sequences,
@@ -241,17 +246,20 @@ class LlamaEngine:
     def _sequence(self, region: RegionInfo, info: SequenceInfo, now_s: float) -> SequenceState:
         live: tuple[Range, ...] = (Range(info.low, info.high + 1),)
         masked: tuple[Range, ...] = ()
+        lost: tuple[Range, ...] = ()
         parked = info.parked
-        if info.masked or info.cells != info.high + 1 - info.low:
+        if info.masked or info.lost or info.cells != info.high + 1 - info.low:
             cells = self.client.cells(region.id, info.id)
-            live = _runs(cells[(cells[:, 1] & _MASKED) == 0, 0])
+            live = _runs(cells[(cells[:, 1] & (_MASKED | _LOST)) == 0, 0])
             masked = _runs(cells[(cells[:, 1] & _MASKED) != 0, 0])
+            lost = _runs(cells[(cells[:, 1] & _LOST) != 0, 0])
             parked = int(np.count_nonzero((cells[:, 1] & (_MASKED | _PARKED)) == _PARKED))
         return SequenceState(
             id=info.id,
             next_position=info.high + 1,
             live=live,
             masked=masked,
+            lost=lost,
             affected=info.affected,
             parked_bytes=parked * region.cell_bytes,
             running=now_s - info.used_s < _RUNNING_S or (region.computing and info.used_s == region.used_s),
@@ -280,6 +288,8 @@ class LlamaEngine:
             return self.states.park(step.blob)
         if step.blob is not None and step.verb is Verb.PARK:
             return _result(self.client.ask(Op.PARK_BLOB, step.blob), step.verb)
+        if step.verb is Verb.EVICT and self._place:
+            return Result(problem=_NOTHING_THROWN_AWAY.why)
         op = _OPS.get(step.verb)
         if op is None or step.blob is not None:
             return Result(problem=f"llama.cpp's caches can't do this: {step.verb.value}")
@@ -324,8 +334,9 @@ class LlamaEngine:
         return LlamaEvidence(self.client, region, sequence)
 
     def first_affected(self, sequence: int) -> int | None:
-        """The first position that was decoded while others were masked; None where there is none."""
-        firsts = [cells[(cells[:, 1] & _AFFECTED) != 0, 0] for cells in self._cells_of(sequence)]
+        """The first position that was evicted, or decoded while others were masked or gone; None where there
+        is none."""
+        firsts = [c[(c[:, 1] & (_AFFECTED | _LOST)) != 0, 0] for c in self._cells_of(sequence)]
         return min((int(found.min()) for found in firsts if len(found)), default=None)
 
     def masked(self, sequence: int) -> int:
@@ -337,7 +348,7 @@ class LlamaEngine:
         return [
             self.client.cells(region.id, sequence)
             for region in regions
-            if region.by_cell and (region.affected or region.masked)
+            if region.by_cell and (region.affected or region.masked or any(s.lost for s in region.sequences))
         ]
 
     def recall(self, settings: Recall) -> None:
@@ -422,6 +433,7 @@ def _result(reply: Reply, verb: Verb) -> Result:
         bytes_back=reply.n_bytes if back else 0,
         cells=reply.cells,
         masked=reply.masked,
+        lost=reply.cells if verb is Verb.EVICT else 0,
         written_bytes=reply.written,
         done=reply.done,
         problem=reply.problem or gone,

@@ -194,7 +194,9 @@ class Fleet:
         none_yet = Capability(able=False, why="no program with a llama.cpp cache has connected yet")
         return Description(
             engine="llama",
-            capabilities=Capabilities(release=none_yet, park=none_yet, mask=none_yet, blobs=none_yet),
+            capabilities=Capabilities(
+                release=none_yet, park=none_yet, mask=none_yet, blobs=none_yet, evict=none_yet
+            ),
             backing=self._backing,
             place=self._place,
             details={"backing": self._why_backing} if self._why_backing else {},

@@ -25,7 +25,7 @@ from psi_kv_governor.engines.llama.engine import LlamaEngine
 from psi_kv_governor.engines.llama.loader import load
 from psi_kv_governor.errors import BadInputError, EngineError
 from psi_kv_governor.pressure.reading import Reading
-from psi_kv_governor.residence import Place, choose_backing, find_place, swap_state
+from psi_kv_governor.residence import NO_PLACE, Place, choose_backing, find_place, swap_state
 
 
 class Chosen(NamedTuple):
@@ -57,7 +57,7 @@ def choose(config: GovernorConfig) -> Chosen:
     search = find_place(
         config.place, limit_bytes=config.place_limit_bytes, reserve_bytes=config.place_reserve_bytes
     )
-    if search.place is None and config.place:
+    if search.place is None and config.place not in {"", NO_PLACE}:
         raise BadInputError(search.why_none)
     backing, why = choose_backing(config.backing, search.place, *swap_state())
     folder = search.place.folder if search.place else ""
@@ -126,7 +126,7 @@ class NoEngine:
         unable = Capability(able=False, why=self._why)
         return Description(
             engine="llama",
-            capabilities=Capabilities(release=unable, park=unable, mask=unable, blobs=unable),
+            capabilities=Capabilities(release=unable, park=unable, mask=unable, blobs=unable, evict=unable),
         )
 
     def snapshot(self) -> Snapshot:

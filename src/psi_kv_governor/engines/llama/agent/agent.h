@@ -49,6 +49,7 @@ struct lib {
     int32_t (*pos_min)(llama_memory_t, int32_t);
     int32_t (*pos_max)(llama_memory_t, int32_t);
     bool    (*seq_rm)(llama_memory_t, int32_t, int32_t, int32_t);
+    void    (*synchronize)(struct llama_context *);
     size_t  (*state_seq_get)(struct llama_context *, uint8_t *, size_t, int32_t, uint32_t);
 };
 
@@ -63,13 +64,14 @@ void gate_leave(void);
 void gate_compute_begin(void);   // a graph is about to run: its writes are known, and nothing else changes
 void gate_compute_end(void);
 bool gate_take(bool and_graphs, double patience_s);  // nobody is in llama.cpp (and, or, no graph runs either)
+bool gate_take_between_calls(double patience_s);  // no call has begun
 void gate_give(void);
 bool gate_inside(void);          // this thread is inside of a call
 void gate_after_fork(void);
 
 // ---- region.c: the buffers of caches, from birth to end -------------------------------------------------------
 
-enum row_flag { ROW_USED = 1, ROW_MASKED = 2, ROW_PARKED = 4, ROW_AFFECTED = 8 };
+enum row_flag { ROW_USED = 1, ROW_MASKED = 2, ROW_PARKED = 4, ROW_AFFECTED = 8, ROW_LOST = 16 };  // the last is only told
 
 struct tensor {
     struct ggml_tensor * identity;
@@ -86,7 +88,8 @@ struct tensor {
     bool     sampled;
 };
 
-struct sequence { int32_t id; int32_t n, capacity; int32_t * rows; int32_t highest; bool parked; double used_s; };
+// `lost` are positions that were evicted, in order: only decoding them again brings them back.
+struct sequence { int32_t id; int32_t n, capacity; int32_t * rows; int32_t highest; int32_t n_lost; int32_t * lost; bool parked; double used_s; };
 
 enum backing { BACKING_MEMORY = 0, BACKING_FILE = 1 };
 
@@ -115,7 +118,7 @@ struct region {
     char     why_no_mask[96];
     int32_t * pos;               // [n_rows], -1: not known
     uint8_t * flags;             // [n_rows]
-    int64_t  n_masked, n_affected;
+    int64_t  n_masked, n_affected, n_lost;
     struct sequence sequences[MAX_SEQUENCES];
     int32_t  n_sequences;
     uint64_t map_generation;     // memory_generation when it was asked
@@ -131,7 +134,6 @@ struct region {
 struct agent {
     pthread_mutex_t lock;        // of everything here and in the regions; held for microseconds
     struct region regions[MAX_REGIONS];
-    struct { struct llama_context * ctx; struct lib * lib; } contexts[MAX_CONTEXTS];
     uint32_t next_id, next_buffer;
     uint64_t memory_generation;  // cells changed hands since
     uint64_t written_bytes, born_bytes;
@@ -141,6 +143,7 @@ struct agent {
     char     problem[1024];      // the last reason for which less was done than asked
     bool     forked;
     bool     watched;            // somebody may ask soon: keep the map fresh
+    bool     evicts;             // cells were removed for good
     int      sample_every, sample_window, sample_near, sample_layers;
     float    sample_half_life;
 };
@@ -153,6 +156,7 @@ bool region_clear(ggml_backend_buffer_t buffer);     // true: done, no page beca
 void region_gone(ggml_backend_buffer_t buffer);
 struct region * region_of_address(uint64_t address);
 struct region * region_of_id(uint32_t id);
+struct region * region_of_memory(llama_memory_t memory, const struct region * after);  // the next one with cells of it
 struct tensor * region_tensor(struct region * region, uint64_t address);
 void regions_after_fork(bool child);
 
@@ -201,13 +205,20 @@ void map_append(struct region * region, int32_t id, int32_t row);
 bool map_untouched(llama_memory_t memory, int32_t p0);  // nothing lies at p0 or after
 void map_shift(llama_memory_t memory, int32_t id, int32_t p0, int32_t p1, int32_t delta, int32_t divide);
 
+// ---- evict.c: cells that were removed for good ------------------------------------------------------------------
+
+void lost_change(struct region * region, struct sequence * sequence, int32_t p0, int32_t p1, bool gone, int32_t delta, int32_t divide);
+void lost_guess(struct region * region, struct sequence * sequence, int32_t highest);
+void lost_removed(llama_memory_t memory, int32_t id, int32_t p0, int32_t p1, bool but);  // of `id`, or of all but it
+void lost_copied(llama_memory_t memory, int32_t from, int32_t to, int32_t p0, int32_t p1);
+
 // ---- graph.c: the mask, the rows that a graph writes, and attention -------------------------------------------
 
 void graph_before(struct lib * lib, ggml_backend_sched_t sched, struct ggml_cgraph * graph);
 void graph_after(void);
 void graph_note_callback(ggml_backend_sched_t sched, ggml_backend_sched_eval_callback callback, void * user);
 void graph_forget_callback(ggml_backend_sched_t sched);
-void graph_call_begin(struct llama_context * ctx, struct lib * lib, const struct llama_batch * batch);
+void graph_call_begin(struct llama_context * ctx, const struct llama_batch * batch);
 void graph_call_end(void);
 void graph_state_read(struct llama_context * ctx, int32_t sequence);
 void rows_overwritten(const struct ggml_tensor * tensor, size_t offset, size_t size);

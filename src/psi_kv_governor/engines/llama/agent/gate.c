@@ -9,8 +9,8 @@
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t  changed = PTHREAD_COND_INITIALIZER;
-static int  inside, computing, waiting;
-static bool taken;
+static int  calls, inside, computing, waiting, waiting_for_end;
+static bool taken, handed;
 static __thread int depth;
 
 bool gate_inside(void) { return depth > 0; }
@@ -24,6 +24,7 @@ void gate_enter(void) {
         pthread_cond_wait(&changed, &mutex);
     }
     inside++;
+    calls++;
     pthread_mutex_unlock(&mutex);
 }
 
@@ -33,6 +34,9 @@ void gate_leave(void) {
     }
     pthread_mutex_lock(&mutex);
     inside--;
+    if (--calls == 0 && waiting_for_end > 0 && !taken) {
+        taken = handed = true;  // else the next call would most likely be there first
+    }
     pthread_cond_broadcast(&changed);
     pthread_mutex_unlock(&mutex);
 }
@@ -60,13 +64,18 @@ void gate_compute_end(void) {
     pthread_mutex_unlock(&mutex);
 }
 
-// `patience_s` bounds the wait; the program waits no longer than that for somebody who waits.
-bool gate_take(bool and_graphs, double patience_s) {
+static struct timespec in(double seconds) {
     struct timespec until;
     clock_gettime(CLOCK_REALTIME, &until);
-    const long long ns = until.tv_nsec + (long long) (patience_s * 1e9);
+    const long long ns = until.tv_nsec + (long long) (seconds * 1e9);
     until.tv_sec += ns / 1000000000;
     until.tv_nsec = ns % 1000000000;
+    return until;
+}
+
+// `patience_s` bounds the wait; the program waits no longer than that for somebody who waits.
+bool gate_take(bool and_graphs, double patience_s) {
+    const struct timespec until = in(patience_s);
     pthread_mutex_lock(&mutex);
     waiting++;
     int error = 0;
@@ -77,6 +86,24 @@ bool gate_take(bool and_graphs, double patience_s) {
     const bool free = !taken && inside == 0 && !(and_graphs && computing > 0);
     taken           = taken || free;
     pthread_cond_broadcast(&changed);
+    pthread_mutex_unlock(&mutex);
+    return free;
+}
+
+// Where no call has begun, or when the last one ends: also between its micro-batches nobody is let in. The program waits
+// for nobody meanwhile.
+bool gate_take_between_calls(double patience_s) {
+    const struct timespec until = in(patience_s);
+    pthread_mutex_lock(&mutex);
+    int error = 0;
+    waiting_for_end++;
+    while (!handed && (taken || calls > 0) && error != ETIMEDOUT) {
+        error = pthread_cond_timedwait(&changed, &mutex, &until);
+    }
+    waiting_for_end--;
+    const bool free = handed || (!taken && calls == 0);
+    taken           = taken || free;
+    handed          = false;
     pthread_mutex_unlock(&mutex);
     return free;
 }
@@ -92,7 +119,7 @@ void gate_give(void) {
 void gate_after_fork(void) {
     pthread_mutex_init(&mutex, NULL);
     pthread_cond_init(&changed, NULL);
-    inside    = depth > 0;
-    computing = waiting = 0;
-    taken               = false;
+    inside = calls = depth > 0;
+    computing = waiting = waiting_for_end = 0;
+    taken = handed = false;
 }

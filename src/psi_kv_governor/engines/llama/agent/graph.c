@@ -60,26 +60,10 @@ static const struct opcodes * opcodes_of(struct lib * lib) {
     return answer ? answer : &opcodes[0];
 }
 
-void graph_call_begin(struct llama_context * ctx, struct lib * lib, const struct llama_batch * batch) {
+void graph_call_begin(struct llama_context * ctx, const struct llama_batch * batch) {
     call.ctx   = ctx;
     call.batch = batch;
     call.next  = 0;
-    pthread_mutex_lock(&agent.lock);
-    int spare = -1;
-    for (int i = 0; i < MAX_CONTEXTS; i++) {
-        if (agent.contexts[i].ctx == ctx) {
-            spare = -1;
-            break;
-        }
-        if (!agent.contexts[i].ctx && spare < 0) {
-            spare = i;
-        }
-    }
-    if (spare >= 0) {
-        agent.contexts[spare].ctx = ctx;
-        agent.contexts[spare].lib = lib;
-    }
-    pthread_mutex_unlock(&agent.lock);
 }
 
 void graph_call_end(void) {
@@ -186,6 +170,16 @@ void graph_state_read(struct llama_context * ctx, int32_t id) {
     pthread_mutex_unlock(&agent.lock);
 }
 
+// Whether some of the batch's tokens are of that sequence; of a batch that is not known, they may be.
+static bool in_batch(const struct llama_batch * batch, int32_t id) {
+    bool found = !batch;
+    for (int32_t i = 0; batch && !found && i < batch->n_tokens; i++) {
+        const int32_t one = sequence_at(batch, i);
+        found = one < 0 || one == id;
+    }
+    return found;
+}
+
 static void note_rows(struct region * region, const struct ggml_tensor * index, const struct ggml_tensor * positions) {
     const int64_t n       = index->ne[0];
     const bool    placed  = positions && positions->type == TYPE_I32 && positions->data && positions->ne[0] >= n;
@@ -196,6 +190,10 @@ static void note_rows(struct region * region, const struct ggml_tensor * index, 
         known = batch->pos[call.next + i] == pos[i];
     }
     known = known && (placed || n == 1);
+    bool lossy = false;  // it is decoded without cells that were evicted
+    for (int32_t i = 0; region->n_lost && i < region->n_sequences; i++) {
+        lossy = lossy || (region->sequences[i].n_lost && in_batch(batch, region->sequences[i].id));
+    }
     for (int64_t i = 0; i < n; i++) {
         const int64_t row = index_at(index, i);
         if (row < 0 || row >= region->n_rows) {
@@ -204,6 +202,10 @@ static void note_rows(struct region * region, const struct ggml_tensor * index, 
         const bool reused = region->flags[row] & ROW_USED;  // a sliding window writes over its own cells
         row_fresh(region, row);
         region->pos[row] = pos ? pos[i] : -1;
+        if (lossy) {
+            region->flags[row] |= ROW_AFFECTED;
+            region->n_affected++;
+        }
         const int32_t id = known ? sequence_at(batch, call.next + (int32_t) i) : -1;
         if (id < 0 || reused) {
             known = false;

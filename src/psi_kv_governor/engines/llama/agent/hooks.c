@@ -122,11 +122,11 @@ EXPORT int32_t llama_decode(struct llama_context * ctx, struct llama_batch batch
     INSIDE;
     struct lib *  lib  = lib_of((void *) real);
     const int32_t from = recall_begin(ctx, lib, &batch);
-    graph_call_begin(ctx, lib, &batch);
+    graph_call_begin(ctx, &batch);
     int32_t result = real(ctx, batch);
     graph_call_end();
     if (result == 0 && recall_end(ctx, lib, from)) {  // what it asks for has come back: the same tokens once more
-        graph_call_begin(ctx, lib, &batch);
+        graph_call_begin(ctx, &batch);
         result = real(ctx, batch);
         graph_call_end();
     }
@@ -136,7 +136,7 @@ EXPORT int32_t llama_decode(struct llama_context * ctx, struct llama_batch batch
 EXPORT int32_t llama_encode(struct llama_context * ctx, struct llama_batch batch) {
     REAL(llama_encode);
     INSIDE;
-    graph_call_begin(ctx, lib_of((void *) real), NULL);
+    graph_call_begin(ctx, NULL);
     const int32_t result = real(ctx, batch);
     graph_call_end();
     return result;
@@ -149,7 +149,7 @@ EXPORT int32_t llama_process(struct llama_context * ctx, uintptr_t a, uintptr_t 
     struct lib *   lib   = lib_of((void *) real);
     const uint32_t n_max = lib && lib->n_seq_max ? lib->n_seq_max(ctx) : 0;
     const struct llama_batch * batch = batch_seen((const void *) b, n_max);  // (context, what to do, batch)
-    graph_call_begin(ctx, lib, batch ? batch : batch_seen((const void *) a, n_max));
+    graph_call_begin(ctx, batch ? batch : batch_seen((const void *) a, n_max));
     const int32_t result = real(ctx, a, b, c, d, e);
     graph_call_end();
     return result;
@@ -190,12 +190,36 @@ EXPORT bool llama_memory_seq_rm(llama_memory_t mem, int32_t seq, int32_t p0, int
     if (!map_untouched(mem, p0)) {
         cells_changed();
     }
-    return real(mem, seq, p0, p1);
+    const bool done = real(mem, seq, p0, p1);
+    if (done) {
+        lost_removed(mem, seq, p0, p1, false);
+    }
+    return done;
 }
 
-CHANGES(void, llama_memory_seq_cp, (llama_memory_t mem, int32_t from, int32_t to, int32_t p0, int32_t p1), (mem, from, to, p0, p1))
-CHANGES(void, llama_memory_seq_keep, (llama_memory_t mem, int32_t seq), (mem, seq))
-CHANGES(void, llama_memory_clear, (llama_memory_t mem, bool data), (mem, data))
+EXPORT void llama_memory_seq_cp(llama_memory_t mem, int32_t from, int32_t to, int32_t p0, int32_t p1) {
+    REAL(llama_memory_seq_cp);
+    INSIDE;
+    cells_changed();
+    lost_copied(mem, from, to, p0, p1);
+    real(mem, from, to, p0, p1);
+}
+
+EXPORT void llama_memory_seq_keep(llama_memory_t mem, int32_t seq) {
+    REAL(llama_memory_seq_keep);
+    INSIDE;
+    cells_changed();
+    lost_removed(mem, seq, -1, -1, true);
+    real(mem, seq);
+}
+
+EXPORT void llama_memory_clear(llama_memory_t mem, bool data) {
+    REAL(llama_memory_clear);
+    INSIDE;
+    cells_changed();
+    lost_removed(mem, -1, -1, -1, false);
+    real(mem, data);
+}
 
 EXPORT void llama_memory_seq_add(llama_memory_t mem, int32_t seq, int32_t p0, int32_t p1, int32_t delta) {
     REAL(llama_memory_seq_add);
@@ -259,18 +283,7 @@ EXPORT size_t llama_state_seq_set_data_ext(struct llama_context * ctx, const uin
 READS(int32_t, llama_memory_seq_pos_min, (llama_memory_t mem, int32_t seq), (mem, seq))
 READS(int32_t, llama_memory_seq_pos_max, (llama_memory_t mem, int32_t seq), (mem, seq))
 
-EXPORT void llama_free(struct llama_context * ctx) {
-    REAL(llama_free);
-    INSIDE;
-    pthread_mutex_lock(&agent.lock);
-    for (int i = 0; i < MAX_CONTEXTS; i++) {
-        if (agent.contexts[i].ctx == ctx) {
-            agent.contexts[i].ctx = NULL;
-        }
-    }
-    pthread_mutex_unlock(&agent.lock);
-    real(ctx);
-}
+READS(void, llama_free, (struct llama_context * ctx), (ctx))
 
 // ---- the beginning, and forks ---------------------------------------------------------------------------------------
 

@@ -79,6 +79,7 @@ static int by_position(const void * a, const void * b, void * pos) {
 // they are taken to be in the order of their cells, up to the highest position of the sequence.
 static void place(struct region * region, struct sequence * sequence, int32_t highest) {
     sequence->highest = highest;
+    lost_change(region, sequence, highest, -1, true, 0, 1);
     bool known = true, sorted = true;
     for (int32_t i = 0; i < sequence->n; i++) {
         const int32_t pos = region->pos[sequence->rows[i]];
@@ -89,6 +90,7 @@ static void place(struct region * region, struct sequence * sequence, int32_t hi
         for (int32_t i = 0; i < sequence->n; i++) {
             region->pos[sequence->rows[i]] = highest - (sequence->n - 1) + i;
         }
+        lost_guess(region, sequence, highest);
     } else if (!sorted) {
         qsort_r(sequence->rows, (size_t) sequence->n, sizeof(int32_t), by_position, region->pos);
     }
@@ -159,6 +161,11 @@ bool map_refresh(struct llama_context * ctx, struct lib * lib) {
             continue;
         }
         region->map_generation = generation + 2;  // 0: new, 1: cleared once
+        for (int32_t j = 0; region->n_lost && j < region->n_sequences; j++) {
+            if (region->sequences[j].n == 0) {
+                lost_change(region, &region->sequences[j], 0, -1, true, 0, 1);
+            }
+        }
         for (int64_t j = 0; j < region->n_rows; j++) {
             if (!(region->flags[j] & ROW_USED) && region->flags[j]) {
                 region->n_masked -= (region->flags[j] & ROW_MASKED) != 0;
@@ -175,11 +182,7 @@ bool map_refresh(struct llama_context * ctx, struct lib * lib) {
 bool map_untouched(llama_memory_t memory, int32_t p0) {
     bool untouched = p0 > 0;
     pthread_mutex_lock(&agent.lock);
-    for (int i = 0; i < MAX_REGIONS && untouched; i++) {
-        const struct region * region = &agent.regions[i];
-        if (!region->alive || !region->cells || !region->ctx || region->lib->get_memory(region->ctx) != memory) {
-            continue;
-        }
+    for (const struct region * region = NULL; untouched && (region = region_of_memory(memory, region));) {
         untouched = map_fresh(region);
         for (int32_t j = 0; j < region->n_sequences && untouched; j++) {
             untouched = region->sequences[j].highest < p0;
@@ -192,12 +195,11 @@ bool map_untouched(llama_memory_t memory, int32_t p0) {
 // llama_memory_seq_add and seq_div: the cells stay, their positions change.
 void map_shift(llama_memory_t memory, int32_t id, int32_t p0, int32_t p1, int32_t delta, int32_t divide) {
     pthread_mutex_lock(&agent.lock);
-    for (int i = 0; i < MAX_REGIONS; i++) {
-        struct region * region = &agent.regions[i];
-        if (!region->alive || !region->cells || !region->ctx || region->lib->get_memory(region->ctx) != memory) {
-            continue;
-        }
+    for (struct region * region = NULL; (region = region_of_memory(memory, region));) {
         struct sequence * sequence = map_sequence(region, id, false);
+        if (sequence) {
+            lost_change(region, sequence, p0 < 0 ? 0 : p0, p1, false, delta, divide);
+        }
         for (int32_t j = 0; sequence && j < sequence->n; j++) {
             int32_t * pos = &region->pos[sequence->rows[j]];
             if (*pos >= (p0 < 0 ? 0 : p0) && (p1 < 0 || *pos < p1)) {

@@ -31,7 +31,7 @@ bool refresh_map(struct region * region, bool anyway) {
     return done;
 }
 
-static bool asked_for(const struct request * request, int32_t pos) {
+bool asked_for(const struct request * request, int32_t pos) {
     for (uint32_t i = 0; i < request->n_ranges; i++) {
         if (pos >= request->ranges[i].start && pos < request->ranges[i].stop) {
             return true;
@@ -281,25 +281,30 @@ void forget_masks(struct region * region) {
 
 // ---- free cells --------------------------------------------------------------------------------------------------
 
+// What the map says is free; it was asked just now, and nobody is in llama.cpp.
+void drop_free(struct region * region, const struct request * request, double begin_s, struct reply * reply) {
+    uint8_t * rows = malloc((size_t) region->n_rows);
+    int64_t   used = 0;
+    for (int64_t i = 0; rows && i < region->n_rows; i++) {
+        rows[i] = region->flags[i] & ROW_USED ? 0 : 2;
+        used += rows[i] == 0;
+    }
+    if (rows && used == 0) {
+        act_on_all(region, request, begin_s, ACT_DROP, reply);
+    } else if (rows) {
+        act_on_rows(region, request, begin_s, ACT_DROP, rows, reply);
+    }
+    free(rows);
+}
+
 void order_release(struct region * region, const struct request * request, double begin_s, struct reply * reply) {
     if (!region->cells || !region->ctx || gate_inside() || !gate_take(true, PATIENCE_S)) {
         reply->done = 0;
         return;
     }
-    uint8_t * rows = malloc((size_t) region->n_rows);
     // Asked at this very moment, and nobody gets in before the pages are gone.
-    if (rows && region->alive && map_refresh(region->ctx, region->lib)) {
-        int64_t used = 0;
-        for (int64_t i = 0; i < region->n_rows; i++) {
-            rows[i] = region->flags[i] & ROW_USED ? 0 : 2;
-            used += rows[i] == 0;
-        }
-        if (used == 0) {
-            act_on_all(region, request, begin_s, ACT_DROP, reply);
-        } else {
-            act_on_rows(region, request, begin_s, ACT_DROP, rows, reply);
-        }
+    if (region->alive && map_refresh(region->ctx, region->lib)) {
+        drop_free(region, request, begin_s, reply);
     }
     gate_give();
-    free(rows);
 }

@@ -6,7 +6,7 @@
 #include "agent.h"
 
 enum { VERSION = 1 };
-enum op { HELLO = 1, SNAPSHOT, SEQUENCE, MASK, UNMASK, PARK, UNPARK, WRITE, RELEASE, EVIDENCE, COLLECT, FORGET, BLOBS, PARK_BLOB, REFUSE, SAMPLED, BUFFERS, RECALL, RECALLED };
+enum op { HELLO = 1, SNAPSHOT, SEQUENCE, MASK, UNMASK, PARK, UNPARK, WRITE, RELEASE, EVIDENCE, COLLECT, FORGET, BLOBS, PARK_BLOB, REFUSE, SAMPLED, BUFFERS, RECALL, RECALLED, EVICT };
 enum kind { ARRIVALS = 1, KEY_NORMS, KEY_DIFFS, ATTENTION, LAST_USED };
 
 struct range { int32_t start, stop; };
@@ -39,15 +39,18 @@ struct region_info {
 
 struct blob_info { uint32_t id, flags; uint64_t bytes; double used_s; };  // 1: parked, 2: a checkpoint
 
-struct sequence_info { int32_t id, low, high, n, masked, affected, parked, unused; double used_s; };
+struct sequence_info { int32_t id, low, high, n, masked, affected, parked, lost; double used_s; };
 
-// ---- orders.c: acting on what was asked ------------------------------------------------------------------------
+// ---- orders.c, and evict.c: acting on what was asked ------------------------------------------------------------------------
 
 bool refresh_map(struct region * region, bool anyway);
 void order_park(struct region * region, const struct request * request, double begin_s, struct reply * reply);
 void order_unpark(struct region * region, const struct request * request, double begin_s, struct reply * reply);
 void order_release(struct region * region, const struct request * request, double begin_s, struct reply * reply);
 uint64_t order_exchange(struct region * region, const uint8_t * rows);
+void order_evict(struct region * region, const struct request * request, double begin_s, struct reply * reply);
+void drop_free(struct region * region, const struct request * request, double begin_s, struct reply * reply);
+bool asked_for(const struct request * request, int32_t pos);
 void forget_masks(struct region * region);
 
 // ---- state.c: saying what is. Each gives where its reply ends, NULL if there was no place for it -----------------

@@ -119,6 +119,7 @@ static void fill(struct lib * lib, void * handle) {
     *(void **) &lib->pos_min           = in_module(handle, "llama_memory_seq_pos_min");
     *(void **) &lib->pos_max           = in_module(handle, "llama_memory_seq_pos_max");
     *(void **) &lib->seq_rm            = in_module(handle, "llama_memory_seq_rm");
+    *(void **) &lib->synchronize       = in_module(handle, "llama_synchronize");
     *(void **) &lib->state_seq_get     = in_module(handle, "llama_state_seq_get_data_ext");
 }
 

@@ -32,6 +32,16 @@ struct region * region_of_address(uint64_t address) {
     return NULL;
 }
 
+struct region * region_of_memory(llama_memory_t memory, const struct region * after) {
+    for (int i = after ? (int) (after - agent.regions) + 1 : 0; i < MAX_REGIONS; i++) {
+        struct region * region = &agent.regions[i];
+        if (region->alive && region->cells && region->ctx && region->lib->get_memory(region->ctx) == memory) {
+            return region;
+        }
+    }
+    return NULL;
+}
+
 struct region * region_of_id(uint32_t id) {
     for (int i = 0; i < MAX_REGIONS; i++) {
         if (agent.regions[i].alive && agent.regions[i].id == id) {
@@ -98,6 +108,7 @@ static void forget(struct region * region) {
     close(region->direct_fd);
     for (int i = 0; i < region->n_sequences; i++) {
         free(region->sequences[i].rows);
+        free(region->sequences[i].lost);
     }
     sampler_free(region->sampler);
     recall_free(region->recall);

@@ -77,6 +77,7 @@ static char * answer(const struct request * request, size_t n_message, char * to
         case UNMASK:
         case UNPARK:   order_unpark(region, request, begin_s, reply); break;
         case RELEASE:  order_release(region, request, begin_s, reply); break;
+        case EVICT:    order_evict(region, request, begin_s, reply); break;
         case FORGET:   forget_masks(region); break;
         case RECALLED: return recall_tell(region, to, end);
         default:       reply->status = 2;

@@ -41,7 +41,7 @@ char * tell_region(struct region * region, char * to, char * end, bool count_res
         if (sequence->n == 0) {
             continue;
         }
-        struct sequence_info one = {.id = sequence->id, .low = INT32_MAX, .high = -1, .n = sequence->n, .used_s = sequence->used_s};
+        struct sequence_info one = {.id = sequence->id, .low = INT32_MAX, .high = -1, .n = sequence->n, .lost = sequence->n_lost, .used_s = sequence->used_s};
         const bool plain = region->n_masked == 0 && region->n_affected == 0 && !sequence->parked;
         for (int32_t j = 0; j < sequence->n; j += plain && j == 0 && sequence->n > 1 ? sequence->n - 1 : 1) {
             const int32_t row = sequence->rows[j];
@@ -64,6 +64,11 @@ char * tell_sequence(struct region * region, const struct request * request, cha
     reply->status = sequence ? 0 : 1;
     for (int32_t i = 0; sequence && i < sequence->n && to; i++) {
         const int32_t item[2] = {region->pos[sequence->rows[i]], region->flags[sequence->rows[i]]};
+        to = put(to, end, item, sizeof(item));
+        reply->count++;
+    }
+    for (int32_t i = 0; sequence && i < sequence->n_lost && to; i++) {
+        const int32_t item[2] = {sequence->lost[i], ROW_LOST};
         to = put(to, end, item, sizeof(item));
         reply->count++;
     }
