@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from platformdirs import user_cache_path
 
 import uml
 from psi_kv_governor import model
@@ -55,6 +56,24 @@ def demo_model() -> Path:
         return model.fetch()
     except OfflineError as error:
         pytest.skip(f"there is no demo model and no network: {error}")
+
+
+SHALLOW_LAYERS = 6
+
+
+@pytest.fixture(scope="session")
+def shallow_model(demo_model: Path) -> Path:
+    """A fifth of the real model, for what asks for its words but not for their sense, nor for its size."""
+    pytest.importorskip("gguf")
+    from gguf_models import write_shallow
+
+    folder = user_cache_path("psi-kv") / "test-models"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{demo_model.stem}-{SHALLOW_LAYERS}-{model.DEMO.sha256[:8]}.gguf"
+    if not path.is_file():
+        made = folder / f"{path.name}.{os.getpid()}"
+        write_shallow(made, demo_model, SHALLOW_LAYERS).replace(path)  # workers may do so side by side
+    return path
 
 
 @functools.cache

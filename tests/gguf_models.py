@@ -165,3 +165,27 @@ def _weights(random: np.random.Generator, name: str, n_rows: int, n_columns: int
     # Convolutions and vectors have to be f32.
     is_matrix = n_rows and "conv1d" not in name and not name.startswith("token_embd")
     return values.astype(np.float16 if is_matrix else np.float32)
+
+
+def write_shallow(path: Path, source: Path, n_layer: int) -> Path:
+    """Write the model `source` with the first of its layers only: its words and templates, and no sense.
+
+    A token of the demo model takes a fifth of the time with 6 of its 30 layers.
+    """
+    reader = gguf.GGUFReader(source)
+    arch = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(path, arch)
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        kind, *inner = field.types
+        value = n_layer if name == f"{arch}.block_count" else field.contents()
+        writer.add_key_value(name, value, kind, inner[-1] if inner else None)
+    for tensor in reader.tensors:
+        if not tensor.name.startswith("blk.") or int(tensor.name.split(".")[1]) < n_layer:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

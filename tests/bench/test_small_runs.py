@@ -64,10 +64,10 @@ class TestTrim:
         assert differing(left, np.nextafter(left, np.float32(2))) == 2
 
     @pytest.mark.llama
-    def test_a_small_run_returns_the_rows_and_changes_no_bit(self, demo_model, monkeypatch):
+    def test_a_small_run_returns_the_rows_and_changes_no_bit(self, shallow_model, monkeypatch):
         monkeypatch.setattr(trim, "SHARE", 0.45)
         cases = (trim.Case("f16", 600, 1), trim.Case("f16", 600, 2))
-        options = trim.TrimOptions(model=str(demo_model), repeats=1, again=1, again_cells=32, threads=1)
+        options = trim.TrimOptions(model=str(shallow_model), repeats=1, again=1, again_cells=32, threads=1)
         said: list[str] = []
         found = list(
             trim.measure(Recorder("trim", options, say=lambda doing, **_: said.append(doing)), cases)
@@ -86,10 +86,10 @@ class TestTrim:
         assert said
 
     @pytest.mark.llama
-    def test_a_range_that_is_gone_changes_the_logits_that_are_compared(self, demo_model):
+    def test_a_range_that_is_gone_changes_the_logits_that_are_compared(self, shallow_model):
         """Else the comparison of logits could not fail."""
-        options = trim.TrimOptions(model=str(demo_model))
-        setup = Setup(variant="psi", model=str(demo_model), auto=False, context_tokens=160, cache="q8_0")
+        options = trim.TrimOptions(model=str(shallow_model))
+        setup = Setup(variant="psi", model=str(shallow_model), auto=False, context_tokens=160, cache="q8_0")
         with trim._Filled(setup, Recorder("trim", options)) as filled:
             whole = filled.next_logits()
             filled.remove([Range(32, 96)])
@@ -133,9 +133,9 @@ class TestOverhead:
         watch.check()
 
     @pytest.mark.llama
-    def test_a_small_run_compares_the_two_in_processes_of_their_own(self, demo_model):
+    def test_a_small_run_compares_the_two_in_processes_of_their_own(self, shallow_model):
         options = overhead.OverheadOptions(
-            model=str(demo_model), threads=1, openings=1, repeats=2, tokens=4, max_s=60.0, idle_s=0.05
+            model=str(shallow_model), threads=1, openings=1, repeats=2, tokens=4, max_s=60.0, idle_s=0.05
         )
         of = measured(overhead, options)
         ratio = of["1 thread", "governed over plain speed"]
@@ -147,15 +147,15 @@ class TestOverhead:
         assert of["", "memory beside the engine"].passed
 
     @pytest.mark.llama
-    def test_a_prompt_is_decoded_anew_in_each_turn_where_that_is_measured(self, demo_model):
+    def test_a_prompt_is_decoded_anew_in_each_turn_where_that_is_measured(self, shallow_model):
         options = overhead.OverheadOptions(
-            model=str(demo_model), threads=1, openings=1, repeats=1, prefill=96, idle_s=0.05,
+            model=str(shallow_model), threads=1, openings=1, repeats=1, prefill=96, idle_s=0.05,
             variant="psi-file",
         )  # fmt: skip
         of = measured(overhead, options)
         assert of["1 thread", "governed over plain speed"].median > 0
         # Each page at most once a turn, and not at all while it is still dirty from the turn before.
-        assert of["", "dirtied on a disk a token"].median < 1.25 * 23.04
+        assert of["", "dirtied on a disk a token"].median < 1.25 * 4.608
 
 
 @pytest.mark.llama
@@ -177,10 +177,10 @@ def test_a_governed_context_is_demand_paged_and_a_plain_one_is_not(demo_model):
 
 
 @pytest.mark.llama
-def test_what_policies_cost_is_taken_and_held_against_what_is_asked(demo_model, monkeypatch):
+def test_what_policies_cost_is_taken_and_held_against_what_is_asked(shallow_model, monkeypatch):
     monkeypatch.setattr(policies, "_QUICK", (("q8_0", 96),))
     monkeypatch.setattr(policies, "_TOKENS", 9)
-    options = policies.PoliciesOptions(model=str(demo_model), pairs=2, repeats=2)
+    options = policies.PoliciesOptions(model=str(shallow_model), pairs=2, repeats=2)
     of = measured(policies, options, quick=True)
     assert {name: found.asked for (_, name), found in of.items() if found.asked} == {
         "scoring by keynorm over a token": policies.KEY_SCORES,
@@ -194,8 +194,8 @@ def test_what_policies_cost_is_taken_and_held_against_what_is_asked(demo_model, 
 
 @pytest.mark.slow
 @pytest.mark.llama
-def test_a_soak_ends_whole_and_counts_the_governors_own_time(demo_model):
-    of = measured(soak, soak.SoakOptions(model=str(demo_model), repeats=2, cycle_s=0.5))
+def test_a_soak_ends_whole_and_counts_the_governors_own_time(shallow_model):
+    of = measured(soak, soak.SoakOptions(model=str(shallow_model), repeats=2, cycle_s=0.5))
     by_name = {name: found for (_, name), found in of.items()}
     assert by_name["memory of the governor"].median > 0
     assert len(by_name["share of one core"].values) == 2
@@ -205,8 +205,8 @@ def test_a_soak_ends_whole_and_counts_the_governors_own_time(demo_model):
 
 @pytest.mark.llama
 @pytest.mark.parametrize("backing", ["file", "memory"])
-def test_a_small_cache_of_a_large_model_s_shape_goes_whole_and_comes_back(demo_model, backing):
-    options = scale.ScaleOptions(model=str(demo_model), sizes=(2048,), backings=(backing,))
+def test_a_small_cache_of_a_large_model_s_shape_goes_whole_and_comes_back(shallow_model, backing):
+    options = scale.ScaleOptions(model=str(shallow_model), sizes=(2048,), backings=(backing,))
     found = {name: one.median for (_, name), one in measured(scale, options).items()}
     whole = 2048 * CELL_BYTES / 1e9
     for name in ("trim", "trim of clean ranges", "restore"):

@@ -229,9 +229,9 @@ def test_doctor_fails_on_what_is_broken_and_shows_the_rest(tmp_path, monkeypatch
 
 
 @pytest.mark.llama
-def test_doctor_is_content_with_a_good_model(demo_model, monkeypatch):
+def test_doctor_is_content_with_a_good_model(shallow_model, monkeypatch):
     monkeypatch.setenv("PSI_KV_PLACE_RESERVE_BYTES", "0")
-    result = run("doctor", "--model", str(demo_model), "--json")
+    result = run("doctor", "--model", str(shallow_model), "--json")
     report = json.loads(result.stdout)
     states = {check["name"]: check["state"] for check in report["checks"]}
     assert states["model"] == states["can release"] == "ok"

@@ -151,12 +151,12 @@ def test_a_signal_ends_a_recording_that_is_whole(tmp_path, number, status):
 
 
 @pytest.mark.llama
-def test_a_governed_run_is_recorded_from_its_first_turn_on(demo_model, tmp_path):
+def test_a_governed_run_is_recorded_from_its_first_turn_on(shallow_model, tmp_path):
     path = tmp_path / "run.jsonl"
     arguments = [
         "run",
         "-m",
-        str(demo_model),
+        str(shallow_model),
         "-c",
         "512",
         "-n",

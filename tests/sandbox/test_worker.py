@@ -18,12 +18,14 @@ def opened(host: Host) -> messages.Opened:
 
 @pytest.mark.llama
 class TestOrders:
-    def test_a_governed_context_comes_back_bit_for_bit_after_a_trim(self, demo_model):
-        setup = Setup(variant="psi", model=str(demo_model), context_tokens=600, decoded_tokens=16, auto=False)
+    def test_a_governed_context_comes_back_bit_for_bit_after_a_trim(self, shallow_model):
+        setup = Setup(
+            variant="psi", model=str(shallow_model), context_tokens=600, decoded_tokens=16, auto=False
+        )
         heard = []
         with Host(setup) as host:
             before = opened(host)
-            assert before.cell_bytes == pytest.approx(23_040, rel=0.01)
+            assert before.cell_bytes == pytest.approx(4608, rel=0.01)
             host.order(messages.Trim(fraction=1.0))
             host.until(messages.Done, TIMEOUT_S, heard.append)
             host.order(messages.Look())
@@ -34,20 +36,20 @@ class TestOrders:
         (trimmed,) = [message.event for message in heard if isinstance(message, messages.Governed)]
         assert trimmed.bytes_returned > 1 << 20
 
-    def test_plain_and_governed_give_the_same_bits_from_one_saved_context(self, demo_model, tmp_path):
+    def test_plain_and_governed_give_the_same_bits_from_one_saved_context(self, shallow_model, tmp_path):
         state = str(tmp_path / "state")
-        setup = Setup(variant="fixed", model=str(demo_model), context_tokens=64, decoded_tokens=8)
+        setup = Setup(variant="fixed", model=str(shallow_model), context_tokens=64, decoded_tokens=8)
         with Host(setup) as host:
             digest = opened(host).digest
             host.done(messages.Save(path=state), TIMEOUT_S)
         for variant in ("fixed", "psi"):
-            loaded = Setup(variant=variant, model=str(demo_model), context_tokens=64, state=state)
+            loaded = Setup(variant=variant, model=str(shallow_model), context_tokens=64, state=state)
             with Host(loaded) as host:
                 assert opened(host).digest == digest
 
-    def test_what_goes_on_goes_on_until_it_is_stopped(self, demo_model):
+    def test_what_goes_on_goes_on_until_it_is_stopped(self, shallow_model):
         setup = Setup(
-            variant="fixed", model=str(demo_model), context_tokens=32, decoded_tokens=4, prompt_tokens=8
+            variant="fixed", model=str(shallow_model), context_tokens=32, decoded_tokens=4, prompt_tokens=8
         )
         tokens = []
         with Host(setup) as host:
