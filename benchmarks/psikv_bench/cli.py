@@ -33,6 +33,7 @@ SCENES = {
     "opening": "What a context costs before a token is in it.",
     "scale": "Caches of an 8B model's shape at 32k and 128k cells.",
     "policies": "What scoring by keys and sampling attention cost.",
+    "recall": "What recall costs a token, most of the context parked.",
     "soak": "Processor time, memory and growth over half an hour.",
     "fidelity": "What the model still knows when a policy gave up a part.",
     "oom": "At which ramp of a neighbour the kernel begins to kill.",

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from gguf_models import Shape, write_model
 from psi_kv_governor.control.decision import Mode
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.events import ModeChanged, Trimmed
@@ -17,7 +18,7 @@ from psi_kv_governor.policy import Range
 from psi_kv_governor.sandbox.messages import Done, Setup
 from psikv_bench.model import differing
 from psikv_bench.record import Recorder
-from psikv_bench.scenes import opening, overhead, policies, scale, soak, trim
+from psikv_bench.scenes import opening, overhead, policies, recall, scale, soak, trim
 from psikv_bench.wide_model import CELL_BYTES
 
 
@@ -190,6 +191,18 @@ def test_what_policies_cost_is_taken_and_held_against_what_is_asked(shallow_mode
     assert all(len(found.values) == 2 for found in of.values())
     assert all(math.isfinite(value) and value > 0.0 for found in of.values() for value in found.values)
     assert {case for case, _ in of} == {"q8_0, 96 tokens"}
+
+
+@pytest.mark.llama
+def test_what_recall_costs_is_taken_on_a_context_of_copies(tmp_path):
+    model = write_model(tmp_path / "deep.gguf", Shape("llama", n_layer=16))
+    options = recall.RecallOptions(model=str(model), live=1024, parked=1024, tokens=8, rounds=1, threads=1)
+    found = {name: one for (_, name), one in measured(recall, options).items()}
+    scoring = found["sampling and scoring, processor time over decoding"]
+    assert scoring.asked == recall.SCORING
+    assert math.isfinite(scoring.median)
+    assert found["live cells at the end"].median == 1024 + 1 + 2 * 3 * 8
+    assert 0 < found["summary over what is parked"].median <= 0.02
 
 
 @pytest.mark.slow

@@ -66,7 +66,7 @@ const char * recall_why_not(const struct region * region) {
 void recall_free(struct recall * r) {
     if (r) {
         free(r->summaries), free(r->summarised), free(r->parked), free(r->score), free(r->now), free(r->moved);
-        free(r->logits);
+        free(r->logits), free(r->highest);
         free(r);
     }
 }
@@ -97,7 +97,9 @@ static struct recall * recall_new(const struct region * region) {
     r->now        = calloc(blocks, sizeof(float));
     r->moved      = calloc(blocks, sizeof(uint32_t));
     r->logits     = calloc(rows, MAX_QUERIES * sizeof(float));
-    if (!r->n_layers || !r->summaries || !r->summarised || !r->parked || !r->score || !r->now || !r->moved || !r->logits) {
+    r->highest    = calloc(blocks, MAX_QUERIES * sizeof(float));
+    if (!r->n_layers || !r->summaries || !r->summarised || !r->parked || !r->score || !r->now || !r->moved || !r->logits ||
+        !r->highest) {
         recall_free(r);
         return NULL;
     }
@@ -176,7 +178,7 @@ bool recall_before(struct region * region, const struct llama_batch * batch, int
     }
     r->due = r->any;
     for (int64_t b = 0; r->due && b < r->n_blocks; b++) {
-        r->now[b] = -1.0f;
+        r->now[b] = -INFINITY;
     }
     r->any = false;
     return r->due;
@@ -253,6 +255,7 @@ bool recall_end(struct llama_context * ctx, struct lib * lib, int32_t again_from
         r->due = false;
         r->observed++;
         for (int64_t b = 0; b < r->n_blocks; b++) {
+            r->now[b]   = r->now[b] > -INFINITY ? 1.0f / (1.0f + expf(-r->now[b])) : -1.0f;
             r->score[b] = r->now[b] > LEFT * r->score[b] ? r->now[b] : LEFT * r->score[b];
         }
     }

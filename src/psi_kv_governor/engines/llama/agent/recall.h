@@ -24,13 +24,15 @@ struct recall {
     uint8_t *  summarised;                           // [n_rows]
     uint8_t *  parked;                               // [n_rows] masked cells of the sequence that runs
     float *    score;                                // [n_blocks] the highest share of attention of late
-    float *    now;                                  // [n_blocks] the same in this call; < 0: not observed
+    float *    now;                                  // [n_blocks] the same in this call (until its end the logarithm of
+                                                     // share / rest); < 0: not observed
     uint32_t * moved;                                // [n_blocks] observation at which it was last exchanged
     uint32_t   observed;
     int32_t    since, sequence;
     int64_t    first_token, last_token;              // of the graph that runs, those that are observed
     bool       due, any;
-    float *    logits;                               // [MAX_QUERIES][n_rows]
+    float *    logits;                               // [MAX_QUERIES][n_rows] of the live cells, one after the other
+    float *    highest;                              // [MAX_QUERIES][n_blocks]
 };
 
 struct recall_settings {
