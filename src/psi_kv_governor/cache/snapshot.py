@@ -138,6 +138,9 @@ class CacheState(msgspec.Struct, frozen=True, kw_only=True):
     """Whether content of its sequences can be dropped, where the engine can do that at all (EVICT)."""
     free_resident_bytes: int = 0
     """Resident bytes of cells nobody uses: what RELEASE would return."""
+    frees_swap: bool = False
+    """Cells nobody uses take a MiB or more of swap, where RELEASE frees them without reading them: in zram
+    that is memory."""
     rebuilt: bool = False
     """Each change of its size makes all of it anew: nothing is released for tidiness alone, and what comes
     back comes at once and not in slices."""

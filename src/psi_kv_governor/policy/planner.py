@@ -154,12 +154,15 @@ class Planner:
     # -- beforehand -------------------------------------------------------------------------------------
 
     def release(self, snapshot: Snapshot) -> Plan | None:
-        """Return what free cells hold, where it is worth a look."""
-        return _all(
-            rung
-            for rung in self.ladder(snapshot).lossless
-            if rung.verb is Verb.RELEASE and rung.n_bytes >= LEAST_RELEASE_BYTES and not rung.cache.rebuilt
+        """Return what free cells hold, in memory or in swap, where it is worth a look."""
+        if not self._engine.describe().capabilities.release.able:
+            return None
+        steps = tuple(
+            Step(verb=Verb.RELEASE, cache=cache.id)
+            for cache in snapshot.caches
+            if (cache.free_resident_bytes >= LEAST_RELEASE_BYTES or cache.frees_swap) and not cache.rebuilt
         )
+        return Plan(steps=steps) if steps else None
 
     def park_blobs(self, snapshot: Snapshot) -> Plan | None:
         """Park saved states as soon as they are whole: they are read again only when they are loaded."""

@@ -69,3 +69,64 @@ def test_what_is_in_zram_is_not_read_to_be_parked_and_is_freed_there_when_nobody
     assert out["read"] <= 1 << 20, out
     # The first 3,000 of 7,500 positions are free now, nearly all of them in zram.
     assert out["freed"] > 0.3 * out["full"], out
+
+
+FREED = """
+import ctypes, json, sys, time
+from pathlib import Path
+from psi_kv_governor import GovernedLlama
+from psi_kv_governor.config import GovernorConfig
+import llama_cpp
+config = GovernorConfig(place=sys.argv[2], place_reserve_bytes=0, backing="memory", status_socket=False)
+llm = GovernedLlama(sys.argv[1], config=config, auto=False, n_ctx=8192, n_threads=1, n_threads_batch=1,
+                    verbose=False, flash_attn=True)
+tokens = [i % 240 + 5 for i in range(6000)]
+llm.eval(tokens)
+
+def swapped():
+    text = Path("/proc/self/status").read_text()
+    return int(text.split("VmSwap:")[1].split()[0]) << 10
+
+def cache():
+    return llm.governor.engine.snapshot().caches[0]
+
+lines = [line.split() for line in open("/proc/self/maps")]
+anonymous = [line[0].split("-") for line in lines if line[1] == "rw-p" and len(line) == 5]
+spans = [(int(first, 16), int(last, 16)) for first, last in anonymous]
+full = cache().resident_bytes
+llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(llm.ctx), 0, 1000, -1)
+llm.n_tokens = 1000
+libc = ctypes.CDLL(None, use_errno=True)
+for first, last in spans:  # the kernel takes what nobody reads: at once, instead of by pressure
+    if last - first >= full // 2:
+        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), 21)  # MADV_PAGEOUT
+time.sleep(1.1)
+out = {"full": full, "left": cache().resident_bytes, "before": swapped()}
+until_s = time.monotonic() + 60
+while swapped() > out["before"] // 2 and time.monotonic() < until_s:
+    llm.governor.step()
+    time.sleep(0.1)
+out["after"] = swapped()
+time.sleep(1.1)
+out["again"] = cache().frees_swap
+llm.eval(tokens[1000:1010])
+print(json.dumps(out))
+llm.close()
+"""
+
+
+def test_free_cells_that_are_wholly_in_zram_are_freed_there_without_anybody_asking(tiny_model, folder):
+    with Sandbox(600 << 20, swap="zram", swap_bytes=512 << 20) as sandbox:
+        child = sandbox.popen(
+            [sys.executable, "-c", FREED, str(tiny_model(LARGE)), str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        said, errors = child.communicate(timeout=200)
+    assert child.returncode == 0, errors[-3000:].decode()
+    out = json.loads(said)
+    assert out["left"] < 1 << 20, out
+    assert out["before"] > 0.8 * out["full"], out
+    # 5,000 of its 6,000 cells are nobody's.
+    assert out["before"] - out["after"] > 0.6 * out["full"], out
+    assert out["again"] is False  # and then there is nothing left to do

@@ -113,6 +113,8 @@ class RegionInfo(NamedTuple):
     in_file: bool
     computing: bool
     stale: bool
+    frees_swap: bool
+    """A MiB or more of cells nobody uses is in swap; looked at when resident pages are counted."""
     context: int
     rows: int
     cell_bytes: int
@@ -254,6 +256,7 @@ def _region(payload: bytes, at: int) -> tuple[RegionInfo, int]:
         in_file=bool(flags & 4),
         computing=bool(flags & 8),
         stale=bool(flags & 16),
+        frees_swap=bool(flags & 32),
         context=context,
         rows=rows,
         cell_bytes=cell_bytes,

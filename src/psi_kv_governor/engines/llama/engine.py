@@ -93,6 +93,7 @@ class LlamaEngine:
         self._context = context
         self._regions: dict[int, RegionInfo] = {}
         self._resident: dict[int, int] = {}
+        self._frees_swap: set[int] = set()
         self._counted_s = -math.inf
         self._closed = False
 
@@ -146,6 +147,7 @@ class LlamaEngine:
         regions = self._look(count_resident=count)
         if count:
             self._resident = {region.id: region.resident for region in regions}
+            self._frees_swap = {region.id for region in regions if region.frees_swap}
             self._counted_s = now_s
         largest = {
             region.context: max(r.rows for r in regions if r.context == region.context) for region in regions
@@ -229,6 +231,7 @@ class LlamaEngine:
             evictable=region.by_cell and not slides,
             why_not_maskable=why if region.by_cell else "a recurrent state has no cells",
             free_resident_bytes=self._free_resident(region),
+            frees_swap=region.id in self._frees_swap,
             sequences=sequences,
         )
 

@@ -171,6 +171,7 @@ void no_read_ahead(uint64_t first, uint64_t last);
 // ---- pages.c: the pages of a range, and where their bytes reside ----------------------------------------------
 
 uint64_t resident_in(uint64_t first, uint64_t last);
+uint64_t held_in(uint64_t first, uint64_t last, uint64_t * swapped);
 // Parks pages [first, last). Gives the resident bytes that went; agent.problem says why less.
 uint64_t park_pages(struct region * region, uint64_t first, uint64_t last, uint64_t * written);
 // Writes them while they stay resident.

@@ -29,7 +29,7 @@ struct reply {
 };
 
 struct region_info {
-    uint32_t id, flags;           // 1: by cell, 2: maskable, 4: born in a file, 8: a graph runs, 16: the map is stale
+    uint32_t id, flags;           // 1: by cell, 2: maskable, 4: born in a file, 8: a graph runs, 16: the map is stale, 32: free cells are in swap
     uint64_t context, n_rows, cell_bytes, row_bytes, size, resident, masked, affected;
     double   used_s;
     uint32_t n_sequences, n_readable;  // tensors of keys that can be read

@@ -6,6 +6,8 @@
 
 #include "protocol.h"
 
+#define LEAST_SWAPPED (1u << 20)
+
 char * put(char * to, char * end, const void * from, size_t n) {
     if (to && (size_t) (end - to) >= n) {
         memcpy(to, from, n);
@@ -14,12 +16,26 @@ char * put(char * to, char * end, const void * from, size_t n) {
     return NULL;
 }
 
+// Whether a MiB or more of rows that nobody uses is in swap. What is parked of the used ones hides some.
+static bool frees_swap(const struct region * region) {
+    uint64_t swapped, used = 0;
+    const uint64_t held = region->cells && region->backing == BACKING_MEMORY ? held_in(region->first, region->last, &swapped) : 0;
+    if (held == 0 || swapped < LEAST_SWAPPED) {
+        return false;
+    }
+    for (int64_t i = 0; i < region->n_rows; i++) {
+        used += (region->flags[i] & ROW_USED) != 0;
+    }
+    // The page in which the used rows of a tensor end can't go.
+    return held >= used * region->cell_bytes + (uint64_t) region->n_tensors * page_bytes() + LEAST_SWAPPED;
+}
+
 char * tell_region(struct region * region, char * to, char * end, bool count_resident) {
     const bool fresh = refresh_map(region, false);
     struct region_info info = {
         .id = region->id,
         .flags = (region->cells ? 1u : 0u) | (region->masks ? 2u : 0u) | (region->backing == BACKING_FILE ? 4u : 0u) |
-                 (region->computing ? 8u : 0u) | (fresh ? 0u : 16u),
+                 (region->computing ? 8u : 0u) | (fresh ? 0u : 16u) | (count_resident && fresh && frees_swap(region) ? 32u : 0u),
         .context = (uint64_t) (uintptr_t) region->ctx, .n_rows = (uint64_t) region->n_rows, .cell_bytes = region->cell_bytes,
         .row_bytes = region->shortest_row_bytes, .size = region->last - region->first,
         .resident = count_resident ? resident_in(region->first, region->last) : 0, .used_s = region->used_s,
