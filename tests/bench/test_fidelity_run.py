@@ -203,6 +203,7 @@ def sensible(demo_model: Path) -> Rows:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_demo_model_finds_hidden_facts_and_loses_them_with_their_cells(sensible):
     assert {task.name: task.able for task in sensible.tasks}["needle"]
     kept = {(line.when, line.policy): line.all for line in sensible.retrieval if line.task == "needle"}
@@ -212,6 +213,7 @@ def test_the_demo_model_finds_hidden_facts_and_loses_them_with_their_cells(sensi
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_governor_itself_gave_up_what_was_asked_in_the_chats(shallow_model):
     report = small(shallow_model, policies=("window",), shares=(0.5,), ctx=(896,), only=("chats",))
     full, *trimmed = report.rows.conversation

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cli_help import assert_refused
 from click.testing import CliRunner, Result
 
 import psi_kv_governor
@@ -18,17 +19,8 @@ from psi_kv_governor.pressure.trace import write_trace
 from psi_kv_governor.simulation import SCENARIOS
 from psi_kv_governor.simulation.matrix import MATRIX
 
+pytestmark = pytest.mark.usefixtures("own_folder")
 PACKAGES = str(Path(psi_kv_governor.__file__).parents[1])
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch) -> Path:
-    """A working directory without psi-kv.toml, and an environment without settings."""
-    monkeypatch.chdir(tmp_path)
-    for name in os.environ:
-        if name.startswith("PSI_KV_"):
-            monkeypatch.delenv(name)
-    return tmp_path
 
 
 def invoke(*args: str) -> Result:
@@ -200,9 +192,4 @@ def test_without_matplotlib_a_plot_is_refused_at_once_and_all_else_works(monkeyp
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_input_gives_one_clear_line(args, told):
-    result = invoke(*args)
-    assert result.exit_code == 2
-    assert result.stdout == ""
-    said = [line for line in result.stderr.splitlines() if line.startswith(("psi-kv: error: ", "Error: "))]
-    assert len(said) == 1
-    assert told in said[0]
+    assert_refused(invoke(*args), told)

@@ -137,13 +137,17 @@ def test_json_is_an_update_a_line(opened, governor):
     assert [event["event"] for event in update["events"]] == ["CacheOpened", "ModeChanged", "Trimmed"]
 
 
-def test_it_follows_a_process_until_it_ends():
-    process = start_governed()
-    command = [sys.executable, "-m", "psi_kv_governor.cli", "watch", str(process.pid)]
+def start_watching(pid: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "psi_kv_governor.cli", "watch", str(pid)]
     environment = {**os.environ, "PYTHONPATH": PACKAGES, "PYTHONUNBUFFERED": "1"}
-    watcher = subprocess.Popen(
+    return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
     )
+
+
+def test_it_follows_a_process_until_it_ends():
+    process = start_governed()
+    watcher = start_watching(process.pid)
     lines = iter(watcher.stdout.readline, "")
     assert any(line.startswith("trimming: stall 60.0%") and " live, " in line for line in lines)
     process.communicate("end\n", timeout=30)
@@ -154,11 +158,7 @@ def test_it_follows_a_process_until_it_ends():
 
 def test_ctrl_c_ends_the_view_and_not_the_process():
     process = start_governed()
-    command = [sys.executable, "-m", "psi_kv_governor.cli", "watch", str(process.pid)]
-    environment = {**os.environ, "PYTHONPATH": PACKAGES, "PYTHONUNBUFFERED": "1"}
-    watcher = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
-    )
+    watcher = start_watching(process.pid)
     assert watcher.stdout.readline()
     watcher.send_signal(signal.SIGINT)
     _, err = watcher.communicate(timeout=30)

@@ -12,10 +12,11 @@ import msgspec
 from rich.console import Console
 
 from psi_kv_governor.cli._group import example
+from psi_kv_governor.cli._options import cell_bytes_option
 from psi_kv_governor.cli.session import ended_by_sigterm
 from psi_kv_governor.config import load_config
 from psi_kv_governor.control import Action, Turn
-from psi_kv_governor.engines.simulated import CELL_BYTES, SimulatedEngine
+from psi_kv_governor.engines.simulated import SimulatedEngine
 from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.governor import Governor
 from psi_kv_governor.recording import Recorder
@@ -44,13 +45,7 @@ _LOOK_S = 0.2
     show_default=True,
     help="Size of the simulated cache.",
 )
-@click.option(
-    "--cell-bytes",
-    type=click.IntRange(min=1),
-    default=CELL_BYTES,
-    show_default=True,
-    help="Bytes of one of its cells; the default is a cell of the demo model.",
-)
+@cell_bytes_option
 @click.option(
     "--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="A psi-kv.toml."
 )

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import click
 import msgspec
-from rich.console import Console
 from rich.table import Table
 
 from psi_kv_governor.amounts import mib
 from psi_kv_governor.cli._group import example, settings_given
+from psi_kv_governor.cli._tables import table_console
 from psi_kv_governor.config import GovernorConfig, load_config
 from psi_kv_governor.recording import Recording, package_version, read_recording
 from psi_kv_governor.simulation.playback import Account, Difference, account, first_difference, play
-
-PLAIN_WIDTH = 100
-"""Columns of the table where the output is no terminal: the same bytes whatever COLUMNS says."""
 
 
 @click.command(
@@ -130,12 +126,7 @@ def _verdict(recording: Recording, difference: Difference | None) -> str:
 
 
 def _print_table(file: Path, recording: Recording, accounts: Mapping[str, Account]) -> None:
-    terminal = sys.stdout.isatty()
-    console = Console(
-        width=None if terminal else PLAIN_WIDTH,
-        force_terminal=terminal,
-        color_system="auto" if terminal else None,
-    )
+    console = table_console()
     seconds = recording.turns[-1].reading.time_s - recording.turns[0].reading.time_s
     table = Table(
         title=f"{file.name}: {len(recording.turns):,} turns in {seconds:,.0f} s",

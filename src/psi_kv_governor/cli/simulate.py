@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,14 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from psi_kv_governor.cli._group import example, settings_given
+from psi_kv_governor.cli._tables import table_console
 from psi_kv_governor.config import GovernorConfig, load_config
 from psi_kv_governor.errors import BadInputError
 from psi_kv_governor.simulation import SCENARIOS, Outcome, Track, get_scenario, replay, simulate
 from psi_kv_governor.simulation.matrix import Comparison, Figures, run_matrix
 from psi_kv_governor.simulation.plot import check_plotting, save_plot
-
-PLAIN_WIDTH = 100
-"""Columns of the table where the output is no terminal: the same bytes whatever COLUMNS says."""
 
 Run = tuple[Outcome, Track]
 
@@ -138,12 +135,7 @@ def _json(outcomes: Sequence[Outcome], config: GovernorConfig, *, seed: int | No
 
 
 def _print_tables(outcomes: Sequence[Outcome], config: GovernorConfig) -> None:
-    terminal = sys.stdout.isatty()
-    console = Console(
-        width=None if terminal else PLAIN_WIDTH,
-        force_terminal=terminal,
-        color_system="auto" if terminal else None,
-    )
+    console = table_console()
     for outcome in outcomes:
         console.print(_table(outcome, config))
 

@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.status import Status
 
 from psi_kv_governor.cli._group import example
+from psi_kv_governor.cli._options import cell_bytes_option
 from psi_kv_governor.cli.session import ended_by_sigterm
 from psi_kv_governor.config import DEFAULT_FILE, GovernorConfig, load_config
 from psi_kv_governor.control import CacheSnapshot, pause_s
 from psi_kv_governor.control.trials import Trial
 from psi_kv_governor.control.tuning import Tuning, tune
-from psi_kv_governor.engines.simulated import CELL_BYTES
 from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.pressure import discover
 from psi_kv_governor.pressure.reading import Reading
@@ -61,13 +61,7 @@ _LINE = 100
 @click.option(
     "--cells", type=click.IntRange(min=1), default=4096, show_default=True, help="Cells of your context."
 )
-@click.option(
-    "--cell-bytes",
-    type=click.IntRange(min=1),
-    default=CELL_BYTES,
-    show_default=True,
-    help="Bytes of one; the default is a cell of the demo model.",
-)
+@cell_bytes_option
 @click.option(
     "--out", type=click.Path(path_type=Path), default=DEFAULT_FILE, show_default=True, help="Where to write."
 )

@@ -11,6 +11,8 @@ import errno
 import os
 import select
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -49,6 +51,16 @@ class Waker(Protocol):
         """Give back the descriptor. Safe to call twice."""
 
 
+@contextmanager
+def _closed_on_failure(waker: Waker) -> Iterator[None]:
+    """Its descriptor is given back where it can't be made."""
+    try:
+        yield
+    except BaseException:
+        waker.close()
+        raise
+
+
 class PsiTrigger:
     """A trigger armed on a PSI file: one descriptor, disarmed by closing it (which takes the kernel 8-16 ms).
 
@@ -61,13 +73,10 @@ class PsiTrigger:
         """`spec` as psi.rst has it; a NUL is put behind it where it has none."""
         self.path = path
         self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
+        with _closed_on_failure(self):
             _check_kernel_file(path, self._descriptor)
             # The kernel overwrites the last byte with a NUL: without one of its own a number loses a digit.
             os.write(self._descriptor, spec if spec.endswith(b"\0") else spec + b"\0")
-        except BaseException:
-            self.close()
-            raise
 
     @property
     def name(self) -> str:
@@ -105,13 +114,10 @@ class StreamWaker:
     def __init__(self, name: str, descriptor: int, first: bytes = b"") -> None:
         self._name = name
         self._descriptor = descriptor
-        try:
+        with _closed_on_failure(self):
             os.set_blocking(descriptor, False)
             if first and os.write(descriptor, first) != len(first):
                 raise OSError(errno.EAGAIN, "it took only a part of MEMORY_PRESSURE_WRITE")
-        except BaseException:
-            self.close()
-            raise
 
     @property
     def name(self) -> str:

@@ -47,7 +47,7 @@ class Governed:
 
 
 @pytest.fixture
-def open_governed(demo_model, folder, agent) -> Iterator[Callable[..., Governed]]:
+def open_governed(shallow_model, folder, agent) -> Iterator[Callable[..., Governed]]:
     import llama_cpp
 
     opened = []
@@ -55,7 +55,7 @@ def open_governed(demo_model, folder, agent) -> Iterator[Callable[..., Governed]
 
     def open_(sampling: Sampling | None = None, **arguments: Any) -> Governed:
         agent.configure(str(folder), in_file=True, reserve_bytes=0, limit_bytes=0)
-        llm = llama_cpp.Llama(str(demo_model), **{**SETTINGS, "flash_attn": True, **arguments})
+        llm = llama_cpp.Llama(str(shallow_model), **{**SETTINGS, "flash_attn": True, **arguments})
         address = ctypes.cast(llm.ctx, ctypes.c_void_p).value or 0
         engine = LlamaEngine(client, pid=1, place=str(folder), backing="file", context=lambda: address)
         engine.collect(frozenset({"attention"}) if sampling else frozenset(), sampling)
@@ -87,7 +87,7 @@ class Capture(ctypes.Structure):
 
 
 @pytest.fixture
-def open_captured(demo_model, tmp_path, agent) -> Iterator[Callable[..., Any]]:
+def open_captured(shallow_model, tmp_path, agent) -> Iterator[Callable[..., Any]]:
     """Opens the demo model with an eval callback of the user's own, which captures one layer's queries."""
     import llama_cpp
     from llama_cpp import _internals
@@ -101,7 +101,7 @@ def open_captured(demo_model, tmp_path, agent) -> Iterator[Callable[..., Any]]:
     opened = []
 
     def open_(layer: int, **arguments: Any) -> tuple[Any, Capture]:
-        llm = llama_cpp.Llama(str(demo_model), **{**SETTINGS, "flash_attn": True, **arguments})
+        llm = llama_cpp.Llama(str(shallow_model), **{**SETTINGS, "flash_attn": True, **arguments})
         opened.append(llm)
         capture = Capture(layer=layer)
         llm._ctx.close()
@@ -133,7 +133,7 @@ def floats(rows: np.ndarray, kind: int) -> np.ndarray:
 
 
 def keys_of(llm, kind: int, n: int) -> np.ndarray:
-    """The cached keys as llama.cpp saves them, shape (30 layers, n, 3 heads, 64)."""
+    """The cached keys as llama.cpp saves them, shape (6 layers, n, 3 heads, 64)."""
     import llama_cpp
 
     size = llama_cpp.llama_state_seq_get_size(llm.ctx, 0)
@@ -141,7 +141,7 @@ def keys_of(llm, kind: int, n: int) -> np.ndarray:
     size = llama_cpp.llama_state_seq_get_data(llm.ctx, buffer, size, 0)
     saved = np.frombuffer(bytes(buffer)[:size], dtype=np.uint8)
     layer_bytes = 12 + n * {F16: 384, Q8_0: 204}[kind]  # its type and the length of a row stand before
-    keys = saved[-60 * layer_bytes :][: 30 * layer_bytes].reshape(30, layer_bytes)[:, 12:]
+    keys = saved[-12 * layer_bytes :][: 6 * layer_bytes].reshape(6, layer_bytes)[:, 12:]
     return np.stack([floats(layer.reshape(n, -1), kind).reshape(n, 3, 64) for layer in keys])
 
 
@@ -182,7 +182,7 @@ def attention_of(queries: np.ndarray, keys: np.ndarray, position: int, seen: np.
 @pytest.mark.parametrize("kind", [F16, Q8_0])
 def test_sampled_attention_is_the_softmax_of_the_model(open_governed, open_captured, kind):
     sampling = Sampling(layers=1, every=3, window=8, half_life=4, near=6)
-    layer = 20  # of 30: the middle one between the middle and five sixths of the depth
+    layer = 4  # of 6: the middle one between the middle and five sixths of the depth
     made = open_governed(sampling, type_k=kind, type_v=kind)
     plain, capture = open_captured(layer, type_k=kind, type_v=kind)
 
@@ -243,12 +243,12 @@ def test_a_programs_own_callback_is_called_however_many_contexts_there_are(open_
     for context in contexts:  # MAX_CONTEXTS is 64
         batch = llama_cpp.llama_batch_get_one((ctypes.c_int32 * 1)(1), 1)
         assert llama_cpp.llama_decode(context.ctx, batch) == 0
-    plain, capture = open_captured(20)
+    plain, capture = open_captured(4)
     plain.eval(tokens_of(plain, 12))
     assert capture.taken().shape == (12, 9, 64)
     for context in contexts:
         context.close()
-    later, captured_later = open_captured(20)  # the agent has room again
+    later, captured_later = open_captured(4)  # the agent has room again
     later.eval(tokens_of(later, 12))
     assert captured_later.taken().shape == (12, 9, 64)
 
@@ -261,7 +261,7 @@ def test_sampling_changes_no_bit_of_the_logits(open_governed):
     for start, stop in steps:
         calm.llm.eval(tokens[start:stop])
         calm_logits.append(logits(calm.llm))
-    sampled = open_governed(Sampling(layers=30, every=1))
+    sampled = open_governed(Sampling(layers=6, every=1))
     for (start, stop), expected in zip(steps, calm_logits, strict=True):
         sampled.llm.eval(tokens[start:stop])
         assert np.array_equal(logits(sampled.llm), expected)
@@ -307,7 +307,7 @@ def test_reading_keys_changes_nothing(open_governed):
 
 
 def test_keys_of_another_type_are_told(open_governed):
-    made = open_governed(type_k=Q4_0, type_v=Q4_0)
+    made = open_governed(type_k=Q4_0, type_v=Q4_0, n_ctx=4096)  # a cache of less is none to the agent
     made.llm.eval(tokens_of(made.llm, 50))
     assert "can't be read" in made.evidence().why_not("key_diffs")
 
