@@ -240,6 +240,7 @@ class _Gathered:
     def __init__(self, inner: Evidence) -> None:
         self.why_not, self.attention, self.last_used = inner.why_not, inner.attention, inner.last_used
         self.key_norms, self.key_diffs = inner.key_norms, inner.key_diffs
+        self.demand = inner.demand
 
     def arrivals(self, part: Range) -> Values:
         """The order of decoding."""

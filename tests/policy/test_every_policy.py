@@ -12,6 +12,7 @@ from psi_kv_governor.engines.simulated import PaperSequence
 from psi_kv_governor.engines.simulated.evidence import PaperEvidence
 from psi_kv_governor.errors import BadInputError
 from psi_kv_governor.policy import POLICIES, get_policy, select
+from psi_kv_governor.policy.hybrid import WANTED
 from psi_kv_governor.policy.random import Random
 from psi_kv_governor.policy.registry import about
 from psi_kv_governor.policy.select import Protection
@@ -151,6 +152,26 @@ def test_a_few_important_tokens_save_their_block(name, kind, dull, important):
     values = {position: dull for block in BLOCKS for position in range(*block)}
     few = dict.fromkeys(range(230, 233), important)
     assert order(name, Told(kind, {**values, **few}))[-1] == 200
+
+
+def test_hybrid_spares_what_a_question_has_just_asked_for():
+    values = {position: 0.5 for block in BLOCKS for position in range(*block)}
+    told = Told("attention", values)
+    assert order("hybrid", told)[0] == 100
+    asked = np.full(LENGTH, np.nan)
+    asked[100:150] = WANTED  # recall brought it back: nobody has looked at it for long
+    asked[150:200] = 0.9 * WANTED
+    told.demand = lambda part: asked[part.start : part.stop]
+    assert order("hybrid", told)[0] == 150
+    assert 100 in order("hybrid", told)[-2:]  # with the newest
+
+
+def test_hybrid_scores_an_engine_that_knows_of_no_demand_as_before():
+    class Older(PaperEvidence):
+        demand = None
+
+    older = Older(PaperSequence(0, LENGTH), LENGTH)
+    assert order("hybrid", older) == order("hybrid", PaperEvidence(PaperSequence(0, LENGTH), LENGTH))
 
 
 @pytest.mark.parametrize("name", ["keynorm", "keydiff", "attention"])

@@ -12,7 +12,7 @@ from psi_kv_governor.cache.ranges import Range
 Values = npt.NDArray[np.float64]
 """One value a position or a block."""
 
-Kind = Literal["arrivals", "key_norms", "key_diffs", "attention", "last_used"]
+Kind = Literal["arrivals", "key_norms", "key_diffs", "attention", "last_used", "demand"]
 """The kinds of evidence, by the names of their methods in `Evidence`."""
 
 
@@ -50,4 +50,11 @@ class Evidence(Protocol):
         Returns:
             Number of the newest sampled query that gave a position more than an equal share of its
             attention; 0 where none did yet.
+        """
+
+    def demand(self, part: Range) -> Values:
+        """What the newest questions wanted, where recall looks for it.
+
+        Returns:
+            The share of a query's attention that the position's block got of late, or would get were it live.
         """

@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from psi_kv_governor.cache import Evidence, Kind, Range, Values
 from psi_kv_governor.policy.attention import Attention
 from psi_kv_governor.policy.base import Policy
 from psi_kv_governor.policy.keynorm import KeyNorm
-from psi_kv_governor.policy.pool import ranks, top_mean
+from psi_kv_governor.policy.pool import highest, ranks, top_mean
 
 _LESSER = 1e-3
 """What the lower of two places counts: enough to break a tie, less than one place among a thousand blocks."""
+WANTED = 0.02
+"""Share of a query's attention from which a block was asked for: what recall itself brings back from."""
 
 
 @dataclass(frozen=True)
@@ -44,5 +47,15 @@ class Hybrid(Policy):
         if np.isnan(looked_at).any():
             shortness = top_mean(blocks, lambda part: -evidence.key_norms(part), KeyNorm.top_share)
             looked_at = np.where(np.isnan(looked_at), np.nan_to_num(ranks(shortness), nan=0.0), looked_at)
+        looked_at = np.where(_wanted(blocks, evidence), 1.0, looked_at)
         recent = ranks(np.array([float(block.start) for block in blocks]))
         return np.maximum(looked_at, recent) + _LESSER * np.minimum(looked_at, recent)
+
+
+def _wanted(blocks: Sequence[Range], evidence: Evidence) -> npt.NDArray[np.bool_]:
+    """Which blocks hold what the newest questions asked for: those that recall has just brought back would go
+    first otherwise, since nobody looked at them for long. Only where the engine recalls."""
+    demand = getattr(evidence, "demand", None)  # an engine of somebody else may not know it
+    if demand is None or evidence.why_not("demand"):
+        return np.zeros(len(blocks), dtype=np.bool_)
+    return np.nan_to_num(highest(blocks, demand), nan=0.0) >= WANTED

@@ -7,10 +7,11 @@ import ctypes
 import numpy as np
 import pytest
 
-from gguf_models import LARGE
+from gguf_models import LARGE, Shape
 from psi_kv_governor.cache import Plan, Range, Recall, Recalled, Step, Verb
 from psi_kv_governor.engines.llama.client import Client, InProcess
 from psi_kv_governor.engines.llama.engine import LlamaEngine
+from psi_kv_governor.policy.hybrid import WANTED
 
 pytestmark = pytest.mark.llama
 TEXT = (
@@ -114,6 +115,9 @@ def test_a_fact_that_was_given_up_comes_back_for_its_question(story):
     assert "fountain" in story.answer()
     assert told.decoded_again == 1
     assert told.read_bytes > 0
+    (cache,) = story.engine.snapshot().caches
+    wanted = story.engine.evidence(cache.id, 0).demand(story.fact)  # to a policy it is one more score
+    assert np.nanmax(wanted) >= WANTED
 
 
 def test_as_many_cells_are_live_after_an_exchange_as_before(story):
@@ -203,3 +207,25 @@ def test_a_cache_without_flash_attention_says_why_not(open_llm, tiny_model):
     llm, engine = open_llm(tiny_model(LARGE), flash_attn=False)
     llm.eval([1, 2, 3])
     assert "flash attention is off" in engine.recalled().why_not
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [
+        pytest.param(LARGE, 1, id="summaries of 3 % of a cell"),
+        pytest.param(Shape("llama", n_layer=16, n_head=8, n_head_kv=8), 2, id="keys in q4_0"),
+    ],
+)
+def test_what_can_t_be_summarised_is_said_and_everything_else_works(open_llm, tiny_model, shape, kind):
+    # More than 32 MiB: less may lie in the heap, whatever was open before.
+    llm, engine = open_llm(tiny_model(shape), type_k=kind, type_v=kind, n_ctx=4352)
+    engine.recall(SETTINGS)
+    before = engine.recalled()
+    llm.eval([5] * 256)
+    assert "can't be read here, or their summaries would take more than 2 %" in engine.recalled().why_not
+    do(engine, Verb.MASK, (64, 128))
+    llm.eval([6, 7, 8])
+    assert sequence(engine).masked_cells == 64
+    do(engine, Verb.UNMASK)
+    assert sequence(engine).masked_cells == 0
+    assert since(engine, before) == Recalled()

@@ -10,7 +10,14 @@ from psi_kv_governor.cache import Kind, Range, Values
 from psi_kv_governor.engines.llama.client import Client, Op, RegionInfo
 from psi_kv_governor.errors import BadInputError
 
-_KINDS: dict[Kind, int] = {"arrivals": 1, "key_norms": 2, "key_diffs": 3, "attention": 4, "last_used": 5}
+_KINDS: dict[Kind, int] = {
+    "arrivals": 1,
+    "key_norms": 2,
+    "key_diffs": 3,
+    "attention": 4,
+    "last_used": 5,
+    "demand": 6,
+}
 _POOL = 5
 """Neighbours over which attention is averaged (SnapKV, arXiv 2404.14469): a fact is more than the one token
 that a query lands on."""
@@ -94,6 +101,10 @@ class LlamaEvidence:
     def last_used(self, part: Range) -> Values:
         """See Evidence. Raises EngineError as `attention` does."""
         return self._of("last_used", part)
+
+    def demand(self, part: Range) -> Values:
+        """See Evidence. Unknown until something was masked and recall has looked for it."""
+        return self._of("demand", part)
 
     def sampled(self) -> bytes:
         """All that was sampled so far, to go back to."""

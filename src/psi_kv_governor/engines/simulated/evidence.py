@@ -57,5 +57,9 @@ class PaperEvidence:
         """The more attention, the later used, and nothing before it was decoded."""
         return self._known(part, np.arange(float(len(self._norms))) + np.floor(self._attention))
 
+    def demand(self, part: Range) -> Values:
+        """Nobody asks."""
+        return np.full(part.cells, np.nan)
+
     def _known(self, part: Range, values: Values) -> Values:
         return np.where(self._sequence.known(part), values[part.start : part.stop], np.nan)

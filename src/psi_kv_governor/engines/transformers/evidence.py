@@ -72,6 +72,10 @@ class CacheEvidence:
         known = np.convolve(found[0], kernel, "same") / np.convolve(np.ones(len(found[0])), kernel, "same")
         return self._placed(part, known)
 
+    def demand(self, part: Range) -> Values:
+        """See Evidence."""
+        return np.full(part.cells, np.nan)
+
     def last_used(self, part: Range) -> Values:
         """See Evidence."""
         found = self._sampled()

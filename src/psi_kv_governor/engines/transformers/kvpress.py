@@ -212,6 +212,10 @@ class _LayerEvidence:
             return np.full(part.cells, np.nan)
         return _cut(self._attention.mean(dim=0), part)
 
+    def demand(self, part: Range) -> Values:
+        """See Evidence. Nothing is recalled while a press scores."""
+        return np.full(part.cells, np.nan)
+
     def last_used(self, part: Range) -> Values:
         """See Evidence."""
         if self._attention is None:

@@ -214,6 +214,10 @@ void recall_observe(struct region * region, const struct tensor * keys, const st
     }
 }
 
+float recall_wanted(const struct recall * r, int64_t row) {
+    return r && r->observed > REST ? r->score[row / BLOCK_CELLS] : NAN;  // it begins at REST
+}
+
 // ---- around a call ------------------------------------------------------------------------------------------------------
 
 // The only cache of the context, while something of it is masked.

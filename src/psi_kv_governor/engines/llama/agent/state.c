@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "protocol.h"
+#include "recall.h"
 
 #define LEAST_SWAPPED (1u << 20)
 
@@ -118,7 +119,7 @@ char * tell_evidence(struct region * region, const struct request * request, cha
     pthread_mutex_lock(&agent.lock);
     const struct sequence * sequence = of_row ? map_sequence(region, request->sequence, false) : NULL;
     const struct sampler *  sampler  = region->sampler;
-    reply->status = sequence ? (sampler && sampler_failed(sampler) && request->flags >= ATTENTION ? 3 : 0) : 1;
+    reply->status = sequence ? (sampler && sampler_failed(sampler) && (request->flags == ATTENTION || request->flags == LAST_USED) ? 3 : 0) : 1;
     for (int64_t i = 0; sequence && i < region->n_rows; i++) {
         of_row[i] = NAN;
     }
@@ -137,6 +138,7 @@ char * tell_evidence(struct region * region, const struct request * request, cha
         values[pos - part.start] = request->flags == ATTENTION ? (sampler ? sampler_attention(sampler, row) : NAN)
                                  : request->flags == LAST_USED ? (sampler ? sampler_last_used(sampler, row) : NAN)
                                  : request->flags == ARRIVALS ? (float) i
+                                 : request->flags == DEMAND ? recall_wanted(region->recall, row)
                                                               : of_row[row];
     }
     pthread_mutex_unlock(&agent.lock);

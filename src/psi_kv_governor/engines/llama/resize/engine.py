@@ -192,4 +192,4 @@ class _NoEvidence:
     def _unknown(self, part: Range) -> Values:
         return np.full(part.cells, np.nan)
 
-    key_norms = key_diffs = attention = last_used = _unknown
+    key_norms = key_diffs = attention = last_used = demand = _unknown
