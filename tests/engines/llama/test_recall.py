@@ -220,8 +220,8 @@ def test_what_can_t_be_summarised_is_said_and_everything_else_works(open_llm, ti
     # More than 32 MiB: less may lie in the heap, whatever was open before.
     llm, engine = open_llm(tiny_model(shape), type_k=kind, type_v=kind, n_ctx=4352)
     engine.recall(SETTINGS)
-    before = engine.recalled()
     llm.eval([5] * 256)
+    before = engine.recalled()
     assert "can't be read here, or their summaries would take more than 2 %" in engine.recalled().why_not
     do(engine, Verb.MASK, (64, 128))
     llm.eval([6, 7, 8])
