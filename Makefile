@@ -69,7 +69,7 @@ lint: $(READY) ## Check format, lint and types
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/mypy $(wildcard scripts/*.py benchmarks/*.py)
-	@if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh .ci/run; fi
+	@if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh .ci/run .ci/vllm; fi
 
 # Twice as many as cores: scripts/run_tests.sh says why. WORKERS=0: one after the other.
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(8, 2 * len(os.sched_getaffinity(0))))')
@@ -90,6 +90,7 @@ test-others: # Of environments that may not be had on this machine
 	  echo "make: the tests of transformers were left out: their environment can't be had here (the last line" \
 	    "of $(VENV)/transformers.log: $$(tail -n 1 $(VENV)/transformers.log))"; \
 	fi
+	@echo "make: the tests of a real vLLM were not run, only those of its engine's own parts: make test-vllm"
 
 test-frameworks: $(FRAMEWORKS_READY) model ## Tests of guidance, LangChain, LlamaIndex, Haystack and others on a governed Llama
 	$(FRAMEWORKS)/bin/python -m pytest tests/frameworks tests/examples/test_langchain_example.py

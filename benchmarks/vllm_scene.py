@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,21 @@ class Engine:
     """The child, and what it says."""
 
     def __init__(
-        self, sandbox: Sandbox, folder: Path, kind: str, *, processes: int = 1, **options: object
+        self,
+        sandbox: Sandbox,
+        folder: Path,
+        kind: str,
+        *,
+        processes: int = 1,
+        prefix: Sequence[str] = (),
+        environ: Mapping[str, str] | None = None,
+        **options: object,
     ) -> None:
-        environ = {**os.environ, **ENVIRON, "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(processes > 1))}
+        environ = {**os.environ, **ENVIRON, **(environ or {})}
+        environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(processes > 1))
         with (folder / f"{kind}.log").open("wb") as log:
             self.child = sandbox.popen(
-                [sys.executable, str(CHILD), kind, str(folder / "wide"), json.dumps(options)],
+                [*prefix, sys.executable, str(CHILD), kind, str(folder / "wide"), json.dumps(options)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -141,7 +150,7 @@ def play(folder: Path, kind: str, rate_mib_s: int) -> Told:
             for _ in range(3):
                 engine.hear("round")
             pressed_s = time.monotonic()
-            taken_s = _neighbour(sandbox, rate_mib_s)
+            taken_s = press(sandbox, rate_mib_s)
             ended_s = time.monotonic()
             while engine.hear("round")["time_s"] < ended_s:
                 pass
@@ -163,10 +172,10 @@ def play(folder: Path, kind: str, rate_mib_s: int) -> Told:
         )
 
 
-def _neighbour(sandbox: Sandbox, rate_mib_s: int) -> float | None:
-    """Let it take what it wants and go on using it. Gives the seconds; None where it was killed."""
+def press(sandbox: Sandbox, rate_mib_s: int, mib: int = NEIGHBOUR_MIB) -> float | None:
+    """Let a neighbour take that and go on using it. Gives the seconds; None where it was killed."""
     argv = [sys.executable, "-m", "psi_kv_governor.sandbox.load", "--kind", "ramp"]
-    argv += ["--mib", str(NEIGHBOUR_MIB), "--rate-mib-s", str(rate_mib_s)]
+    argv += ["--mib", str(mib), "--rate-mib-s", str(rate_mib_s)]
     started = time.monotonic()
     neighbour = sandbox.popen(argv, stdout=subprocess.PIPE)
     for line in neighbour.stdout or ():

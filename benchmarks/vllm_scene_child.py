@@ -18,6 +18,14 @@ LONG, FILLERS = 1024, 15
 """Prompts that fill the cache: tokens of each, and how many."""
 SHORT, REQUESTS, DECODED = 64, 2, 16
 """A round of the work that goes on: tokens of a prompt, requests at a time, tokens that each decodes."""
+OPTIONS = {
+    "skip_tokenizer_init": True,
+    "enforce_eager": True,
+    "dtype": "float32",
+    "max_model_len": 2048,
+    "max_num_batched_tokens": 1024,
+    "max_num_seqs": 4,
+}
 
 
 def make_model(folder: Path) -> Path:
@@ -58,12 +66,9 @@ class Engine:
 
         if kind == "governed":
             options["kv_transfer_config"] = {"kv_connector": "PsiKvConnector", "kv_role": "kv_both"}
-        options = {"max_model_len": 2048, "max_num_batched_tokens": 1024, "max_num_seqs": 4, **options}
+        options = {**OPTIONS, **options}
         self._llm = LLM(
             model=str(make_model(folder)),
-            skip_tokenizer_init=True,
-            enforce_eager=True,
-            dtype="float32",
             disable_log_stats=True,
             **options,
         )

@@ -98,14 +98,13 @@ def main() -> None:
     llm = LLM(
         model=str(make_model(Path(sys.argv[1]))) if wide else sys.argv[1],
         skip_tokenizer_init=wide,
-        enforce_eager=True,
         max_model_len=512,
         max_num_batched_tokens=512,
         max_num_seqs=4,
         dtype="float32",
         disable_log_stats=True,
         kv_transfer_config={"kv_connector": "PsiKvConnector", "kv_role": "kv_both"},
-        **options,
+        **{"enforce_eager": True, **options},
     )
     governing = llm.llm_engine.engine_core.engine_core.scheduler.connector._scheduler
     sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=not wide)
