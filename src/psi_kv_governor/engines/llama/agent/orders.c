@@ -7,6 +7,8 @@
 #include "recall.h"
 
 #define SLICE_BYTES (8u << 20)
+// Where there is a deadline and something has to be written for it: half a second of a disk that takes 2 MB/s.
+#define URGENT_BYTES (1u << 20)
 // How long a program's call may be kept waiting for us, and how long we wait for it.
 #define PATIENCE_S 0.02
 
@@ -54,6 +56,10 @@ static bool pages_of(const struct region * region, const struct tensor * tensor,
     return *first < *last;
 }
 
+static uint64_t slice_of(const struct region * region, const struct request * request) {
+    return request->deadline_s > 0 && region->backing == BACKING_MEMORY ? URGENT_BYTES : SLICE_BYTES;
+}
+
 enum act { ACT_PARK, ACT_WRITE, ACT_DROP, ACT_PARK_HERE };  // here: this thread's own graph has just ended
 
 static void act_on(struct region * region, enum act act, uint64_t first, uint64_t last, struct reply * reply) {
@@ -77,6 +83,7 @@ static void act_on(struct region * region, enum act act, uint64_t first, uint64_
 
 // Runs of rows with all of `set` and none of `clear`, page by page over all tensors; at most a slice at a time.
 static void act_on_rows(struct region * region, const struct request * request, double begin_s, enum act act, const uint8_t * rows, struct reply * reply) {
+    const uint64_t slice = slice_of(region, request);
     for (int32_t i = 0; i < region->n_tensors && region->alive; i++) {
         const struct tensor * tensor = &region->tensors[i];
         if (!tensor->whole_rows) {
@@ -93,12 +100,12 @@ static void act_on_rows(struct region * region, const struct request * request, 
             }
             uint64_t first, last;
             if (wanted && pages_of(region, tensor, from, to, false, &first, &last)) {
-                for (uint64_t at = first; at < last; at += SLICE_BYTES) {
+                for (uint64_t at = first; at < last; at += slice) {
                     if (late(request, begin_s)) {
                         reply->done = 0;
                         return;
                     }
-                    act_on(region, act, at, at + SLICE_BYTES < last ? at + SLICE_BYTES : last, reply);
+                    act_on(region, act, at, at + slice < last ? at + slice : last, reply);
                 }
             }
             from = to;
@@ -107,12 +114,13 @@ static void act_on_rows(struct region * region, const struct request * request, 
 }
 
 static void act_on_all(struct region * region, const struct request * request, double begin_s, enum act act, struct reply * reply) {
-    for (uint64_t at = region->first; at < region->last; at += SLICE_BYTES) {
+    const uint64_t slice = slice_of(region, request);
+    for (uint64_t at = region->first; at < region->last; at += slice) {
         if (late(request, begin_s) || enough(request, reply)) {
             reply->done = 0;
             return;
         }
-        act_on(region, act, at, at + SLICE_BYTES < region->last ? at + SLICE_BYTES : region->last, reply);
+        act_on(region, act, at, at + slice < region->last ? at + slice : region->last, reply);
     }
 }
 
