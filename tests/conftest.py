@@ -10,6 +10,7 @@ import shutil
 import signal
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ import uml
 from psi_kv_governor import model
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.model_fetch import OfflineError
+from psi_kv_governor.residence import find_place
 from psi_kv_governor.sandbox.sandbox import Sandbox
 
 
@@ -56,6 +58,18 @@ def demo_model() -> Path:
         return model.fetch()
     except OfflineError as error:
         pytest.skip(f"there is no demo model and no network: {error}")
+
+
+@pytest.fixture
+def folder(tmp_path, request) -> Iterator[Path]:
+    """A folder on a disk: /tmp may be memory, and there nothing is parked."""
+    if find_place(str(tmp_path)).place is not None:
+        yield tmp_path
+        return
+    path = Path(__file__).parents[1] / "out" / f"tests-{os.getpid()}-{abs(hash(request.node.nodeid))}"
+    path.mkdir(parents=True)
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
 
 
 SHALLOW_LAYERS = 6

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from sensing_help import Watched
 
 PSI = "some avg10=0.00 avg60=0.00 avg300=0.00 total={}\nfull avg10=0.00 avg60=0.00 avg300=0.00 total={}\n"
 MEMINFO = "MemTotal:        8000000 kB\nMemFree:         1000000 kB\nMemAvailable:    4000000 kB\n"
@@ -60,3 +61,21 @@ class Tree:
 @pytest.fixture
 def tree(tmp_path: Path) -> Tree:
     return Tree(tmp_path)
+
+
+@pytest.fixture
+def v2(tree):
+    """A machine with PSI everywhere, whose files a test can break."""
+    tree.membership("0::/app")
+    tree.mounts(("v2", "/", "/sys/fs/cgroup"))
+    tree.v2("sys/fs/cgroup/app", max="400000000", current="100000000")
+    tree.machine_psi()
+    return tree
+
+
+@pytest.fixture
+def watched(v2, monkeypatch):
+    made = Watched(monkeypatch, v2.root, {})
+    assert made.sensor.name == str(v2.root / "sys/fs/cgroup/app/memory.pressure")
+    yield made
+    made.sensor.close()

@@ -34,7 +34,7 @@ pytestmark = [
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_parser_raises_nothing_but_its_declared_errors(target, tmp_path):
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), target, "--seconds", "5", "--runs", "20000"],
+        [sys.executable, str(SCRIPT), target, "--seconds", "2", "--runs", "20000"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -17,21 +16,8 @@ from fakes import FakeSource
 from packages_help import Unavailable
 from psi_kv_governor.engines.simulated import SimulatedEngine
 from psi_kv_governor.governor import Governor
-from psi_kv_governor.residence import find_place
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
-@pytest.fixture
-def folder(tmp_path, request) -> Iterator[Path]:
-    """A folder on a disk: /tmp may be memory, and there nothing is parked."""
-    if find_place(str(tmp_path)).place is not None:
-        yield tmp_path
-        return
-    path = Path(__file__).parents[2] / "out" / f"service-{os.getpid()}-{abs(hash(request.node.nodeid))}"
-    path.mkdir(parents=True)
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.fixture

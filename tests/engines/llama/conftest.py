@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from gguf_models import LLAMA, Shape, write_model
 from psi_kv_governor.engines.llama import loader
-from psi_kv_governor.residence import find_place
 
 
 @pytest.fixture(scope="session")
@@ -26,18 +23,6 @@ def tiny_model(tmp_path_factory) -> Callable[[Shape], Path]:
         return made[shape]
 
     return write
-
-
-@pytest.fixture
-def folder(tmp_path, request) -> Iterator[Path]:
-    """A folder on a disk: /tmp may be memory, and there nothing is parked."""
-    if find_place(str(tmp_path)).place is not None:
-        yield tmp_path
-        return
-    path = Path(__file__).parents[3] / "out" / f"engine-{os.getpid()}-{abs(hash(request.node.nodeid))}"
-    path.mkdir(parents=True)
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
