@@ -16,9 +16,10 @@ from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.events import ModeChanged, Trimmed
 from psi_kv_governor.policy import Range
 from psi_kv_governor.sandbox.messages import Done, Setup
+from psikv_bench.far import FOUND
 from psikv_bench.model import differing
 from psikv_bench.record import Recorder
-from psikv_bench.scenes import opening, overhead, policies, recall, scale, soak, trim
+from psikv_bench.scenes import capacity, opening, overhead, policies, recall, scale, soak, trim
 from psikv_bench.wide_model import CELL_BYTES
 
 
@@ -203,6 +204,28 @@ def test_what_recall_costs_is_taken_on_a_context_of_copies(tmp_path):
     assert math.isfinite(scoring.median)
     assert found["live cells at the end"].median == 1024 + 1 + 2 * 3 * 8
     assert 0 < found["summary over what is parked"].median <= 0.02
+
+
+@pytest.mark.llama
+def test_a_context_is_read_within_a_budget_of_live_cells_and_asked(tmp_path):
+    model = write_model(tmp_path / "deep.gguf", Shape("llama", n_layer=16, n_head=8, n_head_kv=8))
+    options = capacity.CapacityOptions(model=str(model), needles=2, live=384, times=3, threads=1)
+    found = {name: one for (_, name), one in measured(capacity, options).items()}
+    assert found["context over live cells"].median == 3
+    # Weights that mean nothing find nothing; what is over the budget is gone from memory all the same.
+    assert found["resident cache over what the live cells take"].median < 1.5
+    assert found["of these with recall"].asked == FOUND
+    assert found["found with the whole context"].median <= found["facts hidden"].median == 2
+    assert found["decoding within the budget, with recall"].median > 0
+
+
+@pytest.mark.parametrize(("live", "why"), [(320, "320 cells are protected"), (2048, "beyond this model's")])
+@pytest.mark.llama
+def test_a_budget_that_leaves_nothing_or_a_length_it_was_not_trained_for_is_refused(tmp_path, live, why):
+    model = write_model(tmp_path / "deep.gguf", Shape("llama", n_layer=16))
+    options = capacity.CapacityOptions(model=str(model), needles=1, live=live, times=2, threads=1)
+    with pytest.raises(PsiKvError, match=why):
+        measured(capacity, options)
 
 
 @pytest.mark.slow

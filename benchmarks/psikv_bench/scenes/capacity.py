@@ -26,6 +26,7 @@ from psikv_bench.capacity_report import (
     records,
     too_slow,
 )
+from psikv_bench.far import Far, measure
 from psikv_bench.options import Options, each_once, in_order
 from psikv_bench.record import Recorder, Report
 from psikv_bench.scene import Scene
@@ -65,6 +66,13 @@ class CapacityOptions(Options, frozen=True, kw_only=True):
         ]
         | None
     ) = None
+    needles: Annotated[
+        int,
+        Meta(ge=0, le=12, description="Instead: facts hidden in --times the --live cells, and asked for."),
+    ] = 0
+    live: Annotated[int, Meta(ge=64, description="Cells that may be looked at, with --needles.")] = 512
+    times: Annotated[int, Meta(ge=2, description="So many times longer is the context.")] = 16
+    seed: Annotated[int, Meta(ge=0, description="Of what is hidden.")] = 0
     resolution: Annotated[float, Meta(gt=1, description="Factor between the longest and what fails.")] = 1.15
 
     def check(self) -> None:
@@ -228,6 +236,9 @@ class _Probing:
 def run(recorder: Recorder[CapacityOptions]) -> Report:
     """Probe what is not yet in the journal, and report. Ctrl-C keeps the finished probes."""
     asked = recorder.options
+    if asked.needles:
+        found = measure(Far.of(asked), asked.seed, recorder.say)
+        return recorder.save(recorder.report(found, [asked.threads or 1]))
     require_sandbox(asked.swap)
     journal = recorder.journal(Probe, msgspec.structs.replace(asked, model=""))
     interrupted = False
@@ -284,5 +295,6 @@ SCENE = Scene(
     examples=(
         "psi-kv bench capacity --quick",
         "psi-kv bench capacity --limits 176,200,248 --out-dir capacity",
+        "psi-kv bench capacity --needles 8 --live 512 --times 16 --threads 1",
     ),
 )
