@@ -145,17 +145,19 @@ def play(folder: Path, kind: str, rate_mib_s: int) -> Told:
         began_s = time.monotonic()
         narrow(sandbox, sandbox.group.usage_bytes() + SPARE_MIB * MIB)
         engine.say("go")
-        same, taken_s, pressed_s = None, None, time.monotonic()
+        same, taken_s, pressed_s, pressed_to_s = None, None, began_s, began_s
         with contextlib.suppress(EngineEndedError, BrokenPipeError):
             for _ in range(3):
                 engine.hear("round")
             pressed_s = time.monotonic()
-            taken_s = press(sandbox, rate_mib_s)
+            neighbour, taken_s = press(sandbox, rate_mib_s)
             ended_s = time.monotonic()
             while engine.hear("round")["time_s"] < ended_s:
                 pass
             for _ in range(PRESSED_ROUNDS):
                 engine.hear("round")
+            pressed_to_s = time.monotonic()
+            neighbour.terminate()  # what was cached is read back whole: beside it that takes minutes
             engine.say("stop")
             same = engine.hear("again")["same"]
         given = [trim for trim in trims.found if trim.bytes_returned]
@@ -166,14 +168,17 @@ def play(folder: Path, kind: str, rate_mib_s: int) -> Told:
             same=same,
             taken_s=taken_s,
             calm_tokens_per_s=engine.tokens_per_s(began_s, pressed_s),
-            pressed_tokens_per_s=None if same is None else engine.tokens_per_s(pressed_s, time.monotonic()),
+            pressed_tokens_per_s=None if same is None else engine.tokens_per_s(pressed_s, pressed_to_s),
             returned_bytes=[trim.bytes_returned for trim in given],
             trim_s=[round(trim.seconds, 4) for trim in given],
         )
 
 
-def press(sandbox: Sandbox, rate_mib_s: int, mib: int = NEIGHBOUR_MIB) -> float | None:
-    """Let a neighbour take that and go on using it. Gives the seconds; None where it was killed."""
+def press(
+    sandbox: Sandbox, rate_mib_s: int, mib: int = NEIGHBOUR_MIB
+) -> tuple[subprocess.Popen[bytes], float | None]:
+    """A neighbour that takes so much and goes on using it, and the seconds that it took; None where it was
+    killed."""
     argv = [sys.executable, "-m", "psi_kv_governor.sandbox.load", "--kind", "ramp"]
     argv += ["--mib", str(mib), "--rate-mib-s", str(rate_mib_s)]
     started = time.monotonic()
@@ -181,8 +186,8 @@ def press(sandbox: Sandbox, rate_mib_s: int, mib: int = NEIGHBOUR_MIB) -> float 
     for line in neighbour.stdout or ():
         if json.loads(line)["event"] == "taken":
             threading.Thread(target=_heard_out, args=(neighbour,), daemon=True).start()
-            return time.monotonic() - started
-    return None
+            return neighbour, time.monotonic() - started
+    return neighbour, None
 
 
 def _heard_out(neighbour: subprocess.Popen[bytes]) -> None:

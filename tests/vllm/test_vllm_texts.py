@@ -33,11 +33,23 @@ def test_texts_are_the_same_while_blocks_are_parked_and_while_requests_stand_sti
     assert told["mask"]["preempted"] > 0
 
 
+TENSORS = {"tensor_parallel_size": 2}
+"""Each rank holds half of every block."""
+STAGES = {
+    "pipeline_parallel_size": 2,
+    # Eager stages end in vLLM itself (no warm-up makes their tensors): traced, and then run as they are.
+    "enforce_eager": False,
+    "compilation_config": {"mode": 2, "backend": "eager"},
+}
+"""Each rank holds half of the layers, and two steps are under way at a time."""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1300)
-def test_texts_are_the_same_over_two_ranks(tmp_path):
-    """Each holds half of every block, and both park it."""
-    told = told_by(tmp_path / "wide", "park,mask", wide=True, tensor_parallel_size=2)
+@pytest.mark.parametrize("ranks", [TENSORS, STAGES], ids=["tensors", "stages"])
+def test_texts_are_the_same_over_two_ranks(tmp_path, ranks):
+    """Both park their part of a block."""
+    told = told_by(tmp_path / "wide", "park,mask", wide=True, **ranks)
     for verb, round_of in told.items():
         assert round_of["same"] == round_of["of"] == 40, verb
         assert round_of["ranks"] == 2

@@ -69,7 +69,7 @@ class Disturber(threading.Thread):
             if self.random.random() < 0.5 and self.bring_back():
                 return
         if steps:
-            result = self.engine.apply(Plan(steps=(self.random.choice(steps),), deadline_s=2.0))
+            result = self.engine.apply(Plan(steps=(self.random.choice(steps),), deadline_s=10.0))
             self.bytes_returned += result.bytes_returned
             self.preempted += bool(result.masked)
 

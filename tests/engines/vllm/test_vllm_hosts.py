@@ -80,7 +80,8 @@ def config(**given):
         enable_sleep_mode=given.get("sleep", False), enforce_eager=given.get("eager", False)
     )
     parallel = SimpleNamespace(pipeline_parallel_size=given.get("stages", 1), decode_context_parallel_size=1)
-    return SimpleNamespace(model_config=model, parallel_config=parallel)
+    compilation = SimpleNamespace(mode=given.get("mode", 2))
+    return SimpleNamespace(model_config=model, parallel_config=parallel, compilation_config=compilation)
 
 
 class MambaSpec:
@@ -93,6 +94,7 @@ class MambaSpec:
         ({"device": "cuda"}, "on a cuda"),
         ({"sleep": True}, "sleep mode"),
         ({"stages": 2, "eager": True}, "pipeline stages"),
+        ({"stages": 2, "mode": 0}, "pipeline stages"),
         ({"mamba": True}, "Mamba"),
         ({"stages": 2}, ""),
         ({"eager": True}, ""),

@@ -19,11 +19,18 @@ def why_not(config: Any, cache_config: Any, device: str) -> str:
         return "sleep mode empties the cache by itself: leave --enable-sleep-mode out"
     if getattr(cache_config, "has_mamba_layers", False) or _has_states(cache_config):
         return "the model keeps states (Mamba) beside its blocks, which can't be parked one by one"
-    if getattr(parallel, "pipeline_parallel_size", 1) > 1 and getattr(model, "enforce_eager", False):
+    eager = getattr(model, "enforce_eager", False) or _mode(config) == 0
+    if getattr(parallel, "pipeline_parallel_size", 1) > 1 and eager:
         return "vLLM itself ends with --enforce-eager and several pipeline stages: leave one of them out"
     if getattr(parallel, "decode_context_parallel_size", 1) > 1:
         return "blocks that are spread over ranks (decode context parallelism) were never tried"
     return ""
+
+
+def _mode(config: Any) -> int | None:
+    """How the model is compiled; 0 is not at all, and no warm-up makes the tensors between stages then."""
+    mode = getattr(getattr(config, "compilation_config", None), "mode", None)
+    return None if mode is None else int(mode)
 
 
 def _has_states(cache_config: Any) -> bool:
