@@ -11,6 +11,7 @@ from gguf_models import LARGE, Shape
 from psi_kv_governor.cache import Plan, Range, Recall, Recalled, Step, Verb
 from psi_kv_governor.engines.llama.client import Client, InProcess
 from psi_kv_governor.engines.llama.engine import LlamaEngine
+from psi_kv_governor.engines.llama.evidence import Sampling
 from psi_kv_governor.policy.hybrid import WANTED
 
 pytestmark = pytest.mark.llama
@@ -203,6 +204,27 @@ def test_drafts_to_be_verified_are_never_decoded_twice(story):
     assert since(story.engine, before).decoded_again == 0
 
 
+def test_what_is_decoded_twice_is_observed_once(open_llm, demo_model):
+    llm, engine = open_llm(demo_model)
+    engine.collect(frozenset({"attention"}), Sampling(near=0, every=1))
+    story = Story(llm, engine)
+    evidence = engine.evidence(engine.snapshot().caches[0].id, 0)
+    before = evidence.sampled()
+
+    def observed(mode) -> tuple[int, np.ndarray]:
+        evidence.rewind(before)
+        told = story.read(mode=mode)
+        sums_weights_used = np.frombuffer(evidence.sampled(), dtype=np.float32).reshape(3, -1)
+        return told.decoded_again, sums_weights_used[1, : SETTINGS.sink_cells]
+
+    once, weights = observed("follow")
+    twice, same = observed("ahead")
+    engine.collect(frozenset())
+    assert (once, twice) == (0, 1)
+    assert (weights > 1).all()
+    np.testing.assert_array_equal(weights, same)
+
+
 def test_a_cache_without_flash_attention_says_why_not(open_llm, tiny_model):
     llm, engine = open_llm(tiny_model(LARGE), flash_attn=False)
     llm.eval([1, 2, 3])
@@ -229,3 +251,11 @@ def test_what_can_t_be_summarised_is_said_and_everything_else_works(open_llm, ti
     do(engine, Verb.UNMASK)
     assert sequence(engine).masked_cells == 0
     assert since(engine, before) == Recalled()
+
+
+@pytest.mark.parametrize("others", [100, 3000])
+def test_what_is_marked_stays_however_much_is(story, others):
+    live = Range(story.gone[1], len(story.tokens) - 64)
+    far = [Range(10_000 + 2 * i, 10_001 + 2 * i) for i in range(others)]
+    assert story.read(marked=(live, *far)).exchanges == 0
+    assert story.read(marked=(*far, live)).exchanges == 0

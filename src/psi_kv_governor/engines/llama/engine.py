@@ -51,6 +51,8 @@ SAVED_STATES = 1 << 19
 """`CacheState.id` of a process' saved states: above those of its buffers."""
 _RECALL_MODES = {"off": 0, "follow": 1, "ahead": 2}
 _RECALLED = struct.Struct("<5Q")
+_MOST_MARKED = 1024
+"""Ranges that the agent remembers (recall.h)."""
 RECALL_EVERY = 8
 """Of the tokens decoded one by one, one in so many is held against what is parked."""
 RECALL_LAYERS = 1
@@ -361,7 +363,10 @@ class LlamaEngine:
         mib_per_s = max(1, min(round(s.bytes_per_s / (1 << 20)), 1 << 20))
         then = ((RECALL_LAYERS, int(s.paused)), (mib_per_s, 0))
         most = (1 << 31) - 1
-        marked = tuple((min(part.start, most), min(part.stop, most)) for part in s.marked)
+        marked = [(min(part.start, most), min(part.stop, most)) for part in s.marked]
+        if len(marked) > _MOST_MARKED:  # those in between stay as well, rather than that one is forgotten
+            rest = marked[_MOST_MARKED - 1 :]
+            marked[_MOST_MARKED - 1 :] = [(min(rest)[0], max(stop for _, stop in rest))]
         self.client.ask(Op.RECALL, ranges=(*first, *then, *marked))
 
     def recalled(self) -> Recalled:

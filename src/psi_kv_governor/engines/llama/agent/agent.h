@@ -12,7 +12,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 #define MAX_REGIONS 64
-#define MAX_CONTEXTS 64
+#define MAX_SCHEDULERS 64
 #define MAX_TENSORS 512
 #define MAX_SEQUENCES 256
 
@@ -22,16 +22,20 @@ void * agent_dlsym(void * handle, const char * name);  // the C library's own, w
 
 // ---- real.c: the functions that the hooks stand before -----------------------------------------------------
 
-struct real_slot { void * caller; void * function; };
-struct real_cache { struct real_slot slots[8]; };
+#define REAL_SLOTS 64
+struct real_slot { void * address; void * found; };
+struct real_cache { struct real_cache * next; bool listed; struct real_slot slots[REAL_SLOTS]; };
 
 // The function `name` that `caller` would reach without us: the one of its own module or of what that needs.
 void * real_of(const char * name, void * caller, struct real_cache * cache);
 
 // Functions of one loaded llama.cpp that the agent calls by itself.
 struct lib {
-    void * module;
+    void * module;               // NULL: it was closed
+    const char * module_name;    // where its name stands, which nobody reads
+    uintptr_t module_base;
     bool   proven;  // the layout of struct ggml_tensor is as declared
+    struct { int32_t set_rows, flash, view, reshape, permute, transpose, none, cont, cpy, rope; } op;
     int     (*graph_n_nodes)(struct ggml_cgraph *);
     struct ggml_tensor * (*graph_node)(struct ggml_cgraph *, int);
     const char * (*op_name)(int32_t);
@@ -54,7 +58,6 @@ struct lib {
 };
 
 struct lib * lib_of(void * address);
-bool lib_is(const struct lib * lib, int32_t op, const char * name);
 bool lib_proven(struct lib * lib, const struct ggml_tensor * tensor);
 
 // ---- gate.c: when the agent may look at llama.cpp's bookkeeping, and when it may move pages -------------------
@@ -136,6 +139,7 @@ struct agent {
     struct region regions[MAX_REGIONS];
     uint32_t next_id, next_buffer;
     uint64_t memory_generation;  // cells changed hands since
+    uint64_t region_changes;     // a cache was born, or ended
     uint64_t written_bytes, born_bytes;
     char     place[512];
     int      want_backing;       // enum backing
@@ -213,13 +217,14 @@ void lost_guess(struct region * region, struct sequence * sequence, int32_t high
 void lost_removed(llama_memory_t memory, int32_t id, int32_t p0, int32_t p1, bool but);  // of `id`, or of all but it
 void lost_copied(llama_memory_t memory, int32_t from, int32_t to, int32_t p0, int32_t p1);
 
-// ---- graph.c: the mask, the rows that a graph writes, and attention -------------------------------------------
+// ---- graph.c, and graph.h for its parts: the mask, the rows that a graph writes, and attention -----------------
 
 void graph_before(struct lib * lib, ggml_backend_sched_t sched, struct ggml_cgraph * graph);
 void graph_after(void);
 void graph_note_callback(ggml_backend_sched_t sched, ggml_backend_sched_eval_callback callback, void * user);
-void graph_forget_callback(ggml_backend_sched_t sched);
-void graph_call_begin(struct llama_context * ctx, const struct llama_batch * batch);
+void graph_laid_out(ggml_backend_sched_t sched, const struct ggml_cgraph * graph);
+void graph_forget_scheduler(ggml_backend_sched_t sched);
+void graph_call_begin(struct llama_context * ctx, const struct llama_batch * batch, bool again);
 void graph_call_end(void);
 void graph_state_read(struct llama_context * ctx, int32_t sequence);
 void rows_overwritten(const struct ggml_tensor * tensor, size_t offset, size_t size);
@@ -228,7 +233,8 @@ void rows_overwritten(const struct ggml_tensor * tensor, size_t offset, size_t s
 
 struct sampler * sampler_new(int64_t n_cells, int32_t every, int32_t window, float keep, int32_t near);
 void sampler_free(struct sampler * sampler);
-void sampler_written(struct sampler * sampler, const int64_t * cells, int64_t n);
+void sampler_written(struct sampler * sampler, const int64_t * cells, int64_t n, bool again);
+void sampler_again(struct sampler * sampler, int64_t n);  // the last n tokens are about to be decoded once more
 bool sampler_due(const struct sampler * sampler);
 void sampler_observe(struct sampler * sampler, const struct ggml_tensor * node);
 float sampler_attention(const struct sampler * sampler, int64_t row);  // NaN: none was sampled

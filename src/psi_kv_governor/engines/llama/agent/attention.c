@@ -72,12 +72,22 @@ float sampler_last_used(const struct sampler * s, int64_t row) {
 
 double sampler_born(const struct sampler * s, int64_t row) { return s->born[row]; }
 
-void sampler_written(struct sampler * s, const int64_t * cells, int64_t n) {
+void sampler_again(struct sampler * s, int64_t n) { s->written -= n < s->written ? (uint32_t) n : s->written; }
+
+void sampler_written(struct sampler * s, const int64_t * cells, int64_t n, bool again) {
     for (int64_t i = 0; i < n; i++) {
+        if (again && s->born[cells[i]] == s->written + 1) {
+            s->written++;  // the same token in the same cell
+            continue;
+        }
         s->sum[cells[i]]    = 0.0f;
         s->weight[cells[i]] = 0.0f;
         s->used[cells[i]]   = 0;
         s->born[cells[i]]   = ++s->written;
+    }
+    if (again) {
+        s->due = false;
+        return;
     }
     s->since += n > 1 ? s->every : 1;
     s->due = s->since >= s->every;

@@ -97,9 +97,21 @@ EXPORT void ggml_backend_sched_set_eval_callback(ggml_backend_sched_t sched, ggm
     real(sched, callback, user);
 }
 
+EXPORT bool ggml_backend_sched_alloc_graph(ggml_backend_sched_t sched, struct ggml_cgraph * graph) {
+    REAL(ggml_backend_sched_alloc_graph);
+    graph_laid_out(sched, graph);
+    return real(sched, graph);
+}
+
+EXPORT void ggml_backend_sched_reset(ggml_backend_sched_t sched) {
+    REAL(ggml_backend_sched_reset);
+    graph_laid_out(sched, NULL);
+    real(sched);
+}
+
 EXPORT void ggml_backend_sched_free(ggml_backend_sched_t sched) {
     REAL(ggml_backend_sched_free);
-    graph_forget_callback(sched);
+    graph_forget_scheduler(sched);
     real(sched);
 }
 
@@ -122,11 +134,11 @@ EXPORT int32_t llama_decode(struct llama_context * ctx, struct llama_batch batch
     INSIDE;
     struct lib *  lib  = lib_of((void *) real);
     const int32_t from = recall_begin(ctx, lib, &batch);
-    graph_call_begin(ctx, &batch);
+    graph_call_begin(ctx, &batch, false);
     int32_t result = real(ctx, batch);
     graph_call_end();
     if (result == 0 && recall_end(ctx, lib, from)) {  // what it asks for has come back: the same tokens once more
-        graph_call_begin(ctx, &batch);
+        graph_call_begin(ctx, &batch, true);
         result = real(ctx, batch);
         graph_call_end();
     }
@@ -136,7 +148,7 @@ EXPORT int32_t llama_decode(struct llama_context * ctx, struct llama_batch batch
 EXPORT int32_t llama_encode(struct llama_context * ctx, struct llama_batch batch) {
     REAL(llama_encode);
     INSIDE;
-    graph_call_begin(ctx, NULL);
+    graph_call_begin(ctx, NULL, false);
     const int32_t result = real(ctx, batch);
     graph_call_end();
     return result;
@@ -149,7 +161,7 @@ EXPORT int32_t llama_process(struct llama_context * ctx, uintptr_t a, uintptr_t 
     struct lib *   lib   = lib_of((void *) real);
     const uint32_t n_max = lib && lib->n_seq_max ? lib->n_seq_max(ctx) : 0;
     const struct llama_batch * batch = batch_seen((const void *) b, n_max);  // (context, what to do, batch)
-    graph_call_begin(ctx, batch ? batch : batch_seen((const void *) a, n_max));
+    graph_call_begin(ctx, batch ? batch : batch_seen((const void *) a, n_max), false);
     const int32_t result = real(ctx, a, b, c, d, e);
     graph_call_end();
     return result;

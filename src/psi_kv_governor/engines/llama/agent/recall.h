@@ -12,7 +12,7 @@
 #define TAIL_TOKENS 16
 // Observations for which a block that was exchanged stays where it is.
 #define REST 3
-#define MOST_MARKED 32
+#define MOST_MARKED 1024
 
 struct recall {
     int64_t    n_rows, n_blocks;

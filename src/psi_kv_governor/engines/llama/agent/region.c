@@ -104,6 +104,7 @@ static void note_tensors(struct region * region, struct lib * lib, struct ggml_c
 
 static void forget(struct region * region) {
     region->alive = false;
+    agent.region_changes++;
     close(region->fd);  // -1 is refused, and harmless
     close(region->direct_fd);
     for (int i = 0; i < region->n_sequences; i++) {
@@ -167,6 +168,7 @@ void region_born(struct lib * lib, ggml_backend_buffer_t buffer, struct ggml_con
             strcpy(region->why_no_mask, "no graph with flash attention has run yet");
             region->id    = ++agent.next_id;
             region->alive = region->in_file != NULL;
+            agent.region_changes++;
         }
         if (!region->alive) {
             forget(region);
