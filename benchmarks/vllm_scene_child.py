@@ -88,6 +88,14 @@ class Engine:
         ]
 
 
+def work(engine: Engine, number: int) -> None:
+    """A round."""
+    started = time.monotonic()
+    engine.generate([engine.prompt(SHORT) for _ in range(REQUESTS)], DECODED)
+    seconds = time.monotonic() - started
+    say(event="round", number=number, tokens=REQUESTS * DECODED, seconds=seconds)
+
+
 def main() -> None:
     """Fill the cache; go on until a line comes; ask the first prompts again."""
     kind, folder, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
@@ -95,14 +103,17 @@ def main() -> None:
     kept = [engine.prompt(LONG) for _ in range(FILLERS)]
     first = engine.generate(kept, 8)
     say(event="filled")
-    if sys.stdin.readline().strip() == "idle":
+    wanted = sys.stdin.readline().strip()
+    if wanted == "idle":
         sys.stdin.readline()
+    elif wanted == "calm":
+        while sys.stdin.readline().strip() == "one":
+            work(engine, number=0)
     else:
         number = 0
         while not select.select([sys.stdin], [], [], 0)[0]:
             number += 1
-            engine.generate([engine.prompt(SHORT) for _ in range(REQUESTS)], DECODED)
-            say(event="round", number=number, tokens=REQUESTS * DECODED)
+            work(engine, number)
     say(event="again", same=engine.generate(kept, 8) == first)
 
 

@@ -48,6 +48,9 @@ class PromMetrics(KVConnectorPromMetrics):
             for kind, figures in ((Gauge, GAUGES), (Counter, COUNTERS))
             for name, about in figures.items()
         }
+        for labels in per_engine_labelvalues.values():
+            for known in self._known.values():
+                known.labels(*labels)  # a metric without any labels seen is not shown: 0 is
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """See KVConnectorPromMetrics."""
