@@ -78,13 +78,13 @@ test: lint model ## Lint, types and all tests; ends with what was skipped and wh
 	@scripts/run_tests.sh $(BIN)/python $(WORKERS)
 
 test-others: # Of environments that may not be had on this machine
-	@if timeout 900 $(MAKE) --no-print-directory $(FRAMEWORKS_READY) >$(VENV)/frameworks.log 2>&1; then \
+	@if timeout --foreground 900 $(MAKE) --no-print-directory $(FRAMEWORKS_READY) >$(VENV)/frameworks.log 2>&1; then \
 	  $(MAKE) --no-print-directory test-frameworks; \
 	else \
 	  echo "make: the tests of frameworks were left out: their environment can't be had here (the last line" \
 	    "of $(VENV)/frameworks.log: $$(tail -n 1 $(VENV)/frameworks.log))"; \
 	fi
-	@if timeout 1800 $(MAKE) --no-print-directory $(TRANSFORMERS_READY) >$(VENV)/transformers.log 2>&1; then \
+	@if timeout --foreground 1800 $(MAKE) --no-print-directory $(TRANSFORMERS_READY) >$(VENV)/transformers.log 2>&1; then \
 	  $(MAKE) --no-print-directory test-transformers; \
 	else \
 	  echo "make: the tests of transformers were left out: their environment can't be had here (the last line" \

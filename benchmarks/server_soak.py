@@ -26,8 +26,8 @@ import click
 import msgspec
 
 from psi_kv_governor.model import demo_model_path
+from psi_kv_governor.sandbox.sandbox import Sandbox
 from psikv_bench.server.asking import Client, Dead, Run, default_command, free_port, prompts
-from psikv_bench.server.container import Limit
 
 SAMPLE_S = 5.0
 SETTLED = 0.25
@@ -93,7 +93,7 @@ def growth(looks: Sequence[Look], who: str, of: Callable[[Look], float]) -> tupl
 class Soak:
     """One run."""
 
-    def __init__(self, command: Sequence[str], limit: Limit, seed: int) -> None:
+    def __init__(self, command: Sequence[str], limit: Sandbox, seed: int) -> None:
         self.looks: list[list[Look]] = [[], []]
         """Of the first sidecar's time, and the second's."""
         self.failed: list[str] = []
@@ -104,10 +104,9 @@ class Soak:
         self._words = [word.replace("{port}", str(self._port)) for word in command]
 
     def _started(self, words: Sequence[str]) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            preexec_fn=self._limit.enter,  # noqa: PLW1509  # it only writes its own number
-        )  # fmt: skip
+        return self._limit.popen(
+            words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
 
     def _ask(self, number: int) -> None:
         """A client: conversations that return, and one-shot prompts."""
@@ -195,12 +194,12 @@ def main(
     command: tuple[str, ...],
 ) -> None:
     """Serve COMMAND under pressure for a while."""
-    limit = Limit(limit_mib << 20)
+    limit = Sandbox(limit_mib << 20)
     soak = Soak(list(command) or default_command(str(demo_model_path())), limit, seed)
     try:
         soak.play(minutes, load_mib, place)
     finally:
-        kills = limit.kills()
+        kills = limit.group.oom_kills()
         limit.close()
     figures = soak.figures()
     for name, (first, last) in figures.items():

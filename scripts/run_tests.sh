@@ -13,9 +13,9 @@ failed=0 others=
 
 trap 'exit 130' INT TERM
 if [ "$workers" != 0 ]; then
-  nice -n 10 make --no-print-directory test-others >"$log" 2>&1 &
+  setsid nice -n 10 make --no-print-directory test-others >"$log" 2>&1 &  # a group of its own, to be ended whole
   others=$!
-  trap 'kill "$others" 2>/dev/null || true' EXIT
+  trap 'kill -- "-$others" 2>/dev/null || true' EXIT
 fi
 "$python" -m pytest -n "$workers" --dist loadfile -m "not ($alone)" || failed=1
 "$python" -m pytest -m "$alone" || failed=1

@@ -18,8 +18,6 @@ from psi_kv_governor.sandbox.messages import VARIANTS, Variant
 
 _S = TypeVar("_S", bound="Options")
 
-MOST_S = 86_400.0
-
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
     """What every scene is asked for."""

@@ -18,6 +18,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
+from psi_kv_governor.sandbox.sandbox import Sandbox
 from psikv_bench.figures import Asked, Figure, figure
 from psikv_bench.options import Options
 from psikv_bench.record import Recorder, Report
@@ -33,7 +34,6 @@ from psikv_bench.server.asking import (
     free_port,
     prompts,
 )
-from psikv_bench.server.container import Limit
 from psikv_bench.server.plots import plot
 
 SAMPLE_S = 0.2
@@ -81,18 +81,17 @@ def _command(words: Sequence[str], port: int, *, governed: bool, place: str) -> 
 
 def _play(words: Sequence[str], options: ServerOptions, *, governed: bool) -> Run:
     """One server, from start to end or death."""
-    done, limit, port = Run(governed=governed), Limit(options.limit_mib << 20), free_port()
+    done, limit, port = Run(governed=governed), Sandbox(options.limit_mib << 20), free_port()
     begin_s, ended = time.monotonic(), threading.Event()
 
     def watch() -> None:
         while not ended.wait(SAMPLE_S):
-            done.usage.append(Sample(time.monotonic() - begin_s, limit.usage_bytes()))
+            done.usage.append(Sample(time.monotonic() - begin_s, limit.group.usage_bytes()))
 
     watching = threading.Thread(target=watch)
-    process = subprocess.Popen(
+    process = limit.popen(
         _command(words, port, governed=governed, place=options.place),
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        preexec_fn=limit.enter,  # noqa: PLW1509  # one thread yet
     )  # fmt: skip
     watching.start()
     try:
@@ -104,13 +103,12 @@ def _play(words: Sequence[str], options: ServerOptions, *, governed: bool) -> Ru
     finally:
         ended.set()
         watching.join()
-        done.kills = limit.kills()
+        done.kills = limit.group.oom_kills()
         done.peak_bytes = max((sample.usage_bytes for sample in done.usage), default=0)
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(30)
         limit.close()
-        process.wait()
     return done
 
 
