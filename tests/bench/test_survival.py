@@ -49,8 +49,8 @@ def test_each_surrounding_says_what_it_is_and_only_known_ones_are_asked_for():
 
 def test_the_page_in_the_docs_has_the_record_s_table_and_no_row_in_which_governed_is_worse():
     text = page.PAGE.read_text()
-    assert page.filled(text, page.RECORD.read_bytes()) == text
-    rows = page.msgspec.json.decode(page.RECORD.read_bytes(), type=page._Record).rows
+    rows = page.rows()
+    assert page.filled(text, rows) == text
     assert {row.surrounding for row in rows} == set(SURROUNDINGS)
     assert not any(row.worse or row.answers == "differ" for row in rows)
 
@@ -65,3 +65,25 @@ def test_a_small_real_run_in_which_both_live(demo_model):
     report = survival.SCENE.run(Recorder("survival", options))
     assert report.passed, report.to_json().decode()
     assert [row.governed.outcome for row in report.rows] == ["lives", "lives"]
+
+
+def lived(demo_model, name: str) -> Pair:
+    """Plain and governed in one surrounding, for real."""
+    options = SurvivalOptions(model=str(demo_model), only=(name,))
+    report = survival.SCENE.run(Recorder("survival", options))
+    assert report.passed, report.to_json().decode()
+    (row,) = report.rows
+    if row.plain.outcome == "not here":
+        pytest.skip(row.plain.why)
+    return row
+
+
+@pytest.mark.llama
+@pytest.mark.swap
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(os.geteuid() != 0, reason="root, as for the other surroundings")
+def test_where_malloc_asks_for_huge_pages_memory_is_returned_all_the_same(demo_model):
+    row = lived(demo_model, "huge-pages")
+    assert row.governed.outcome == "lives", row.governed.why
+    assert row.governed.returned_bytes > 10 << 20

@@ -21,11 +21,13 @@ from psi_kv_governor.sandbox.messages import Setup, Variant
 from psi_kv_governor.sandbox.process_memory import glance
 from psi_kv_governor.sandbox.text import prompt_tokens
 from psikv_bench.survival import subject
-from psikv_bench.survival.surroundings import SURROUNDINGS, Around
+from psikv_bench.survival.around import Around
+from psikv_bench.survival.surroundings import SURROUNDINGS
 
 Outcome = Literal["lives", "killed", "error", "stuck", "not here"]
-_OPEN_S, _DECODE_S = 120.0, 120.0
-"""Past that it is stuck: a token takes 50 ms, and thrashing a hundred times as long is no life."""
+_OPEN_S, _DECODE_S = 300.0, 120.0
+"""Past that it is stuck: a token takes 50 ms, and thrashing a hundred times as long is no life. Opening
+may have to compile the agent first: 40 s on a machine that does other work."""
 _KILLED = frozenset({-9, -31, 137, 159})
 """SIGKILL and SIGSYS, also as a shell in between tells them."""
 
@@ -108,7 +110,11 @@ def live(name: str, variant: Variant, base: subject.Order, need: tuple[int, int]
             around = Around(place, need[0], need[1], ending)
             SURROUNDINGS[name](around)
             order = msgspec.structs.replace(
-                base, variant=variant, locks=around.locks, settings=around.settings
+                base,
+                variant=variant,
+                locks=around.locks,
+                settings=around.settings,
+                beside=around.beside,
             )
             return _lived(name, order, around)
     except PsiKvError as error:
@@ -127,7 +133,7 @@ def _lived(name: str, order: subject.Order, around: Around) -> Run:
                 outcome = found
                 break
             said[event] = found
-        why = _end(child, kill=outcome == "stuck")
+        why = _end(child, kill=outcome == "stuck") or (f"no `{event}`" if outcome == "stuck" else "")
         if outcome == "lives" and child.returncode:
             outcome = "killed" if child.returncode in _KILLED else "error"
     decoded = said.get("decoded", subject.Said(event=""))
@@ -214,6 +220,8 @@ def _hear(child: subprocess.Popen[bytes], event: str, limit_s: float) -> subject
         if not line:
             child.wait()
             return "killed" if child.returncode in _KILLED else "error"
+        if line.startswith(b"ended "):  # on a whole machine, which outlives it
+            return "killed" if int(line.split()[1]) in _KILLED else "error"
         with contextlib.suppress(msgspec.DecodeError):
             said = msgspec.json.decode(line, type=subject.Said)
             if said.event == event:

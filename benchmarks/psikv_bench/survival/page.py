@@ -1,4 +1,4 @@
-"""Puts the table of a record into docs/survival.md: `python -m psikv_bench.survival.page`."""
+"""Puts the table of the records into docs/survival.md: `python -m psikv_bench.survival.page`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from psikv_bench.record import as_table
 from psikv_bench.scenes.survival import Pair, table
 
 ROOT = Path(__file__).parents[3]
-RECORD, PAGE = ROOT / "data/bench-survival/result.json", ROOT / "docs/survival.md"
+RECORDS, PAGE = ROOT / "data/bench-survival", ROOT / "docs/survival.md"
 _BEGIN, _END = "<!-- table -->", "<!-- end of table -->"
 
 
@@ -18,17 +18,25 @@ class _Record(msgspec.Struct):
     rows: list[Pair]
 
 
-def filled(page: str, record: bytes) -> str:
-    """`page` with the table of `record` between its marks."""
+def rows() -> list[Pair]:
+    """All surroundings: of the whole run, and of later runs (a folder each), which replace them."""
+    found: dict[str, Pair] = {}
+    for record in (RECORDS / "result.json", *sorted(RECORDS.glob("*/result.json"))):
+        pairs = msgspec.json.decode(record.read_bytes(), type=_Record).rows
+        found |= {pair.surrounding: pair for pair in pairs}
+    return list(found.values())
+
+
+def filled(page: str, pairs: list[Pair]) -> str:
+    """`page` with the table of `pairs` between its marks."""
     before, _, rest = page.partition(_BEGIN)
-    pairs = msgspec.json.decode(record, type=_Record).rows
     lines = "\n".join(as_table(table(pairs)))
     return f"{before}{_BEGIN}\n\n{lines}\n\n{_END}{rest.partition(_END)[2]}"
 
 
 def main() -> None:
     """Write the page."""
-    PAGE.write_text(filled(PAGE.read_text(), RECORD.read_bytes()))
+    PAGE.write_text(filled(PAGE.read_text(), rows()))
 
 
 if __name__ == "__main__":

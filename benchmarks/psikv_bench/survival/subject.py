@@ -11,8 +11,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -41,6 +43,8 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     in_memory: bool = True
     """Whether the weights are read into memory instead of being mapped."""
     settings: dict[str, Any] = {}
+    beside: list[str] = []
+    """The neighbour, where it has to be started from within: it is ended when the tokens are there."""
 
 
 class Said(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,13 +81,14 @@ def main() -> None:
     if order.locks:
         ctypes.CDLL(None).mlockall(1)  # MCL_CURRENT
     sys.stdin.readline()
-    began_s, tokens, masked = time.monotonic(), [], 0
-    for _ in range(order.tokens):
-        tokens.append(models.greedy(llm))
-        if governed:
-            masked = max(masked, models.cells_of(llm, order.variant).masked)
-        llm.eval(tokens[-1:])
-    seconds = time.monotonic() - began_s
+    with _beside(order.beside):
+        began_s, tokens, masked = time.monotonic(), [], 0
+        for _ in range(order.tokens):
+            tokens.append(models.greedy(llm))
+            if governed:
+                masked = max(masked, models.cells_of(llm, order.variant).masked)
+            llm.eval(tokens[-1:])
+        seconds = time.monotonic() - began_s
     _say(
         Said(
             event="decoded",
@@ -97,6 +102,18 @@ def main() -> None:
     sys.stdin.readline()
     _say(Said(event="calm", tokens=_again(llm, order, governed)))
     llm.close()
+
+
+@contextlib.contextmanager
+def _beside(argv: list[str]) -> Iterator[None]:
+    if not argv:
+        yield
+        return
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()  # it begins
+        yield
+        child.kill()
 
 
 def _again(llm: Any, order: Order, governed: bool) -> list[int]:

@@ -8,21 +8,16 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.sandbox.sandbox import Sandbox
 from psikv_bench.survival import filtered
-
-MIB = 1 << 20
-NOBODY = "54321"
-"""A user number without name, home or group, as a container platform gives out."""
+from psikv_bench.survival.around import MIB, Around
 
 _MAPPED = """
 import mmap, os, sys, tempfile, time
+taken = os.urandom(1 << 20) * (int(sys.argv[3]) >> 20)  # of its own besides
 with tempfile.TemporaryFile(dir=sys.argv[1]) as file:
     for _ in range(int(sys.argv[2])):
         file.write(os.urandom(1 << 20))
@@ -35,59 +30,6 @@ with tempfile.TemporaryFile(dir=sys.argv[1]) as file:
         time.sleep(0.05)
 """
 """An index that is mapped and looked into everywhere, as vector databases do."""
-
-
-@dataclass
-class Around:
-    """What is around one run."""
-
-    folder: Path
-    """Its own, which any user can enter and write to; on a disk."""
-    need_bytes: int
-    """What plain llama.cpp takes of anonymous memory with this model and context."""
-    cache_bytes: int
-    ending: contextlib.ExitStack
-    wrap: Callable[[list[str]], list[str]] = lambda argv: argv
-    environ: dict[str, str] = field(default_factory=dict)
-    sandbox: Sandbox | None = None
-    other: Sandbox | None = None
-    """Where the neighbour is, if not in the same."""
-    neighbour: list[str] | None = None
-    locks: bool = False
-    during: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
-    """What happens while it decodes."""
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def short_bytes(self) -> int:
-        """A limit that lacks half of the cache beside a neighbour of 100 MiB, which has 10 MiB of its own."""
-        return self.need_bytes + 110 * MIB - self.cache_bytes // 2
-
-    def limited(self, n_bytes: int, **swap: Any) -> None:
-        """In a memory cgroup of so many bytes."""
-        self.sandbox = self.ending.enter_context(Sandbox(n_bytes, **swap))
-
-    def ramp(self, mib: int, rate: float) -> None:
-        """A neighbour that takes memory and goes on using it."""
-        self.neighbour = [
-            sys.executable, "-m", "psi_kv_governor.sandbox.load", "--kind", "ramp", "--mib", str(mib),
-            "--rate-mib-s", str(rate),
-        ]  # fmt: skip
-
-    def mounts(self, *commands: str) -> None:
-        """In a mount namespace of its own, in which `commands` were run."""
-        script = " && ".join((*commands, 'exec "$@"'))
-        before = self.wrap
-        self.wrap = lambda argv: [
-            "unshare", "-m", "--propagation", "private", "sh", "-c", script, "sh", *before(argv),
-        ]  # fmt: skip
-
-    def nobody(self) -> None:
-        """As a user without a name."""
-        before = self.wrap
-        self.wrap = lambda argv: [
-            "setpriv", "--reuid", NOBODY, "--regid", "0", "--clear-groups", *before(argv),
-        ]  # fmt: skip
 
 
 def calm(around: Around) -> None:
@@ -203,9 +145,9 @@ def full_disk(around: Around) -> None:
     around.settings = {"place_reserve_bytes": 0, "place": f"{around.folder}/disk"}
 
 
-def slow_disk(around: Around) -> None:
+def slow_disk(around: Around, mb_per_s: int = 8, limit_bytes: int = 0) -> None:
     """A disk of 8 MB/s, and a neighbour of 25 MB/s, without swap."""
-    around.limited(around.short_bytes)
+    around.limited(limit_bytes or around.short_bytes)
     around.ramp(100, 25.0)
     blkio = Path("/sys/fs/cgroup/blkio/blkio.throttle.write_bps_device")
     if not blkio.exists():
@@ -220,17 +162,41 @@ def slow_disk(around: Around) -> None:
     around.ending.callback(subprocess.run, ["umount", str(disk)], check=False)
     device = disk.stat().st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
-    blkio.write_text(f"{number} {8 * 1000 * 1000}")
+    blkio.write_text(f"{number} {mb_per_s * 1000 * 1000}")
     around.ending.callback(blkio.write_text, f"{number} 0")
     disk.chmod(0o1777)
     around.environ = dict.fromkeys(("XDG_CACHE_HOME", "HOME", "TMPDIR"), str(disk))
     around.settings = {"place_reserve_bytes": 0}
 
 
+def slow_disk_and_room(around: Around, mb_per_s: int = 8) -> None:
+    """A disk of 8 MB/s, and a neighbour of 25 MB/s that just fits beside the model, without swap."""
+    slow_disk(around, mb_per_s, around.need_bytes + 110 * MIB + 24 * MIB)
+
+
+def slowest_disk_and_room(around: Around) -> None:
+    """The same with a disk of 2 MB/s."""
+    slow_disk_and_room(around, 2)
+
+
+def huge_pages(around: Around) -> None:
+    """The scene with zram, and every mapping of malloc asks for huge pages (THP)."""
+    zram(around)
+    around.environ = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+
 def mapped_files(around: Around) -> None:
     """A neighbour that maps a file of 200 MiB, in a limit with room for half of it."""
     around.limited(around.need_bytes + 180 * MIB)
-    around.neighbour = [sys.executable, "-c", _MAPPED, str(around.folder), "200"]
+    around.neighbour = [sys.executable, "-c", _MAPPED, str(around.folder), "200", "0"]
+
+
+def mapped_index(around: Around) -> None:
+    """A neighbour that maps an index of 200 MiB, all of it in memory, at 39 % headroom; nobody stalls."""
+    limit_bytes = round((200 + 20) * MIB / 0.39)
+    rest_bytes = limit_bytes - around.need_bytes - (220 + 10) * MIB
+    around.limited(limit_bytes)
+    around.neighbour = [sys.executable, "-c", _MAPPED, str(around.folder), "200", str(rest_bytes)]
 
 
 def other_container(around: Around) -> None:
@@ -279,7 +245,8 @@ SURROUNDINGS: dict[str, Callable[[Around], None]] = {
     one.__name__.replace("_", "-"): one
     for one in (
         calm, hardened, random_user, read_only, noexec, no_compiler, no_threads, no_files, no_swap, zram,
-        tmpfs, overlay, loop, full_disk, slow_disk, mapped_files, other_container, locked, frozen,
+        tmpfs, overlay, loop, full_disk, slow_disk, slow_disk_and_room, slowest_disk_and_room, huge_pages,
+        mapped_files, mapped_index, other_container, locked, frozen,
     )
 }  # fmt: skip
 """By name; the docstring says what it is."""
@@ -289,7 +256,9 @@ QUICK = ("calm", "hardened", "noexec", "no-swap", "mapped-files")
 
 def why_not(names: Sequence[str]) -> str:
     """Why they can't be made here; empty where they can."""
-    able, why = Sandbox.available("zram" if {"zram", "other-container"} & set(names) else "none")
+    able, why = Sandbox.available(
+        "zram" if {"zram", "huge-pages", "other-container"} & set(names) else "none"
+    )
     if not able:
         return why
     if os.geteuid() != 0:
