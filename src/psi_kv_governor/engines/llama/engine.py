@@ -3,52 +3,50 @@
 from __future__ import annotations
 
 import math
-import mmap
 import struct
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from psi_kv_governor.cache import (
-    BlobState,
     CacheState,
     Capabilities,
     Capability,
     Description,
     Kind,
     Plan,
-    Range,
     Recall,
     Recalled,
     Result,
-    SequenceState,
     Snapshot,
     Step,
     Verb,
 )
 from psi_kv_governor.engines.llama.client import (
     NO_SUCH,
-    BufferInfo,
     Client,
     Op,
     RegionInfo,
     Reply,
-    SequenceInfo,
 )
 from psi_kv_governor.engines.llama.evidence import LlamaEvidence, Sampling
 from psi_kv_governor.engines.llama.states import FIRST_ID, SavedStates
+from psi_kv_governor.engines.llama.telling import (
+    AFFECTED,
+    LOST,
+    MASKED,
+    cache_state,
+    elsewhere,
+    saved_states,
+    why_none,
+)
 from psi_kv_governor.errors import EngineError
 
-_MASKED, _PARKED, _AFFECTED, _LOST = 2, 4, 8, 16  # enum row_flag in agent.h
-_RUNNING_S = 1.0
-"""A sequence that was decoded within so long is running: between two tokens of a slow machine."""
 _COUNT_EVERY_S = 1.0
 """Resident pages are counted so often: 0.3 ms for a gigabyte."""
-SAVED_STATES = 1 << 19
-"""`CacheState.id` of a process' saved states: above those of its buffers."""
 _RECALL_MODES = {"off": 0, "follow": 1, "ahead": 2}
 _RECALLED = struct.Struct("<5Q")
 _MOST_MARKED = 1024
@@ -106,7 +104,7 @@ class LlamaEngine:
         regions = list(self._regions.values())
         able = Capability(able=True)
         away = [] if regions else self._away()
-        none_yet = Capability(able=False, why=_why_none(away))
+        none_yet = Capability(able=False, why=why_none(away))
         parks = bool(regions) or (bool(away) and self._knows_blobs)
         placeless = Capability(able=False, why="there is no place to park")
         no_blobs = Capability(able=False, why="states that are saved here are not known")
@@ -154,7 +152,19 @@ class LlamaEngine:
         largest = {
             region.context: max(r.rows for r in regions if r.context == region.context) for region in regions
         }
-        caches = tuple(self._cache(region, now_s, largest[region.context]) for region in regions)
+        caches = tuple(
+            cache_state(
+                self.client,
+                region,
+                pid=self._pid,
+                now_s=now_s,
+                most_rows=largest[region.context],
+                resident_bytes=self._resident.get(region.id, 0),
+                frees_swap=region.id in self._frees_swap,
+                head_cells=self.head_cells,
+            )
+            for region in regions
+        )
         written = max((region.written for region in regions), default=0)
         return Snapshot(time_s=now_s, caches=(*caches, *self._saved()), written_bytes=written)
 
@@ -163,35 +173,8 @@ class LlamaEngine:
         return self._context is None or self.states is not None
 
     def _saved(self) -> tuple[CacheState, ...]:
-        """The saved states of the process, as a cache without cells."""
         blobs = self.client.blobs() if self._context is None else []
-        states = () if self.states is None else self.states.blobs()
-        states += tuple(
-            BlobState(
-                id=blob.id,
-                n_bytes=blob.n_bytes,
-                parked=blob.parked,
-                last_used_s=blob.used_s,
-                kind="checkpoint" if blob.checkpoint else "prompt",
-            )
-            for blob in blobs
-        )
-        if not states:
-            return ()
-        return (
-            CacheState(
-                id=SAVED_STATES,
-                name="saved states",
-                pid=self._pid,
-                capacity_cells=0,
-                cell_bytes=1,
-                row_bytes=1,
-                resident_bytes=sum(blob.n_bytes for blob in states if not blob.parked),
-                maskable=False,
-                why_not_maskable="nothing attends to a saved state",
-                blobs=states,
-            ),
-        )
+        return saved_states(self._pid, blobs, () if self.states is None else self.states.blobs())
 
     def _look(self, *, count_resident: bool = False) -> list[RegionInfo]:
         if self._closed:
@@ -204,73 +187,6 @@ class LlamaEngine:
         ]
         self._regions = {region.id: region for region in regions}
         return regions
-
-    def _cache(self, region: RegionInfo, now_s: float, most_rows: int) -> CacheState:
-        if not region.by_cell:
-            sequences: tuple[SequenceState, ...] = (
-                SequenceState(
-                    id=-1,
-                    next_position=1,
-                    live=(Range(0, 1),),
-                    running=region.computing or now_s - region.used_s < _RUNNING_S,
-                    last_used_s=region.used_s,
-                ),
-            )
-        else:
-            sequences = tuple(self._sequence(region, sequence, now_s) for sequence in region.sequences)
-        # Of a model with sliding windows the small cache slides by itself.
-        slides = region.by_cell and region.rows < most_rows
-        why = "its window slides by itself" if slides else region.why_not_maskable
-        return CacheState(
-            id=region.id,
-            name="keys and values" if region.by_cell else "recurrent state",
-            pid=self._pid,
-            capacity_cells=region.rows or 1,
-            cell_bytes=region.cell_bytes if region.by_cell else region.size,
-            row_bytes=region.row_bytes if region.by_cell else region.size,
-            resident_bytes=self._resident.get(region.id, 0),
-            maskable=region.maskable and not slides,
-            evictable=region.by_cell and not slides,
-            why_not_maskable=why if region.by_cell else "a recurrent state has no cells",
-            free_resident_bytes=self._free_resident(region),
-            frees_swap=region.id in self._frees_swap,
-            sequences=sequences,
-        )
-
-    def _free_resident(self, region: RegionInfo) -> int:
-        """Counted bytes beyond what the used cells take.
-
-        Parked cells hide some: a lower bound. The page in which used rows of a tensor end can't go.
-        """
-        if not region.by_cell:
-            return 0
-        used = sum(sequence.cells for sequence in region.sequences) * region.cell_bytes
-        edges = region.cell_bytes // max(1, region.row_bytes) * mmap.PAGESIZE
-        return max(0, self._resident.get(region.id, 0) - used - edges)
-
-    def _sequence(self, region: RegionInfo, info: SequenceInfo, now_s: float) -> SequenceState:
-        live: tuple[Range, ...] = (Range(info.low, info.high + 1),)
-        masked: tuple[Range, ...] = ()
-        lost: tuple[Range, ...] = ()
-        parked = info.parked
-        if info.masked or info.lost or info.cells != info.high + 1 - info.low:
-            cells = self.client.cells(region.id, info.id)
-            live = _runs(cells[(cells[:, 1] & (_MASKED | _LOST)) == 0, 0])
-            masked = _runs(cells[(cells[:, 1] & _MASKED) != 0, 0])
-            lost = _runs(cells[(cells[:, 1] & _LOST) != 0, 0])
-            parked = int(np.count_nonzero((cells[:, 1] & (_MASKED | _PARKED)) == _PARKED))
-        return SequenceState(
-            id=info.id,
-            next_position=info.high + 1,
-            live=live,
-            masked=masked,
-            lost=lost,
-            affected=info.affected,
-            parked_bytes=parked * region.cell_bytes,
-            running=now_s - info.used_s < _RUNNING_S or (region.computing and info.used_s == region.used_s),
-            last_used_s=info.used_s,
-            head_cells=self.head_cells,
-        )
 
     # -- acting -----------------------------------------------------------------------------------------
 
@@ -341,12 +257,12 @@ class LlamaEngine:
     def first_affected(self, sequence: int) -> int | None:
         """The first position that was evicted, or decoded while others were masked or gone; None where there
         is none."""
-        firsts = [c[(c[:, 1] & (_AFFECTED | _LOST)) != 0, 0] for c in self._cells_of(sequence)]
+        firsts = [c[(c[:, 1] & (AFFECTED | LOST)) != 0, 0] for c in self._cells_of(sequence)]
         return min((int(found.min()) for found in firsts if len(found)), default=None)
 
     def masked(self, sequence: int) -> int:
         """Positions of the sequence that attention passes over now."""
-        return max((int(np.count_nonzero(c[:, 1] & _MASKED)) for c in self._cells_of(sequence)), default=0)
+        return max((int(np.count_nonzero(c[:, 1] & MASKED)) for c in self._cells_of(sequence)), default=0)
 
     def _cells_of(self, sequence: int) -> list[npt.NDArray[np.int32]]:
         regions = self._look()
@@ -397,36 +313,6 @@ class LlamaEngine:
         except EngineError:
             pass  # the agent is gone, and its masks with it
         self._closed = True
-
-
-def _why_none(away: list[str]) -> str:
-    """Why there is no cache that gives pages back."""
-    if not away:
-        return "no cache is open, or it is too small to matter (1 MiB)"
-    return (
-        f"its keys and values are in {' and '.join(away)}, where no page can be returned: of a program saved "
-        "states are parked, GovernedLlama makes its context smaller, and with offload_kqv=False "
-        "(--no-kv-offload) they are in host memory"
-    )
-
-
-def elsewhere(buffers: Iterable[BufferInfo]) -> list[str]:
-    """The memory that holds these, with its size, as far as it is not plain memory of the host."""
-    sizes: dict[str, int] = {}
-    for one in buffers:
-        if one.name != "CPU":
-            sizes[one.name] = sizes.get(one.name, 0) + one.n_bytes
-    return [f"{name} ({n_bytes / 2**20:,.0f} MiB)" for name, n_bytes in sizes.items()]
-
-
-def _runs(positions: npt.NDArray[np.int32]) -> tuple[Range, ...]:
-    """Sorted positions as ranges."""
-    if not len(positions):
-        return ()
-    positions = np.unique(positions)
-    breaks = np.flatnonzero(np.diff(positions) != 1) + 1
-    parts = np.split(positions, breaks)
-    return tuple(Range(int(part[0]), int(part[-1]) + 1) for part in parts)
 
 
 def _moved(result: Result) -> int:

@@ -172,10 +172,18 @@ bool bear_in_file(struct region * region);
 bool have_file(struct region * region);
 void no_read_ahead(uint64_t first, uint64_t last);
 
-// ---- pages.c: the pages of a range, and where their bytes reside ----------------------------------------------
+// ---- resident.c: which pages of a range are in memory ---------------------------------------------------------
 
+#define MAP_BATCH 4096
+#define IN_MEMORY (1ull << 63)
+#define IN_SWAP   (1ull << 62)
+#define OF_FILE   (1ull << 61)
+bool page_map(uint64_t first, size_t n, uint64_t * entries);
 uint64_t resident_in(uint64_t first, uint64_t last);
 uint64_t held_in(uint64_t first, uint64_t last, uint64_t * swapped);
+
+// ---- pages.c: the pages of a range, and where their bytes reside ----------------------------------------------
+
 // Parks pages [first, last). Gives the resident bytes that went; agent.problem says why less.
 uint64_t park_pages(struct region * region, uint64_t first, uint64_t last, uint64_t * written);
 // Writes them while they stay resident.

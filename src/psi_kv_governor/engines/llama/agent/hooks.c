@@ -3,129 +3,16 @@
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
-#include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
-#include <unistd.h>
 
-#include "recall.h"
+#include "hooks.h"
 
 #if defined(__x86_64__)
 #define DLSYM_FIRST "GLIBC_2.2.5"
 #else
 #define DLSYM_FIRST "GLIBC_2.17"
 #endif
-
-struct agent agent = {.lock = PTHREAD_MUTEX_INITIALIZER};
-
-void real_set_primary(const char * path);
-
-void agent_say(const char * format, ...) {
-    char    text[512];
-    va_list arguments;
-    va_start(arguments, format);
-    const int n = vsnprintf(text, sizeof(text), format, arguments);
-    va_end(arguments);
-    if (n > 0) {
-        dprintf(2, "psi-kv: %s\n", text);
-    }
-}
-
-double agent_now_s(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double) now.tv_sec + (double) now.tv_nsec * 1e-9;
-}
-
-static void left(int * unused) {
-    (void) unused;
-    gate_leave();
-}
-
-// The gate is left however the call ends, also by an exception that passes through.
-#define CALLER __builtin_return_address(0)
-#define REAL(name)                                                                       \
-    static struct real_cache cache;                                                      \
-    typeof(&name) real = (typeof(&name)) real_of(#name, CALLER, &cache)
-#define INSIDE                                                                           \
-    __attribute__((cleanup(left), unused)) int inside = 0;                               \
-    gate_enter()
-
-// ---- buffers ------------------------------------------------------------------------------------------------
-
-EXPORT ggml_backend_buffer_t ggml_backend_alloc_ctx_tensors_from_buft(struct ggml_context * context, ggml_backend_buffer_type_t type) {
-    REAL(ggml_backend_alloc_ctx_tensors_from_buft);
-    ggml_backend_buffer_t buffer = real(context, type);
-    region_born(lib_of(CALLER), buffer, context);
-    return buffer;
-}
-
-EXPORT void ggml_backend_buffer_clear(ggml_backend_buffer_t buffer, uint8_t value) {
-    REAL(ggml_backend_buffer_clear);
-    if (value != 0 || !region_clear(buffer)) {
-        real(buffer, value);
-    }
-}
-
-EXPORT void ggml_backend_buffer_free(ggml_backend_buffer_t buffer) {
-    REAL(ggml_backend_buffer_free);
-    if (buffer) {
-        region_gone(buffer);
-    }
-    real(buffer);
-}
-
-EXPORT void ggml_backend_tensor_get(const struct ggml_tensor * tensor, void * data, size_t offset, size_t size) {
-    REAL(ggml_backend_tensor_get);
-    if (!map_asking(tensor, offset, size)) {
-        real(tensor, data, offset, size);
-    }
-}
-
-EXPORT void ggml_backend_tensor_set(struct ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
-    REAL(ggml_backend_tensor_set);
-    rows_overwritten(tensor, offset, size);
-    real(tensor, data, offset, size);
-}
-
-// ---- graphs ---------------------------------------------------------------------------------------------------
-
-EXPORT void ggml_backend_sched_set_eval_callback(ggml_backend_sched_t sched, ggml_backend_sched_eval_callback callback, void * user) {
-    REAL(ggml_backend_sched_set_eval_callback);
-    graph_note_callback(sched, callback, user);
-    real(sched, callback, user);
-}
-
-EXPORT bool ggml_backend_sched_alloc_graph(ggml_backend_sched_t sched, struct ggml_cgraph * graph) {
-    REAL(ggml_backend_sched_alloc_graph);
-    graph_laid_out(sched, graph);
-    return real(sched, graph);
-}
-
-EXPORT void ggml_backend_sched_reset(ggml_backend_sched_t sched) {
-    REAL(ggml_backend_sched_reset);
-    graph_laid_out(sched, NULL);
-    real(sched);
-}
-
-EXPORT void ggml_backend_sched_free(ggml_backend_sched_t sched) {
-    REAL(ggml_backend_sched_free);
-    graph_forget_scheduler(sched);
-    real(sched);
-}
-
-EXPORT int32_t ggml_backend_sched_graph_compute_async(ggml_backend_sched_t sched, struct ggml_cgraph * graph) {
-    REAL(ggml_backend_sched_graph_compute_async);
-    INSIDE;  // whoever did not come through one of the functions below
-    struct lib * lib = lib_of(CALLER);
-    graph_before(lib, sched, graph);
-    gate_compute_begin();
-    const int32_t status = real(sched, graph);
-    gate_compute_end();
-    graph_after();
-    return status;
-}
 
 // ---- calls into llama.cpp -----------------------------------------------------------------------------------------
 
@@ -297,48 +184,7 @@ READS(int32_t, llama_memory_seq_pos_max, (llama_memory_t mem, int32_t seq), (mem
 
 READS(void, llama_free, (struct llama_context * ctx), (ctx))
 
-// ---- the beginning, and forks ---------------------------------------------------------------------------------------
-
-static __thread bool held_for_fork;
-
-static void before_fork(void) {
-    // Whole micro-batches, unless the fork comes from inside of one: then the child's copy of that context is half a
-    // decode, as without us.
-    held_for_fork = !gate_inside() && gate_take(true, 0.5);
-    pthread_mutex_lock(&agent.lock);
-}
-
-static void after_fork_in_parent(void) {
-    regions_after_fork(false);
-    pthread_mutex_unlock(&agent.lock);
-    if (held_for_fork) {
-        gate_give();
-    }
-}
-
-static void after_fork_in_child(void) {
-    regions_after_fork(true);
-    pthread_mutex_init(&agent.lock, NULL);
-    pthread_mutex_init(&serving, NULL);
-    pthread_mutex_init(&blob_lock, NULL);
-    pthread_mutex_init(&lib_lock, NULL);
-    socket_after_fork();
-    gate_after_fork();
-    libc_after_fork();
-    batch_after_fork();
-}
-
-EXPORT void psikv_configure(const char * place, int32_t backing, uint64_t reserve_bytes, uint64_t limit_bytes, const char * library) {
-    pthread_mutex_lock(&agent.lock);
-    snprintf(agent.place, sizeof(agent.place), "%s", place ? place : "");
-    agent.want_backing  = backing;
-    agent.reserve_bytes = reserve_bytes;
-    agent.limit_bytes   = limit_bytes;
-    pthread_mutex_unlock(&agent.lock);
-    if (library && library[0]) {
-        real_set_primary(library);
-    }
-}
+// ---- functions that are looked up by name -------------------------------------------------------------------------
 
 // Programs that look functions up by name (ctypes, JNA, purego) find the hooks too. Only under LD_PRELOAD does this stand
 // before the C library's own. A plain return is a jump at -O2: for RTLD_NEXT the C library sees who really asks.
@@ -385,17 +231,4 @@ EXPORT void * dlsym(void * restrict handle, const char * restrict name) {
         return hooked(handle, name);
     }
     return real(handle, name);
-}
-
-__attribute__((constructor)) static void begin(void) {
-    (void) pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
-    if (getenv("PSIKV_SOCKET")) {  // under `psi-kv exec`
-        libc_start();
-        const char * place   = getenv("PSIKV_PLACE");
-        const char * backing = getenv("PSIKV_BACKING");
-        const char * reserve = getenv("PSIKV_RESERVE_BYTES");
-        const char * limit   = getenv("PSIKV_LIMIT_BYTES");
-        psikv_configure(place, backing && !strcmp(backing, "file") ? BACKING_FILE : BACKING_MEMORY,
-                        reserve ? strtoull(reserve, NULL, 10) : 0, limit ? strtoull(limit, NULL, 10) : 0, NULL);
-    }
 }

@@ -1,4 +1,4 @@
-// Acting on what was asked: parking, masking, writing, releasing and bringing back, in slices and until a deadline.
+// Acting on what was asked: parking, masking, writing and releasing, in slices and until a deadline.
 
 #include <stdlib.h>
 #include <string.h>
@@ -12,11 +12,11 @@
 // How long a program's call may be kept waiting for us, and how long we wait for it.
 #define PATIENCE_S 0.02
 
-static bool late(const struct request * request, double begin_s) {
+bool late(const struct request * request, double begin_s) {
     return request->deadline_s > 0 && agent_now_s() - begin_s >= request->deadline_s;
 }
 
-static bool enough(const struct request * request, const struct reply * reply) {
+bool enough(const struct request * request, const struct reply * reply) {
     return request->max_bytes > 0 && reply->bytes >= request->max_bytes;
 }
 
@@ -45,8 +45,8 @@ bool asked_for(const struct request * request, int32_t pos) {
 // ---- parking --------------------------------------------------------------------------------------------------
 
 // Pages that hold nothing but rows [from, to) of a tensor, within the region.
-static bool pages_of(const struct region * region, const struct tensor * tensor, int64_t from, int64_t to, bool outward,
-                     uint64_t * first, uint64_t * last) {
+bool pages_of(const struct region * region, const struct tensor * tensor, int64_t from, int64_t to, bool outward,
+              uint64_t * first, uint64_t * last) {
     const uint64_t page = page_bytes() - 1;
     const uint64_t a = tensor->base + (uint64_t) from * tensor->row_bytes, b = tensor->base + (uint64_t) to * tensor->row_bytes;
     *first = outward ? a & ~page : (a + page) & ~page;
@@ -59,8 +59,6 @@ static bool pages_of(const struct region * region, const struct tensor * tensor,
 static uint64_t slice_of(const struct region * region, const struct request * request) {
     return request->deadline_s > 0 && region->backing == BACKING_MEMORY ? URGENT_BYTES : SLICE_BYTES;
 }
-
-enum act { ACT_PARK, ACT_WRITE, ACT_DROP, ACT_PARK_HERE };  // here: this thread's own graph has just ended
 
 static void act_on(struct region * region, enum act act, uint64_t first, uint64_t last, struct reply * reply) {
     // A shared file holds what was written, whoever writes now; anonymous pages are moved while nobody writes them.
@@ -82,7 +80,7 @@ static void act_on(struct region * region, enum act act, uint64_t first, uint64_
 }
 
 // Runs of rows with all of `set` and none of `clear`, page by page over all tensors; at most a slice at a time.
-static void act_on_rows(struct region * region, const struct request * request, double begin_s, enum act act, const uint8_t * rows, struct reply * reply) {
+void act_on_rows(struct region * region, const struct request * request, double begin_s, enum act act, const uint8_t * rows, struct reply * reply) {
     const uint64_t slice = slice_of(region, request);
     for (int32_t i = 0; i < region->n_tensors && region->alive; i++) {
         const struct tensor * tensor = &region->tensors[i];
@@ -182,109 +180,6 @@ void order_park(struct region * region, const struct request * request, double b
         act_on_rows(region, request, begin_s, request->op == WRITE ? ACT_WRITE : ACT_PARK, rows, reply);
     }
     free(rows);
-}
-
-// ---- back again -------------------------------------------------------------------------------------------------
-
-// Reads rows back, in runs of neighbours.
-static uint64_t read_rows(struct region * region, const int32_t * rows, int32_t n) {
-    uint64_t bytes = 0;
-    for (int32_t t = 0; t < region->n_tensors; t++) {
-        for (int32_t a = 0; a < n;) {
-            int32_t b = a + 1;
-            while (b < n && rows[b] == rows[b - 1] + 1) {
-                b++;
-            }
-            uint64_t first, last;
-            if (region->tensors[t].whole_rows && pages_of(region, &region->tensors[t], rows[a], rows[b - 1] + 1, true, &first, &last)) {
-                bytes += unpark_pages(region, first, last);
-            }
-            a = b;
-        }
-    }
-    return bytes;
-}
-
-// Rows that are 3 are masked and parked, and in their place those that are 1 come back. In the thread whose graph has just
-// ended, so that nobody writes them. Gives the bytes read.
-uint64_t order_exchange(struct region * region, const uint8_t * rows) {
-    const struct request none = {.op = MASK};
-    struct reply reply = {.done = 1};
-    uint8_t * cold = malloc((size_t) region->n_rows);
-    int32_t * back = malloc((size_t) region->n_rows * sizeof(int32_t)), n = 0;
-    pthread_mutex_lock(&agent.lock);
-    for (int32_t row = 0; cold && back && row < region->n_rows; row++) {
-        if (rows[row] == 1) {
-            back[n++] = row;
-        }
-        if (rows[row] == 3 && !(region->flags[row] & ROW_MASKED)) {
-            region->flags[row] |= ROW_MASKED | ROW_PARKED;
-            region->n_masked++;
-        }
-        const bool elsewhere = (region->flags[row] & ROW_PARKED) || !(region->flags[row] & ROW_USED);
-        cold[row] = rows[row] == 3 ? 3 : rows[row] == 1 ? 0 : elsewhere;
-    }
-    pthread_mutex_unlock(&agent.lock);
-    uint64_t bytes = 0;
-    if (cold && back) {
-        act_on_rows(region, &none, 0.0, ACT_PARK_HERE, cold, &reply);
-        bytes = read_rows(region, back, n);
-        pthread_mutex_lock(&agent.lock);
-        for (int32_t i = 0; i < n; i++) {
-            region->n_masked -= (region->flags[back[i]] & ROW_MASKED) != 0;
-            region->flags[back[i]] &= (uint8_t) ~(ROW_MASKED | ROW_PARKED);
-        }
-        pthread_mutex_unlock(&agent.lock);
-    }
-    free(cold);
-    free(back);
-    return bytes;
-}
-
-// Reads a slice of rows back and has attention look at them again, until the time or the bytes are up.
-void order_unpark(struct region * region, const struct request * request, double begin_s, struct reply * reply) {
-    (void) refresh_map(region, false);
-    pthread_mutex_lock(&agent.lock);
-    struct sequence * sequence = region->cells ? map_sequence(region, request->sequence, false) : NULL;
-    pthread_mutex_unlock(&agent.lock);
-    if (!sequence) {
-        reply->status = 1;
-        return;
-    }
-    const uint8_t from_flag = request->op == UNMASK ? ROW_MASKED : ROW_PARKED;
-    int32_t i = 0;
-    while (i < sequence->n) {
-        if (late(request, begin_s) || enough(request, reply)) {
-            reply->done = 0;
-            return;
-        }
-        int32_t batch[64], n = 0;
-        pthread_mutex_lock(&agent.lock);
-        for (; i < sequence->n && n < 64; i++) {
-            const int32_t row = sequence->rows[i];
-            if ((region->flags[row] & from_flag) && asked_for(request, region->pos[row])) {
-                batch[n++] = row;
-            }
-        }
-        pthread_mutex_unlock(&agent.lock);
-        reply->bytes += read_rows(region, batch, n);
-        pthread_mutex_lock(&agent.lock);
-        for (int32_t a = 0; a < n; a++) {
-            region->n_masked -= (region->flags[batch[a]] & ROW_MASKED) != 0;
-            region->flags[batch[a]] &= (uint8_t) ~(ROW_MASKED | ROW_PARKED);
-        }
-        pthread_mutex_unlock(&agent.lock);
-        reply->cells += (uint64_t) n;
-    }
-}
-
-void forget_masks(struct region * region) {
-    pthread_mutex_lock(&agent.lock);
-    for (int64_t i = 0; region->cells && i < region->n_rows; i++) {
-        region->flags[i] &= (uint8_t) ~ROW_MASKED;
-    }
-    region->n_masked = 0;
-    pthread_mutex_unlock(&agent.lock);
 }
 
 // ---- free cells --------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ struct blob_info { uint32_t id, flags; uint64_t bytes; double used_s; };  // 1: 
 
 struct sequence_info { int32_t id, low, high, n, masked, affected, parked, lost; double used_s; };
 
-// ---- orders.c, and evict.c: acting on what was asked ------------------------------------------------------------------------
+// ---- orders.c, back.c and evict.c: acting on what was asked ------------------------------------------------------------------------
 
 bool refresh_map(struct region * region, bool anyway);
 void order_park(struct region * region, const struct request * request, double begin_s, struct reply * reply);
@@ -51,6 +51,11 @@ uint64_t order_exchange(struct region * region, const uint8_t * rows);
 void order_evict(struct region * region, const struct request * request, double begin_s, struct reply * reply);
 void drop_free(struct region * region, const struct request * request, double begin_s, struct reply * reply);
 bool asked_for(const struct request * request, int32_t pos);
+bool late(const struct request * request, double begin_s);
+bool enough(const struct request * request, const struct reply * reply);
+bool pages_of(const struct region * region, const struct tensor * tensor, int64_t from, int64_t to, bool outward, uint64_t * first, uint64_t * last);
+enum act { ACT_PARK, ACT_WRITE, ACT_DROP, ACT_PARK_HERE };  // here: this thread's own graph has just ended
+void act_on_rows(struct region * region, const struct request * request, double begin_s, enum act act, const uint8_t * rows, struct reply * reply);
 void forget_masks(struct region * region);
 
 // ---- state.c: saying what is. Each gives where its reply ends, NULL if there was no place for it -----------------
