@@ -79,6 +79,18 @@ def lived(demo_model, name: str) -> Pair:
 
 
 @pytest.mark.llama
+@pytest.mark.uml
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(os.geteuid() != 0, reason="root, as for the other surroundings")
+def test_on_a_board_with_the_real_earlyoom_the_governor_acts_before_its_line(demo_model):
+    """Debian's own, on a machine of its own: it takes what uses most, which is the model."""
+    row = lived(demo_model, "earlyoom")
+    assert row.governed.outcome == "lives", row.governed.why
+    assert row.governed.returned_bytes > 10 << 20
+
+
+@pytest.mark.llama
 @pytest.mark.swap
 @pytest.mark.slow
 @pytest.mark.timeout(600)

@@ -8,6 +8,7 @@ import msgspec
 
 from psikv_bench.record import as_table
 from psikv_bench.scenes.survival import Pair, table
+from psikv_bench.survival.surroundings import SURROUNDINGS
 
 ROOT = Path(__file__).parents[3]
 RECORDS, PAGE = ROOT / "data/bench-survival", ROOT / "docs/survival.md"
@@ -23,7 +24,7 @@ def rows() -> list[Pair]:
     found: dict[str, Pair] = {}
     for record in (RECORDS / "result.json", *sorted(RECORDS.glob("*/result.json"))):
         pairs = msgspec.json.decode(record.read_bytes(), type=_Record).rows
-        found |= {pair.surrounding: pair for pair in pairs}
+        found |= {pair.surrounding: pair for pair in pairs if pair.surrounding in SURROUNDINGS}
     return list(found.values())
 
 

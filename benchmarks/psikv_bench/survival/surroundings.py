@@ -12,7 +12,7 @@ from pathlib import Path
 
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.sandbox.sandbox import Sandbox
-from psikv_bench.survival import filtered
+from psikv_bench.survival import boards, filtered
 from psikv_bench.survival.around import MIB, Around
 
 _MAPPED = """
@@ -246,7 +246,7 @@ SURROUNDINGS: dict[str, Callable[[Around], None]] = {
     for one in (
         calm, hardened, random_user, read_only, noexec, no_compiler, no_threads, no_files, no_swap, zram,
         tmpfs, overlay, loop, full_disk, slow_disk, slow_disk_and_room, slowest_disk_and_room, huge_pages,
-        mapped_files, mapped_index, other_container, locked, frozen,
+        mapped_files, mapped_index, other_container, locked, frozen, boards.earlyoom,
     )
 }  # fmt: skip
 """By name; the docstring says what it is."""

@@ -1,0 +1,31 @@
+"""Surroundings that are a whole machine of their own, with another kernel, without PSI or swap."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from psikv_bench.survival import whole
+from psikv_bench.survival.around import MIB, Around
+
+
+def _machine(around: Around, memory_bytes: int, *before: str) -> None:
+    """On a machine of its own, with a neighbour of 100 MiB at 100 MB/s."""
+    around.ramp(100, 100.0)
+    around.beside, around.neighbour = around.neighbour or [], None
+    environ = {
+        "PATH": os.environ["PATH"], "HOME": "/mnt", "TMPDIR": "/mnt", "OPENBLAS_NUM_THREADS": "1",
+        "PSIKV_NATIVE_DIR": whole.native_folder(around.folder.parent),
+        "PYTHONPATH": ":".join(path for path in sys.path if path), "PYTHONDONTWRITEBYTECODE": "1",
+    }  # fmt: skip
+    around.settings = {"place_reserve_bytes": 0}
+    around.wrap = lambda argv: whole.command(
+        argv, around.folder, memory_bytes=memory_bytes, environ=environ, before=before
+    )
+
+
+def earlyoom(around: Around) -> None:
+    """Debian's earlyoom at 10 % on a machine without PSI or swap: the neighbour leaves less."""
+    program = whole.earlyoom(around.folder.parent)
+    memory_bytes = around.need_bytes + 114 * MIB + whole.KERNEL_BYTES
+    _machine(around, memory_bytes, f"{program} -m 10 -r 0 > /run/earlyoom.log 2>&1 &", "sleep 1")
