@@ -83,11 +83,10 @@ def lived(demo_model, name: str) -> Pair:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(os.geteuid() != 0, reason="root, as for the other surroundings")
-def test_on_a_board_with_the_real_earlyoom_the_governor_acts_before_its_line(demo_model):
-    """Debian's own, on a machine of its own: it takes what uses most, which is the model."""
+def test_on_a_machine_with_the_real_earlyoom_the_governed_model_is_not_the_one_it_ends(demo_model):
+    """Debian's own, on a machine of its own: it ends what uses most, which is plain llama.cpp."""
     row = lived(demo_model, "earlyoom")
     assert row.governed.outcome == "lives", row.governed.why
-    assert row.governed.returned_bytes > 10 << 20
 
 
 @pytest.mark.llama
