@@ -66,10 +66,7 @@ class CapacityOptions(Options, frozen=True, kw_only=True):
         ]
         | None
     ) = None
-    needles: Annotated[
-        int,
-        Meta(ge=0, le=12, description="Instead: facts hidden in --times the --live cells, and asked for."),
-    ] = 0
+    needles: Annotated[int, Meta(ge=0, le=12, description="Facts hidden in --times the --live cells.")] = 0
     live: Annotated[int, Meta(ge=64, description="Cells that may be looked at, with --needles.")] = 512
     times: Annotated[int, Meta(ge=2, description="So many times longer is the context.")] = 16
     seed: Annotated[int, Meta(ge=0, description="Of what is hidden.")] = 0
