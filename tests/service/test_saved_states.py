@@ -95,11 +95,12 @@ def test_one_that_is_written_again_after_it_was_parked_is_the_new_one(demo_model
 
 
 @contextlib.contextmanager
-def program_of(script, model, folder, backing):
-    """A program that waits for a line, and its sidecar."""
+def program_of(script, model, folder, backing, beside=""):
+    """A program that waits for a line, and its sidecar. `beside` is a library of its own to preload."""
     with contextlib.closing(Fleet(place=str(folder), backing=backing)) as fleet:
         command = [sys.executable, "-c", script, str(model)]
         environ = with_agent(fleet.name, folder, backing)
+        environ["LD_PRELOAD"] += f":{beside}" if beside else ""
         with subprocess.Popen(
             command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as program:
@@ -143,3 +144,32 @@ def test_a_parked_sequence_that_is_saved_is_read_ahead_and_not_page_by_page(demo
         major_faults, same = program.stdout.readline().split()
     assert same == "True"
     assert int(major_faults) < size // 4096 // 8
+
+
+ON_PAGES = """
+#include <stddef.h>
+int on_pages;
+extern void * __libc_malloc(size_t), * __libc_memalign(size_t, size_t);
+void * malloc(size_t bytes) { return on_pages ? __libc_memalign(4096, bytes) : __libc_malloc(bytes); }
+"""
+"""A `malloc` that puts everything at the start of a page, where saved states are as well. Of an ordinary one
+that is one piece in 256: so seldom llama-server stood still for ever."""
+
+FREES = SAVES.replace(
+    "print(first, flush=True)",
+    "llm._ctx.kv_cache_seq_rm(0, 150, -1)\n"
+    "ctypes.c_int.in_dll(ctypes.CDLL(None), 'on_pages').value = 1\n"
+    "print(first, flush=True)",
+)
+
+
+def test_what_llama_cpp_frees_while_it_is_asked_for_its_cells_is_not_waited_for(demo_model, folder, compiled):
+    library = compiled("on_pages.so", ON_PAGES, "-shared", "-fPIC")
+    with program_of(FREES, demo_model, folder, "memory", library) as (program, fleet):
+        first = program.stdout.readline()
+        (cache,) = [cache for cache in fleet.snapshot().caches if cache.sequences]
+        assert cache.sequences[0].next_position == 150
+        assert park_all(fleet)[1].bytes_returned > 1 << 20
+        print(file=program.stdin, flush=True)
+        assert program.stdout.readline() != first
+        print(file=program.stdin, flush=True)

@@ -72,9 +72,18 @@ static void * take(size_t bytes) {
     return fits ? at : NULL;
 }
 
+static bool is_blob(const void * address) {
+    pthread_mutex_lock(&blob_lock);
+    const bool is = blob_at(address) != NULL;
+    pthread_mutex_unlock(&blob_lock);
+    return is;
+}
+
+// `serving` is locked for blobs alone, whose owner is here: llama.cpp frees memory of its own also while it answers us, in
+// the thread that holds that lock. One address in 256 of small ones lies at the start of a page.
 static bool gone(void * address) {
-    if ((uintptr_t) address & (page_bytes() - 1)) {
-        return false;  // none of ours: they begin on a page
+    if (((uintptr_t) address & (page_bytes() - 1)) || !is_blob(address)) {
+        return false;
     }
     pthread_mutex_lock(&serving);  // not while it is being parked
     pthread_mutex_lock(&blob_lock);
