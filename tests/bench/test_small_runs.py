@@ -79,10 +79,11 @@ class TestTrim:
             exact = [entry for name, entry in of.items() if "unlike" in name or "changed" in name]
             assert len(exact) == 3
             assert all(entry.passed for entry in exact)
-            # A range may keep a page at each edge, in each of the 60 tensors of 384 bytes a row.
+            # A range may keep a page at each edge, in each of the tensors of 384 bytes a row, or take one
+            # that it shares with free rows.
             least = 1 - 2 * case.ranges * 4096 / (0.45 * case.tokens * 384)
             for name in ("returned by a release", "returned by a trim"):
-                assert least <= of[name].median <= 1.01
+                assert least <= of[name].median <= 2 - least
         (gain,) = [entry for entry in found if entry.name == "decoding again over restoring"]
         assert gain.median > 1
         assert said

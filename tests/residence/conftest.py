@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -51,6 +52,16 @@ def mounted(tmp_path) -> Mount:
         try:
             yield point
         finally:
-            subprocess.run(["umount", str(point)], check=True)
+            unmount(point)
 
     return mount
+
+
+def unmount(point: Path) -> None:
+    """A loop device lets go of its file some time after it was unmounted itself."""
+    deadline_s = time.monotonic() + 10
+    while (
+        done := subprocess.run(["umount", str(point)], capture_output=True, text=True, check=False)
+    ).returncode:
+        assert time.monotonic() < deadline_s, done.stderr
+        time.sleep(0.1)
