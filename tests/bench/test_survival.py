@@ -79,16 +79,6 @@ def lived(demo_model, name: str) -> Pair:
 
 
 @pytest.mark.llama
-@pytest.mark.uml
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.skipif(os.geteuid() != 0, reason="root, as for the other surroundings")
-def test_on_a_machine_with_the_real_earlyoom_a_governed_model_fares_no_worse_than_plain(demo_model):
-    """Debian's own, on a machine of its own: which of the two it ends hangs on a few megabytes."""
-    assert lived(demo_model, "earlyoom").plain.outcome in {"lives", "error", "killed", "stuck"}
-
-
-@pytest.mark.llama
 @pytest.mark.swap
 @pytest.mark.slow
 @pytest.mark.timeout(600)
