@@ -159,7 +159,7 @@ class Acting:
         with self.work:
             self._check.before()
             result = self._engine.apply(plan)
-            why = self._check.after(result, self._engine.describe())
+            why = self._check.after(result, self._engine.describe)
         if why:
             self._engine.stop_parking(why)
             self._bus.degrade("park", why)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from psi_kv_governor.cache import Description, Result
 from psi_kv_governor.residence.witness import held_bytes, memory_behind
 
@@ -26,10 +28,11 @@ class ParkingCheck:
         if self._left:
             self._before = held_bytes()
 
-    def after(self, result: Result, description: Description) -> str:
-        """Why nothing is to be parked any more; '' where all is well. Raises nothing."""
+    def after(self, result: Result, describe: Callable[[], Description]) -> str:
+        """Why nothing is to be parked any more; '' where all is well. The engine is asked to `describe`
+        itself only where this parking is looked at."""
         n_bytes = max(result.written_bytes, result.bytes_returned)
-        if not self._left or not description.place or n_bytes < _LEAST_BYTES:
+        if not self._left or n_bytes < _LEAST_BYTES or not (description := describe()).place:
             return ""
         first = self._left == _LOOKS
         self._left -= 1

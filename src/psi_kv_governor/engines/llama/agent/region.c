@@ -215,25 +215,23 @@ bool region_clear(ggml_backend_buffer_t buffer) {
 
 static bool is_region(ggml_backend_buffer_t buffer) {
     bool is = false;
-    pthread_mutex_lock(&agent.lock);
     for (int i = 0; i < MAX_REGIONS; i++) {
         is = is || (agent.regions[i].alive && agent.regions[i].buffer == buffer);
     }
-    if (!is) {
-        buffer_gone(buffer);
-    }
-    pthread_mutex_unlock(&agent.lock);
     return is;
 }
 
 // The allocator gets back what it gave: plain memory, whatever it does with it next.
 void region_gone(ggml_backend_buffer_t buffer) {
-    if (!is_region(buffer)) {
+    pthread_mutex_lock(&agent.lock);
+    buffer_gone(buffer);
+    const bool is = is_region(buffer);
+    pthread_mutex_unlock(&agent.lock);
+    if (!is) {
         return;  // a buffer of something else waits for nobody
     }
     pthread_mutex_lock(&serving);
     pthread_mutex_lock(&agent.lock);
-    buffer_gone(buffer);
     for (int i = 0; i < MAX_REGIONS; i++) {
         struct region * region = &agent.regions[i];
         if (!region->alive || region->buffer != buffer) {
