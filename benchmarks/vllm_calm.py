@@ -17,9 +17,8 @@ import msgspec
 
 from psi_kv_governor.quantile import quantile
 from psi_kv_governor.sandbox.sandbox import Sandbox
-from psi_kv_governor.whole_file import whole_file
 from psikv_bench.machine import Machine, command_line, machine
-from vllm_scene import Engine
+from vllm_scene import Engine, keep
 
 KINDS = ("stock", "governed")
 WARM_ROUNDS = 5
@@ -85,10 +84,7 @@ def main() -> None:
         ratio_high=round(quantile(pairs, 0.95), 4),
     )
     print(f"throughput governed / stock: {record.ratio} (pairs: {record.ratio_low} to {record.ratio_high})")
-    if options.record:
-        options.record.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(options.record) as file:
-            file.write(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
+    keep(record, options.record)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,8 @@ from psi_kv_governor.cli._governed import ask
 from psi_kv_governor.commands import Park, Unpark
 from psi_kv_governor.sandbox.sandbox import Sandbox
 from psi_kv_governor.socket_place import Found
-from psi_kv_governor.whole_file import whole_file
 from psikv_bench.machine import Machine, command_line, machine
-from vllm_scene import LIMIT_BYTES, Engine, descendants
+from vllm_scene import LIMIT_BYTES, Engine, descendants, keep
 
 
 class Parked(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,12 +84,8 @@ def main() -> None:
         same=same,
         times=times,
     )
-    text = msgspec.json.format(msgspec.json.encode(record), indent=1)
-    print(text.decode())
-    if options.record:
-        options.record.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(options.record) as file:
-            file.write(text + b"\n")
+    print(msgspec.json.format(msgspec.json.encode(record), indent=1).decode())
+    keep(record, options.record)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,8 @@ from rich.table import Table
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.quantile import quantile
 from psi_kv_governor.sandbox.sandbox import Sandbox
-from psi_kv_governor.whole_file import whole_file
 from psikv_bench.machine import Machine, command_line, machine
-from vllm_scene import NEIGHBOUR_MIB, SPARE_MIB, Told, play
+from vllm_scene import NEIGHBOUR_MIB, SPARE_MIB, Told, keep, play
 
 KINDS = ("stock", "governed")
 
@@ -122,10 +121,7 @@ def _one(record: Record, kind: str, rate: int, path: Path | None) -> None:
     print(f"{kind}, {f'{rate} MB/s' if rate else 'as fast as it can'} ...", file=sys.stderr, flush=True)
     record.loads.append(round(os.getloadavg()[0], 2))
     record.plays.append(play(Path(sys.prefix), kind, rate))
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as file:
-            file.write(msgspec.json.format(msgspec.json.encode(record), indent=1))
+    keep(record, path)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.events import Trimmed
 from psi_kv_governor.sandbox.sandbox import Sandbox
 from psi_kv_governor.status_messages import Update
+from psi_kv_governor.whole_file import whole_file
 
 CHILD = Path(__file__).with_name("vllm_scene_child.py")
 MIB = 1 << 20
@@ -33,15 +34,15 @@ LIMIT_BYTES = 5 << 30
 KV_MIB, SPARE_MIB, NEIGHBOUR_MIB = 1024, 300, 1200
 PRESSED_ROUNDS = 8
 """Rounds of the work that have to end after the neighbour has all that it wants."""
-ENVIRON = {
+QUIET = {  # of a test and a scene alike
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
-    "PSI_KV_BACKING": "file",  # others may have made swap
 }
+ENVIRON = {**QUIET, "PSI_KV_BACKING": "file"}  # others may have made swap
 
 
 class EngineEndedError(Exception):
@@ -194,6 +195,15 @@ def _heard_out(neighbour: subprocess.Popen[bytes]) -> None:
     """A full pipe would have it wait."""
     for _ in neighbour.stdout or ():
         pass
+
+
+def keep(record: msgspec.Struct, path: Path | None) -> None:
+    """Write it to `path`, whole or not at all; None: it was not asked for."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        file.write(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
 
 
 def narrow(sandbox: Sandbox, limit_bytes: int) -> None:

@@ -8,7 +8,17 @@ import select
 from pathlib import Path
 
 import pytest
-from sensing_help import Watched, as_nobody, in_own_process, lasted_s, v2_group
+from sensing_help import (
+    MACHINE,
+    OWN,
+    WHOLE,
+    Watched,
+    as_nobody,
+    in_own_process,
+    lasted_s,
+    needs_psi,
+    v2_group,
+)
 
 from psi_kv_governor.errors import BadInputError, SourceLostError
 from psi_kv_governor.pressure import machine as machine_module
@@ -19,9 +29,6 @@ from psi_kv_governor.pressure.psi import PsiFile
 from psi_kv_governor.pressure.waker import PLAIN_TRIGGER, QUICK_TRIGGER, PsiTrigger, arm
 from psi_kv_governor.pressure.waking import find_waker
 
-OWN, MACHINE = "sys/fs/cgroup/app/memory.pressure", "proc/pressure/memory"
-WHOLE = Path("/proc/pressure/memory")
-needs_psi = pytest.mark.skipif(not WHOLE.exists(), reason="this kernel keeps no PSI: boot with psi=1")
 pytestmark = pytest.mark.timeout(60)
 
 

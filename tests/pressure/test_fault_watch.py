@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from sensing_help import Watched, lasted_s, v2_group
+from sensing_help import OWN, WHOLE, Watched, lasted_s, needs_psi, v2_group
 
 from psi_kv_governor.pressure.cgroup import Cgroup, OwnCgroups
 from psi_kv_governor.pressure.headroom import HeadroomReader
@@ -17,19 +17,7 @@ from psi_kv_governor.pressure.psi import PsiFile
 from psi_kv_governor.pressure.waking import find_waker
 from psi_kv_governor.sandbox.cgroups import find_place, make_group, remove_group
 
-OWN, MACHINE = "sys/fs/cgroup/app/memory.pressure", "proc/pressure/memory"
-WHOLE = Path("/proc/pressure/memory")
-needs_psi = pytest.mark.skipif(not WHOLE.exists(), reason="this kernel keeps no PSI: boot with psi=1")
 pytestmark = pytest.mark.timeout(60)
-
-
-def refuse(monkeypatch, module, number: int) -> None:
-    """Arming a trigger fails as the kernel would have it fail."""
-
-    def refused(path: Path) -> None:
-        raise OSError(number, os.strerror(number), str(path))
-
-    monkeypatch.setattr(module, "arm", refused)
 
 
 # -- limits and clocks ---------------------------------------------------------------------------------------

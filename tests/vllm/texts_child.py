@@ -12,17 +12,11 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from vllm_scene import QUIET
 from vllm_scene_child import make_model
 
-ONE_PROCESS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the scheduler's side is in reach of this script
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-}
+# The scheduler's side is in reach of this script.
+ONE_PROCESS = {**QUIET, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 PROMPTS, TOKENS = 40, 16
 
 

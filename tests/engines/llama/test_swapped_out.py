@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -52,16 +53,20 @@ print(json.dumps(out))
 """
 
 
-def test_what_is_in_zram_is_not_read_to_be_parked_and_is_freed_there_when_nobody_uses_it(tiny_model, folder):
-    with Sandbox(300 << 20, swap="zram", swap_bytes=512 << 20) as sandbox:
+def told_by(script: str, *words: str, limit_bytes: int) -> dict[str, Any]:
+    """The line of JSON of a child in a cgroup with that limit, and with zram to swap to."""
+    with Sandbox(limit_bytes, swap="zram", swap_bytes=512 << 20) as sandbox:
         child = sandbox.popen(
-            [sys.executable, "-c", SCRIPT, str(tiny_model(LARGE)), str(folder)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            [sys.executable, "-c", script, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
         said, errors = child.communicate(timeout=200)
     assert child.returncode == 0, errors[-3000:].decode()
-    out = json.loads(said)
+    out: dict[str, Any] = json.loads(said)
+    return out
+
+
+def test_what_is_in_zram_is_not_read_to_be_parked_and_is_freed_there_when_nobody_uses_it(tiny_model, folder):
+    out = told_by(SCRIPT, str(tiny_model(LARGE)), str(folder), limit_bytes=300 << 20)
     assert out["left"] <= out["full"] // 4, out
     assert out["problem"] == ""
     # Only what was resident is written, and nothing came back from zram for it.
@@ -116,15 +121,7 @@ llm.close()
 
 
 def test_free_cells_that_are_wholly_in_zram_are_freed_there_without_anybody_asking(tiny_model, folder):
-    with Sandbox(600 << 20, swap="zram", swap_bytes=512 << 20) as sandbox:
-        child = sandbox.popen(
-            [sys.executable, "-c", FREED, str(tiny_model(LARGE)), str(folder)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        said, errors = child.communicate(timeout=200)
-    assert child.returncode == 0, errors[-3000:].decode()
-    out = json.loads(said)
+    out = told_by(FREED, str(tiny_model(LARGE)), str(folder), limit_bytes=600 << 20)
     assert out["left"] < 1 << 20, out
     assert out["before"] > 0.8 * out["full"], out
     # 5,000 of its 6,000 cells are nobody's.
