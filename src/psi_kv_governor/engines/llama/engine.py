@@ -113,19 +113,14 @@ class LlamaEngine:
         if not mask.able and by_cell:
             mask = Capability(able=False, why=by_cell[0].why_not_maskable)
         state = Capability(able=False, why="a recurrent state has no cells")
+        of_cells = able if by_cell else state if regions else none_yet
         return Description(
             engine="llama",
             capabilities=Capabilities(
-                release=able if by_cell else (state if regions else none_yet),
+                release=of_cells,
                 park=(able if self._place else placeless) if parks else none_yet,
                 mask=(mask if self._place else placeless) if by_cell or not regions else state,
-                evict=_NOTHING_THROWN_AWAY
-                if self._place
-                else able
-                if by_cell
-                else state
-                if regions
-                else none_yet,
+                evict=_NOTHING_THROWN_AWAY if self._place else of_cells,
                 blobs=placeless if not self._place else able if self._knows_blobs else no_blobs,
             ),
             backing=self._backing,

@@ -159,6 +159,7 @@ void region_born(struct lib * lib, ggml_backend_buffer_t buffer, struct ggml_con
 bool region_clear(ggml_backend_buffer_t buffer);     // true: done, no page became resident
 void region_gone(ggml_backend_buffer_t buffer);
 struct region * region_of_address(uint64_t address);
+struct region * region_of_buffer(ggml_backend_buffer_t buffer);
 struct region * region_of_id(uint32_t id);
 struct region * region_of_memory(llama_memory_t memory, const struct region * after);  // the next one with cells of it
 struct tensor * region_tensor(struct region * region, uint64_t address);

@@ -42,6 +42,15 @@ struct region * region_of_memory(llama_memory_t memory, const struct region * af
     return NULL;
 }
 
+struct region * region_of_buffer(ggml_backend_buffer_t buffer) {
+    for (int i = 0; i < MAX_REGIONS; i++) {
+        if (agent.regions[i].alive && agent.regions[i].buffer == buffer) {
+            return &agent.regions[i];
+        }
+    }
+    return NULL;
+}
+
 struct region * region_of_id(uint32_t id) {
     for (int i = 0; i < MAX_REGIONS; i++) {
         if (agent.regions[i].alive && agent.regions[i].id == id) {
@@ -187,56 +196,38 @@ void region_born(struct lib * lib, ggml_backend_buffer_t buffer, struct ggml_con
 bool region_clear(ggml_backend_buffer_t buffer) {
     bool done = false;
     pthread_mutex_lock(&agent.lock);
-    for (int i = 0; i < MAX_REGIONS; i++) {
-        struct region * region = &agent.regions[i];
-        if (!region->alive || region->buffer != buffer) {
-            continue;
-        }
+    struct region * region = region_of_buffer(buffer);
+    if (region && region->map_generation > 0) {  // llama_memory_clear: not its birth
+        done = drop_pages(region, region->first, region->last) > 0 || resident_in(region->first, region->last) == 0;
+    } else if (region) {
         const uint64_t bytes = region->last - region->first;
-        const bool     born  = region->map_generation > 0;
-        if (born) {  // llama_memory_clear: not its birth
-            done = drop_pages(region, region->first, region->last) > 0 || resident_in(region->first, region->last) == 0;
-        } else {
-            // A huge page would make 2 MiB resident for one row, and a part of it can't be returned.
-            (void) madvise((void *) region->first, bytes, MADV_NOHUGEPAGE);
-            done = (agent.want_backing == BACKING_FILE && bear_in_file(region)) ||
-                   madvise((void *) region->first, bytes, MADV_DONTNEED) == 0;
-            region->map_generation = 1;
-        }
-        if (done) {
-            memset((void *) region->base, 0, region->first - region->base);
-            memset((void *) region->last, 0, region->end - region->last);
-        }
-        break;
+        // A huge page would make 2 MiB resident for one row, and a part of it can't be returned.
+        (void) madvise((void *) region->first, bytes, MADV_NOHUGEPAGE);
+        done = (agent.want_backing == BACKING_FILE && bear_in_file(region)) ||
+               madvise((void *) region->first, bytes, MADV_DONTNEED) == 0;
+        region->map_generation = 1;
+    }
+    if (done) {
+        memset((void *) region->base, 0, region->first - region->base);
+        memset((void *) region->last, 0, region->end - region->last);
     }
     pthread_mutex_unlock(&agent.lock);
     return done;
-}
-
-static bool is_region(ggml_backend_buffer_t buffer) {
-    bool is = false;
-    for (int i = 0; i < MAX_REGIONS; i++) {
-        is = is || (agent.regions[i].alive && agent.regions[i].buffer == buffer);
-    }
-    return is;
 }
 
 // The allocator gets back what it gave: plain memory, whatever it does with it next.
 void region_gone(ggml_backend_buffer_t buffer) {
     pthread_mutex_lock(&agent.lock);
     buffer_gone(buffer);
-    const bool is = is_region(buffer);
+    const bool ours = region_of_buffer(buffer) != NULL;
     pthread_mutex_unlock(&agent.lock);
-    if (!is) {
+    if (!ours) {
         return;  // a buffer of something else waits for nobody
     }
     pthread_mutex_lock(&serving);
     pthread_mutex_lock(&agent.lock);
-    for (int i = 0; i < MAX_REGIONS; i++) {
-        struct region * region = &agent.regions[i];
-        if (!region->alive || region->buffer != buffer) {
-            continue;
-        }
+    struct region * region = region_of_buffer(buffer);
+    if (region) {
         const uint64_t bytes = region->last - region->first;
         if (region->mapped) {
             (void) mmap((void *) region->first, bytes, PROT_READ | PROT_WRITE,

@@ -59,13 +59,7 @@ void graph_forget_scheduler(ggml_backend_sched_t sched) {
 // ---- looking a graph through ------------------------------------------------------------------------------------
 
 static struct region * region_of_tensor(const struct ggml_tensor * t) {
-    const struct ggml_tensor * cache = t->view_src ? t->view_src : t;
-    for (int i = 0; i < MAX_REGIONS; i++) {
-        if (agent.regions[i].alive && agent.regions[i].buffer == cache->buffer) {
-            return &agent.regions[i];
-        }
-    }
-    return NULL;
+    return region_of_buffer(t->view_src ? t->view_src->buffer : t->buffer);
 }
 
 static struct touched * touch(struct walk * walk, struct region * region) {
