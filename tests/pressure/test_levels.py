@@ -190,6 +190,46 @@ def test_ray_kills_at_a_share_of_the_container(pod):
     assert lines(pod, {"RAY_memory_monitor_refresh_ms": "0"}) == {}
 
 
+def test_what_ray_was_started_with_counts_and_not_our_own_environment(pod):
+    running(pod, "raylet")
+    pod.write(
+        "proc/77/environ", "HOME=/root\0RAY_memory_usage_threshold=0.5\0RAY_min_memory_free_bytes=1048576"
+    )
+    about = lines(pod, {"RAY_memory_usage_threshold": "0.9", "RAY_memory_monitor_refresh_ms": "0"})["ray"]
+    assert about.headroom_bytes == 411 * MIB  # half, or 1 MiB: what is less has to stay free
+    pod.write("proc/77/environ", "RAY_memory_monitor_refresh_ms=0\0")
+    assert lines(pod) == {}
+
+
+SAYS = "I 7 7] (raylet) monitor.cc:53: ThresholdMemoryMonitor initialized with usage threshold at "
+
+
+@pytest.mark.parametrize(
+    ("said", "headroom_bytes"),
+    [
+        # A container's: 384 of 512 MiB. A machine's: its own memory, and not the limit that we have.
+        (
+            f"{SAYS}{384 * MIB} bytes (75.0% of system memory), total system memory bytes: {512 * MIB}",
+            284 * MIB,
+        ),
+        (
+            f"{SAYS}7372800000 bytes (90.0% ...), total system memory bytes: 8192000000",
+            1_024_000_000 - 819_200_000,
+        ),
+        ("I 7 7] (raylet) multi.cc:70: ThresholdMemoryMonitor disabled. Specify `RAY_...` > 0", None),
+        ("nothing of it", (412 - 256) * MIB),
+    ],
+)
+def test_what_ray_says_in_its_log_goes_before_the_environment(pod, said, headroom_bytes):
+    """A cluster's --system-config is in no environment of a node."""
+    log = pod.root / "raylet.out"
+    log.write_text(f"I 7 7] (raylet) main.cc:283: Setting cluster ID\n{said}\n")
+    running(pod, "raylet", f"--stdout_filepath={log}")
+    pod.write("proc/77/environ", "RAY_memory_usage_threshold=0.5\0")
+    found = lines(pod)
+    assert (found["ray"].headroom_bytes if found else None) == headroom_bytes
+
+
 def test_a_machine_where_nothing_kills_has_no_such_line(tree):
     running(tree, "bash")
     assert lines(tree) == {}
