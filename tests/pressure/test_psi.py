@@ -182,6 +182,14 @@ def test_few_looks_are_kept_however_often_one_looks(looks):
         assert len(meter._looks) <= 23
 
 
+def test_a_day_of_calm_looks_is_not_kept():
+    """The calm loop looks five times a second: a look kept of each would be two megabytes an hour."""
+    meter = StallMeter()
+    for number in range(1000):
+        meter.add(0.2 * number, PsiTotals(0, 0))
+    assert len(meter._looks) <= 23
+
+
 def test_the_file_stays_open_and_shows_what_is_new(tmp_path):
     path = tmp_path / "memory.pressure"
     path.write_bytes(psi_text(1, 1))

@@ -176,10 +176,10 @@ class StallMeter:
     def _start_of_window(self, now: _Look) -> _Look | None:
         """The counters that `now` is compared with; None while there are none so old."""
         looks, start_s = self._looks, now.time_s - WINDOW_S
-        if looks[-1].time_s <= start_s + _EARLY_S:
-            return looks[-1]
         while len(looks) > 1 and looks[1].time_s <= start_s:
             looks.popleft()
+        if looks[-1].time_s <= start_s + _EARLY_S:
+            return looks[-1]
         if looks[0].time_s > start_s + 1e-6:
             return None
         return _between(looks[0], looks[1], start_s)
