@@ -17,10 +17,10 @@ from pathlib import Path
 import msgspec
 
 from psi_kv_governor import socket_place
-from psi_kv_governor.cli._governed import ask
 from psi_kv_governor.commands import Park, Unpark
 from psi_kv_governor.sandbox.sandbox import Sandbox
 from psi_kv_governor.socket_place import Found
+from psi_kv_governor.status_client import ask
 from psikv_bench.machine import Machine, command_line, machine
 from vllm_scene import LIMIT_BYTES, Engine, descendants, keep
 

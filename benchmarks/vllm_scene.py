@@ -21,10 +21,10 @@ from typing import Any
 import msgspec
 
 from psi_kv_governor import socket_place
-from psi_kv_governor.cli._governed import connect, messages
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.events import Trimmed
 from psi_kv_governor.sandbox.sandbox import Sandbox
+from psi_kv_governor.status_client import connect, messages
 from psi_kv_governor.status_messages import Update
 from psi_kv_governor.whole_file import whole_file
 

@@ -15,8 +15,8 @@ from rich.console import Console
 
 import psi_kv_governor
 from fakes import FakeSource
-from psi_kv_governor import socket_place
-from psi_kv_governor.cli import _governed, main
+from psi_kv_governor import socket_place, status_client
+from psi_kv_governor.cli import main
 from psi_kv_governor.cli._watch_view import WatchView, cells_bar, sparkline
 from psi_kv_governor.engines.simulated import SimulatedEngine
 from psi_kv_governor.errors import PsiKvError
@@ -242,7 +242,7 @@ def test_a_process_with_two_models_is_one_process(opened, governor):
 
 
 def test_a_process_of_another_version_is_told_so(opened, monkeypatch):
-    monkeypatch.setattr("psi_kv_governor.cli._governed.VERSION", 9)
+    monkeypatch.setattr("psi_kv_governor.status_client.VERSION", 9)
     result = watch("--once")
     assert result.exit_code == 1
     assert "another version" in result.stderr
@@ -270,7 +270,7 @@ def test_status_shows_every_governed_process_or_one(opened, governor):
 def test_status_shows_the_others_where_one_is_of_another_version(opened, governor, monkeypatch):
     other = StatusSocket(governor)
     other.start()
-    asked = _governed.told
+    asked = status_client.told
 
     def told(found):
         if found.path == other.path:
@@ -287,7 +287,7 @@ def test_status_shows_the_others_where_one_is_of_another_version(opened, governo
 
 
 def test_status_fails_where_nobody_can_be_understood(opened, monkeypatch):
-    monkeypatch.setattr("psi_kv_governor.cli._governed.VERSION", 9)
+    monkeypatch.setattr("psi_kv_governor.status_client.VERSION", 9)
     result = run("status")
     assert result.exit_code == 1
     assert "another version" in result.stderr

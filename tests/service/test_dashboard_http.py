@@ -15,13 +15,13 @@ from service_help import until
 
 from psi_kv_governor import socket_place
 from psi_kv_governor.cache import CacheState, Range, SequenceState
-from psi_kv_governor.cli._governed import ask as ask_by_socket
-from psi_kv_governor.cli._governed import messages
 from psi_kv_governor.commands import Answer
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.service.address import Address
 from psi_kv_governor.service.dashboard import DashboardServer, Governed, Watched
 from psi_kv_governor.service.dashboard.view import blocks_of
+from psi_kv_governor.status_client import ask as ask_by_socket
+from psi_kv_governor.status_client import messages
 from psi_kv_governor.status_socket import StatusSocket
 
 pytestmark = pytest.mark.timeout(60)

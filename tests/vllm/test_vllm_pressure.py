@@ -7,9 +7,9 @@ import time
 import pytest
 
 from psi_kv_governor import socket_place
-from psi_kv_governor.cli._governed import ask
 from psi_kv_governor.commands import Park
 from psi_kv_governor.sandbox.sandbox import Sandbox
+from psi_kv_governor.status_client import ask
 from vllm_scene import KV_MIB, LIMIT_BYTES, MIB, Engine, descendants, play
 
 pytestmark = [pytest.mark.cgroup, pytest.mark.timeout(1300)]

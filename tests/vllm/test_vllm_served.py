@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1300)]
 
 BIN = Path(sys.executable).parent
 START_S = 900
+KEY = "a key of a user's"
 
 
 class Server:
@@ -33,11 +35,11 @@ class Server:
         self.child, self.port, self.log = child, port, log
         self.engine = 0
 
-    def ask(self, path: str, body: dict | None = None) -> str:
+    def ask(self, path: str, body: dict | None = None, key: str = KEY) -> str:
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}",
             data=None if body is None else json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"},
+            headers={"Content-Type": "application/json", "Authorization": f"Bearer {key}"},
         )
         with urllib.request.urlopen(request, timeout=300) as answer:
             return answer.read().decode()
@@ -75,7 +77,8 @@ def server(served_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     words = [str(BIN / "psi-kv"), "exec", "--", str(BIN / "vllm"), "serve", str(served_model)]
     words += ["--served-model-name", "small", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
     words += ["--max-model-len", "1024", "--max-num-seqs", "4", "--dtype", "float32"]
-    environ = {**os.environ, **ENVIRON, "VLLM_LOGGING_LEVEL": "INFO"}
+    words += ["--api-key", KEY]
+    environ = {**os.environ, **ENVIRON, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_PLUGINS": "psi_kv_http"}
     log = tmp_path_factory.mktemp("served") / "log"
     with log.open("wb") as file:
         child = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=environ)
@@ -128,3 +131,19 @@ def test_status_watch_limit_and_park_reach_it(server):
     while not server.figure("psi_kv_vllm_returned_bytes_total"):
         assert time.monotonic() < end, server.ask("/metrics")
         server.say("One more")
+
+
+def test_its_own_http_has_status_and_limit_for_who_has_the_key(server):
+    """`psi_kv_http` was named in VLLM_PLUGINS, and exec has named the connector's plugin beside it."""
+    (engine,) = json.loads(server.ask("/v1/psi-kv/status"))["engines"]
+    assert (engine["pid"], engine["status"]["name"]) == (server.engine, "vllm")
+    server.ask("/v1/psi-kv/limit", {"n_bytes": 32 << 20})
+    assert psi_kv("status", str(server.engine))["status"]["limit_bytes"] == 32 << 20
+    server.ask("/v1/psi-kv/limit", {})
+    for path, body in (("/v1/psi-kv/status", None), ("/v1/psi-kv/limit", {"n_bytes": 0})):
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            server.ask(path, body, key="none")
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        server.ask("/v1/psi-kv/limit", {"share": 2})
+    (engine,) = json.loads(server.ask("/v1/psi-kv/status"))["engines"]
+    assert engine["status"]["limit_bytes"] is None

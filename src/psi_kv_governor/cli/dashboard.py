@@ -9,10 +9,11 @@ import click
 import msgspec
 
 from psi_kv_governor import socket_place
-from psi_kv_governor.cli._governed import ask, choose, connect, messages
+from psi_kv_governor.cli._governed import choose
 from psi_kv_governor.cli._group import example
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.service.address import address
+from psi_kv_governor.status_client import ask, connect, messages
 
 
 @click.command(

@@ -8,10 +8,11 @@ import click
 import msgspec
 
 from psi_kv_governor import socket_place
-from psi_kv_governor.cli._governed import ask, choose
+from psi_kv_governor.cli._governed import choose
 from psi_kv_governor.cli._group import example
 from psi_kv_governor.commands import Limit
 from psi_kv_governor.errors import BadInputError
+from psi_kv_governor.status_client import ask
 
 _UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt])i?b?", re.IGNORECASE)

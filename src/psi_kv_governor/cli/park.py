@@ -6,9 +6,10 @@ import click
 import msgspec
 
 from psi_kv_governor import socket_place
-from psi_kv_governor.cli._governed import ask, choose
+from psi_kv_governor.cli._governed import choose
 from psi_kv_governor.cli._group import example
 from psi_kv_governor.commands import Park, Unpark
+from psi_kv_governor.status_client import ask
 
 
 @click.command(

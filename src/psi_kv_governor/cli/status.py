@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.text import Text
 
 from psi_kv_governor import socket_place
-from psi_kv_governor.cli._governed import choose, program, told
+from psi_kv_governor.cli._governed import choose, program
 from psi_kv_governor.cli._group import example
 from psi_kv_governor.cli._watch_view import cache_lines, limit_words, plain_line
 from psi_kv_governor.errors import PsiKvError
+from psi_kv_governor.status_client import told
 
 
 @click.command(

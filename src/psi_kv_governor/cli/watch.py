@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.live import Live
 
 from psi_kv_governor import socket_place
-from psi_kv_governor.cli._governed import choose, connect, messages, program
+from psi_kv_governor.cli._governed import choose, program
 from psi_kv_governor.cli._group import example
 from psi_kv_governor.cli._watch_view import WatchView, event_line, plain_line
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.socket_place import Found
+from psi_kv_governor.status_client import connect, messages
 from psi_kv_governor.status_messages import Hello, Update
 
 _PLAIN_S = 2.0
