@@ -140,5 +140,5 @@ def test_without_swap_a_stock_cache_is_killed_and_one_born_in_a_file_lives():
     assert lived is None
     reference = run_child("stock", 8, 3072, 40)
     said(reference, "filled")
-    answer, _ = reference.communicate("go\n", timeout=250)
+    answer, _ = reference.communicate("go\n", timeout=800)
     assert tokens == next(line for line in answer.splitlines() if line.startswith("tokens"))
