@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 from psi_kv_governor.config import GovernorConfig
+from psi_kv_governor.control.room import plenty_bytes
 from psi_kv_governor.engines.vllm import versions
 from psi_kv_governor.engines.vllm.connector import Connector
 from psi_kv_governor.engines.vllm.engine import VllmEngine
@@ -89,7 +90,11 @@ class Governing:
             return None
         self.all.far = far_levels(own.read().levels, self.all.ranks)
         return HostsSource(
-            own, lambda: self.all.ranks, lambda: time.monotonic() - self.all.looked_s, self.all.look_again
+            own,
+            lambda: self.all.ranks,
+            lambda: time.monotonic() - self.all.looked_s,
+            self.all.look_again,
+            lambda limit_bytes: plenty_bytes(self._settings, limit_bytes),
         )
 
     def _pids(self) -> list[int]:

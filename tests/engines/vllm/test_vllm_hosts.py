@@ -1,8 +1,10 @@
 """What is read on several hosts, which configurations can be governed, and which versions."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
+from vllm_help import SchedulerOnPaper
 
 from psi_kv_governor.engines.vllm import checks, versions
 from psi_kv_governor.engines.vllm.hosts import HostsSource, far_levels, with_others
@@ -56,13 +58,27 @@ def test_whether_there_is_anything_far_to_look_at():
 
 def test_old_readings_are_left_out_and_new_ones_asked_for():
     asked, own, age = [], Own(), [0.0]
-    source = HostsSource(own, lambda: {0: about(FAR)}, lambda: age[0], lambda: asked.append(1))
+    source = HostsSource(own, lambda: {0: about(FAR)}, lambda: age[0], asked.append, lambda limit: limit // 3)
     assert len(source.read().levels) == 3
     age[0] = 60.0
     assert source.read().levels == (MACHINE, NEAR)
-    assert len(asked) == 2
+    assert asked == [True, False]  # soon, as long as the far host is known to be short
     source.close()
     assert own.closed
+
+
+def test_an_idle_engine_looks_at_far_hosts_once_a_second_and_ten_times_where_headroom_is_low():
+    one, woken = SchedulerOnPaper(), list[int]()
+    one.until_idle()
+    one.side.far, one.side.wake = True, lambda: woken.append(1)
+    one.side.looked_s = time.monotonic() - 0.3
+    one.side.look_again(False)
+    assert (woken, one.side.pending()) == ([], False)
+    one.side.look_again(True)
+    assert (woken, one.side.pending()) == ([1], True)
+    one.side.look_again(False)
+    one.side.looked_s -= 1.0
+    assert one.side.pending()
 
 
 def test_answers_of_ranks_are_added_up():

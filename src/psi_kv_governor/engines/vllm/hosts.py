@@ -21,12 +21,16 @@ class HostsSource:
         own: PressureSource,
         ranks: Callable[[], Mapping[int, About]],
         age_s: Callable[[], float],
-        look_again: Callable[[], None],
+        look_again: Callable[[bool], None],
+        plenty_bytes: Callable[[int], int],
     ) -> None:
+        """`look_again(low)` asks for newer readings, soon where headroom is low anywhere: below
+        `plenty_bytes` of a limit."""
         self._own = own
         self._ranks = ranks
         self._age_s = age_s
         self._look_again = look_again
+        self._plenty_bytes = plenty_bytes
 
     @property
     def name(self) -> str:
@@ -35,11 +39,14 @@ class HostsSource:
 
     def read(self) -> Reading:
         """See PressureSource. Asks for newer ones of the others."""
-        reading = self._own.read()
-        self._look_again()
-        if self._age_s() > OLD_S:
-            return reading
-        return with_others(reading, self._ranks())
+        own = self._own.read()
+        seen = own if self._age_s() > OLD_S else with_others(own, self._ranks())
+        self._look_again(any(self._is_low(level) for level in seen.levels))
+        return seen
+
+    def _is_low(self, level: Level) -> bool:
+        known = level.headroom_bytes is not None and level.limit_bytes is not None
+        return known and (level.headroom_bytes or 0) < self._plenty_bytes(level.limit_bytes or 0)
 
     def close(self) -> None:
         """See PressureSource."""

@@ -24,7 +24,7 @@ from psi_kv_governor.engines.vllm.wishes import PREFIXES, Wish
 _DECODED = "it is being decoded, and would be read back at once"
 
 _LOOK_S = 0.1
-"""Time between two readings of a far host while steps are made anyway, or headroom is low."""
+"""Time between two readings of a far host while steps are made anyway, or headroom is low somewhere."""
 _IDLE_LOOK_S = 1.0
 """The same while the engine is idle: an empty step takes about a millisecond."""
 _FIGURES_S = 1.0
@@ -184,9 +184,11 @@ class Scheduling:
         wish.over.wait(timeout_s)
         return wish
 
-    def look_again(self) -> None:
-        """Readings of far hosts are old: an idle engine makes a step for them."""
-        if self._look_due(_LOOK_S if self.hurry else _IDLE_LOOK_S):
+    def look_again(self, low: bool) -> None:
+        """Where readings of far hosts are old, an idle engine makes a step for them: soon where headroom is
+        `low` on some host."""
+        self.hurry = low
+        if self._look_due(_IDLE_LOOK_S):
             self.wake()
 
     # -- inside -----------------------------------------------------------------------------------------
