@@ -19,6 +19,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 _LLAMA = Path("psi_kv_governor/engines/llama")
+_NATIVE = Path("psi_kv_governor/native")
 
 
 class AgentHook(BuildHookInterface[Any]):
@@ -27,7 +28,7 @@ class AgentHook(BuildHookInterface[Any]):
     _folder = ""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile, and have the result included at the place where `loader.py` looks for it."""
+        """Compile, and have the result included at the place where `native/building.py` looks for it."""
         wanted = os.environ.get("PSIKV_PLATFORM", "")
         platform = wanted or sysconfig.get_platform().replace("-", "_").replace(".", "_")
         if version == "editable" or "linux" not in platform:
@@ -40,7 +41,7 @@ class AgentHook(BuildHookInterface[Any]):
             return
         self._folder = tempfile.mkdtemp(prefix="psi-kv-build-")
         target = Path(self._folder) / "libpsikv_agent.so"
-        command = _compiling(Path(self.root) / "src" / _LLAMA)(compiler or ["cc"], str(target))
+        command = _compiling(Path(self.root) / "src" / _NATIVE)(compiler or ["cc"], str(target))
         # Without symbols: two thirds of it, and nobody debugs a wheel.
         done = subprocess.run([*command, "-s"], capture_output=True, text=True, check=False)
         if done.returncode != 0:

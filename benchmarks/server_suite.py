@@ -25,9 +25,9 @@ import click
 
 from psi_kv_governor.cache import Plan, Step, Verb
 from psi_kv_governor.engines.llama.fleet import Fleet
-from psi_kv_governor.engines.llama.loader import agent_path
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.governor import Governor
+from psi_kv_governor.native.building import agent_path
 
 # Loaded by pytest in the other Python: every server gets the one model, none is loaded beforehand.
 PLUGIN = """

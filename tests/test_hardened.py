@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from gguf_models import LARGE, write_model
-from psi_kv_governor.engines.llama import loader
 from psi_kv_governor.kernel.filters import _CALLS
+from psi_kv_governor.native import building
 from psikv_bench.survival import filtered
 
 pytestmark = [
@@ -215,7 +215,7 @@ def test_where_every_folder_is_noexec_it_runs_and_says_so(both, folder):
         wrap=in_mounts(f"{noexec} /dev/shm", f"{noexec} {folder}/native"),
         environ={"HOME": f"{folder}/native", "TMPDIR": "/dev/shm"},
     )
-    if not loader.shipped():
+    if not building.shipped():
         assert "noexec" in said
         assert "PSIKV_NATIVE_DIR" in said
 
@@ -233,14 +233,14 @@ def test_a_temporary_folder_mounted_noexec_alone_is_no_obstacle(both, folder):
 
 def test_without_a_compiler_it_runs_and_says_so(both, folder):
     said = both(environ={"CC": "no-such-compiler", "HOME": str(folder / "fresh")})
-    if not loader.shipped():
+    if not building.shipped():
         assert "no C compiler found" in said
 
 
 def test_an_agent_that_root_built_into_an_image_serves_any_user_without_a_compiler(both, folder):
     image = folder / "image"
     image.mkdir(mode=0o755)
-    build = "from psi_kv_governor.engines.llama.loader import agent_path; print(agent_path())"
+    build = "from psi_kv_governor.native.building import agent_path; print(agent_path())"
     environ = {"PATH": os.environ["PATH"], "PSIKV_NATIVE_DIR": str(image), "HOME": str(folder)}
     subprocess.run([sys.executable, "-c", build], env=environ, check=True)
     said = both(

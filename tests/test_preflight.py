@@ -9,6 +9,7 @@ from psi_kv_governor import doctor, preflight, preflight_engine
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.engines.llama import loader
 from psi_kv_governor.errors import EngineError
+from psi_kv_governor.native import building
 from psi_kv_governor.sandbox.sandbox import Sandbox
 
 MEMINFO = "MemTotal:        8000000 kB\nMemAvailable:    4000000 kB\n"
@@ -176,7 +177,7 @@ def test_without_llama_cpp_the_rest_of_the_engine_is_not_tried(monkeypatch, tmp_
 
 
 def test_an_agent_that_does_not_compile_is_a_failure(monkeypatch):
-    monkeypatch.setattr(loader, "agent_path", refuse)
+    monkeypatch.setattr(building, "agent_path", refuse)
     found = preflight.check_agent()
     assert (found.state, found.remedy) == ("fail", "install it")
 

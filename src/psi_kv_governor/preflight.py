@@ -18,6 +18,7 @@ from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.engines.llama import loader
 from psi_kv_governor.errors import BadInputError, EngineError, PsiKvError
 from psi_kv_governor.model import check, demo_model_path
+from psi_kv_governor.native import building
 from psi_kv_governor.pressure.cgroup import find_cgroups
 from psi_kv_governor.pressure.discovery import Candidate, discover, why_no_limits
 from psi_kv_governor.pressure.headroom import HeadroomReader
@@ -184,9 +185,9 @@ def _may(capability: int, root: Path) -> bool:
 def check_compiler() -> Check:
     """The C compiler that builds the agent where it did not come compiled."""
     try:
-        return Check("compiler", "ok", loader.compiler())
+        return Check("compiler", "ok", building.compiler())
     except EngineError as error:
-        shipped = loader.shipped()
+        shipped = building.shipped()
         state: State = "ok" if shipped else "warn"
         return Check(
             "compiler",
@@ -209,7 +210,7 @@ def check_llama() -> Check:
 def check_agent() -> Check:
     """The agent between a program and llama.cpp: without it nothing can be returned."""
     try:
-        return Check("agent", "ok", str(loader.agent_path()))
+        return Check("agent", "ok", str(building.agent_path()))
     except EngineError as error:
         return Check("agent", "fail", "can't be had, so that no memory can be returned", str(error))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from packages_help import CACHE, Unavailable, alone, debian_mirror, run
-from psi_kv_governor.engines.llama.loader import agent_path
+from psi_kv_governor.native.building import agent_path
 
 ROOT = Path(__file__).parents[2]
 SUITE = "trixie"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from platformdirs import user_cache_path
 
-from psi_kv_governor.engines.llama.compiling import compile_command
+from psi_kv_governor.native.compiling import compile_command
 
 ROOT = Path(__file__).parents[2]
 KEY = Path("/usr/share/keyrings/debian-archive-keyring.gpg")

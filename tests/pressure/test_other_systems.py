@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import psi_kv_governor
-from psi_kv_governor.engines.llama import loader
 from psi_kv_governor.errors import EngineError
+from psi_kv_governor.native import building
 
 RUNNER = Path(__file__).with_name("other_system.py")
 SYSTEMS = pytest.mark.parametrize("system", ["darwin", "win32"])
@@ -100,4 +100,4 @@ def test_the_governor_runs_on_what_psutil_tells(system, tmp_path):
 def test_on_windows_no_memory_can_be_returned_and_it_says_so(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(EngineError, match="needs Linux"):
-        loader.agent_path()
+        building.agent_path()

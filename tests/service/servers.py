@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from packages_help import CACHE as CACHE_OF_TESTS
 from packages_help import PIP, Unavailable, alone, debian_mirror, needs_apt, run, unpack_debs
-from psi_kv_governor.engines.llama.loader import agent_path
+from psi_kv_governor.native.building import agent_path
 
 HERE = Path(__file__).parent
 PSI_KV = (sys.executable, "-m", "psi_kv_governor.cli")

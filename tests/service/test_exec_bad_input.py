@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from servers import PSI_KV, lines_of_ours
 
-from psi_kv_governor.engines.llama.loader import agent_path
+from psi_kv_governor.native.building import agent_path
 
 # -- what can't be started ------------------------------------------------------------------------------
 

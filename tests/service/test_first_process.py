@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from servers import PSI_KV
 
-from psi_kv_governor.engines.llama.loader import agent_path
+from psi_kv_governor.native.building import agent_path
 from psi_kv_governor.residence import find_place
 from psi_kv_governor.sandbox.sandbox import Sandbox
 

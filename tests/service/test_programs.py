@@ -14,7 +14,7 @@ import pytest
 from servers import PSI_KV, WAIT_S, Server, children_of, free_port, resident_bytes, until, with_agent
 
 from psi_kv_governor.engines.llama.fleet import Fleet
-from psi_kv_governor.engines.llama.loader import agent_path
+from psi_kv_governor.native.building import agent_path
 
 pytestmark = [pytest.mark.llama, pytest.mark.slow]
 

@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.engines.llama.fleet import Fleet
-from psi_kv_governor.engines.llama.loader import agent_path, is_agent
 from psi_kv_governor.engines.llama.process import Chosen, choose
 from psi_kv_governor.engines.vllm import serve
 from psi_kv_governor.errors import BadInputError, EngineError
 from psi_kv_governor.events import AnsweredMasked, Event
 from psi_kv_governor.governor import Governor
+from psi_kv_governor.native.building import agent_path, is_agent
 from psi_kv_governor.service.beside import Beside
 from psi_kv_governor.service.once import park_once
 from psi_kv_governor.service.program import HeldSignals, Program, find_program

@@ -18,12 +18,12 @@ from fakes import FakeSource
 from gguf_models import HYBRID, LARGE, LARGE_SLIDING
 from psi_kv_governor import GovernedLlama, GovernorConfig
 from psi_kv_governor.cache import Plan, Range, Step, Verb
-from psi_kv_governor.engines.llama import loader
 from psi_kv_governor.engines.llama.client import Client, InProcess
 from psi_kv_governor.engines.llama.engine import LlamaEngine
 from psi_kv_governor.engines.llama.fleet import Fleet
 from psi_kv_governor.events import AnsweredMasked, Trimmed
 from psi_kv_governor.governor import Governor
+from psi_kv_governor.native import building
 
 pytestmark = pytest.mark.llama
 TOKENS = [int(token) for token in np.random.default_rng(11).integers(3, 250, 3000)]
@@ -298,7 +298,7 @@ for line in sys.stdin:
 def test_over_the_socket_it_is_the_same(tiny_model):
     events = []
     fleet = Fleet(place="", backing="memory")
-    environ = {**os.environ, "LD_PRELOAD": str(loader.agent_path()), "PSIKV_SOCKET": fleet.name}
+    environ = {**os.environ, "LD_PRELOAD": str(building.agent_path()), "PSIKV_SOCKET": fleet.name}
     command = [sys.executable, "-c", PROGRAM, str(tiny_model(LARGE))]
     with (
         contextlib.closing(fleet),

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from psi_kv_governor.cache import Plan, Range, Step, Verb
-from psi_kv_governor.engines.llama import loader
 from psi_kv_governor.engines.llama.client import Client, InProcess
 from psi_kv_governor.engines.llama.engine import LlamaEngine
 from psi_kv_governor.engines.llama.evidence import LlamaEvidence, Sampling
 from psi_kv_governor.errors import BadInputError
+from psi_kv_governor.native import building
 
 pytestmark = pytest.mark.llama
 
@@ -95,7 +95,7 @@ def open_captured(shallow_model, tmp_path, agent) -> Iterator[Callable[..., Any]
     built = tmp_path / "capture.so"
     headers = Path(importlib.util.find_spec("llama_cpp").origin).parents[1] / "include"
     source = Path(__file__).with_name("capture.c")
-    command = [loader.compiler(), "-O1", "-shared", "-fPIC", f"-I{headers}", source, "-o", built]
+    command = [building.compiler(), "-O1", "-shared", "-fPIC", f"-I{headers}", source, "-o", built]
     subprocess.run(command, check=True, capture_output=True)
     capture_eval = ctypes.CDLL(str(built)).capture_eval
     opened = []

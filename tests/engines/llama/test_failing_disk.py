@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gguf_models import LARGE
-from psi_kv_governor.engines.llama import loader
+from psi_kv_governor.native import building
 
 pytestmark = pytest.mark.llama
 
@@ -80,7 +80,7 @@ def failing_disk(tmp_path_factory) -> Path:
     """A library that makes calls fail."""
     built = tmp_path_factory.mktemp("failing") / "failing.so"
     source = Path(__file__).with_name("failing_disk.c")
-    words = [loader.compiler(), "-shared", "-fPIC", "-O1", str(source), "-o", str(built), "-ldl"]
+    words = [building.compiler(), "-shared", "-fPIC", "-O1", str(source), "-o", str(built), "-ldl"]
     subprocess.run(words, check=True, timeout=60)
     return built
 

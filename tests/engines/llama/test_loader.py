@@ -11,49 +11,49 @@ from pathlib import Path
 
 import pytest
 
-from psi_kv_governor.engines.llama import loader
 from psi_kv_governor.engines.llama.elf import redirecting
 from psi_kv_governor.errors import EngineError
+from psi_kv_governor.native import building
 
 
 @pytest.fixture
 def only(monkeypatch, tmp_path):
     """Has a compiled agent be kept in `tmp_path/native`, or nowhere."""
     folder = tmp_path / "native"
-    monkeypatch.setattr(loader, "_folders", lambda: [folder])
-    monkeypatch.setattr(loader, "_SHIPPED", tmp_path / "absent.so")
+    monkeypatch.setattr(building, "folders", lambda: [folder])
+    monkeypatch.setattr(building, "_SHIPPED", tmp_path / "absent.so")
     return folder
 
 
 def test_it_is_compiled_once_and_private(only):
-    first = loader.agent_path()
+    first = building.agent_path()
     written = first.stat().st_mtime_ns
     assert first.parent == only
     assert only.stat().st_mode & 0o022 == 0
     assert first.stat().st_mode & 0o222 == 0
-    assert loader.agent_path().stat().st_mtime_ns == written
+    assert building.agent_path().stat().st_mtime_ns == written
     assert [path.name for path in only.iterdir()] == [first.name]
     ctypes.CDLL(str(first)).psikv_serve  # noqa: B018  # it can be loaded
 
 
 def test_one_that_came_with_the_package_needs_no_compiler(only, monkeypatch):
-    shipped = loader.agent_path()
-    monkeypatch.setattr(loader, "_SHIPPED", shipped)
+    shipped = building.agent_path()
+    monkeypatch.setattr(building, "_SHIPPED", shipped)
     monkeypatch.setenv("CC", "no-such-compiler")
-    assert loader.agent_path() == shipped
-    assert loader.shipped()
+    assert building.agent_path() == shipped
+    assert building.shipped()
 
 
 def test_without_a_compiler_it_says_what_to_install(only, monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.raises(EngineError, match="no-such-compiler"):
-        loader.agent_path()
+        building.agent_path()
 
 
 def test_a_compiler_that_fails_leaves_nothing_behind(only, monkeypatch):
     monkeypatch.setenv("CC", "false")
     with pytest.raises(EngineError, match="compiling the agent failed"):
-        loader.agent_path()
+        building.agent_path()
     assert list(only.iterdir()) == []
 
 
@@ -62,21 +62,21 @@ def test_a_folder_that_others_can_write_to_is_not_trusted(only, mode):
     only.mkdir()
     only.chmod(mode)
     with pytest.raises(EngineError, match="chmod go-w"):
-        loader.agent_path()
+        building.agent_path()
 
 
 def test_a_planted_library_is_not_loaded(only):
-    planted = loader.agent_path()
+    planted = building.agent_path()
     planted.chmod(0o666)
     with pytest.raises(EngineError, match="others may write"):
-        loader.agent_path()
+        building.agent_path()
 
 
 def test_a_link_is_not_followed(only, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     only.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(EngineError, match="link"):
-        loader.agent_path()
+        building.agent_path()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a folder of its own (root)")
@@ -85,7 +85,7 @@ def test_a_folder_mounted_noexec_is_named(only):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "noexec,mode=0700", "none", only], check=True)
     try:
         with pytest.raises(EngineError, match="noexec"):
-            loader.agent_path()
+            building.agent_path()
     finally:
         subprocess.run(["umount", only], check=True)
 
@@ -95,7 +95,7 @@ def test_without_a_home_another_folder_is_found(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr("pwd.getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(uid)))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert loader._folders()[-1].parent == tmp_path
+    assert building.folders()[-1].parent == tmp_path
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="changes to another user (root)")
@@ -103,12 +103,13 @@ def test_a_random_user_without_home_or_name_is_no_traceback(tmp_path):
     """As in a container that gives every pod its own number."""
     program = """
 import os, sys, tempfile
-from psi_kv_governor.engines.llama import loader, process
+from psi_kv_governor.engines.llama import process
+from psi_kv_governor.native import building
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.errors import EngineError
 os.setgroups([]); os.setgid(0); os.setuid(48213)
 try:
-    print(loader.agent_path())
+    print(building.agent_path())
 except EngineError as error:
     print("refused:", error)
 print(process.choose(GovernorConfig()))
@@ -129,7 +130,7 @@ def test_a_library_of_two_names_is_searched_in_their_order(tmp_path):
         source = f"int which(void) {{ return {number}; }} int only_{name}(void) {{ return {number}; }}"
         (tmp_path / f"{name}.c").write_text(source)
         subprocess.run(
-            [loader.compiler(), "-shared", "-fPIC", f"{name}.c", "-o", f"lib{name}.so"],
+            [building.compiler(), "-shared", "-fPIC", f"{name}.c", "-o", f"lib{name}.so"],
             cwd=tmp_path,
             check=True,
         )

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from psi_kv_governor.engines.llama.loader import agent_path, compiler
+from psi_kv_governor.native.building import agent_path, compiler
 
 PROGRAM = """
 import _ctypes, ctypes, sys

@@ -122,6 +122,9 @@ void summary_make_avx2(uint8_t * to, int32_t type, const uint8_t * row, int64_t 
 void recall_scores_avx2(struct recall * r, int32_t layer, const struct ggml_tensor * node, int64_t first_row, int64_t token) {
     recall_scores_any(r, layer, node, first_row, token);
 }
+void summary_dots_avx2(float * to, const float * queries, int64_t n_queries, const uint8_t * summaries, int64_t step, int64_t n, int64_t dim) {
+    summary_dots_any(to, queries, n_queries, summaries, step, n, dim);
+}
 #endif
 
 bool keys_readable(const struct tensor * keys) {

@@ -10,9 +10,6 @@
 #include "recall.h"
 #include "values.h"
 
-// A low value, a step, and half a byte a value.
-#define HEAD_BYTES(dim) (2 * sizeof(float) + (size_t) (dim) / 2)
-
 // What is left of a share at the next observation.
 #define LEFT 0.8f
 // A batch of so many tokens is decoded again at the most: a quarter of a second of prefill on the demo model.

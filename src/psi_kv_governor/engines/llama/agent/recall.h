@@ -13,6 +13,8 @@
 // Observations for which a block that was exchanged stays where it is.
 #define REST 3
 #define MOST_MARKED 1024
+// Of a summary for each head: a low value, a step, and half a byte a value.
+#define HEAD_BYTES(dim) (2 * sizeof(float) + (size_t) (dim) / 2)
 
 struct recall {
     int64_t    n_rows, n_blocks;
@@ -70,5 +72,7 @@ static inline uint8_t * recall_summary(const struct recall * r, int64_t row, int
 // Each twice, as in sampler.h.
 void summary_make_any(uint8_t * to, int32_t type, const uint8_t * row, int64_t n);
 void summary_make_avx2(uint8_t * to, int32_t type, const uint8_t * row, int64_t n);
+void summary_dots_any(float * to, const float * queries, int64_t n_queries, const uint8_t * summaries, int64_t step, int64_t n, int64_t dim);
+void summary_dots_avx2(float * to, const float * queries, int64_t n_queries, const uint8_t * summaries, int64_t step, int64_t n, int64_t dim);
 void recall_scores_any(struct recall * recall, int32_t layer, const struct ggml_tensor * node, int64_t first_row, int64_t token);
 void recall_scores_avx2(struct recall * recall, int32_t layer, const struct ggml_tensor * node, int64_t first_row, int64_t token);

@@ -87,6 +87,24 @@ INLINE_HERE void parked_dots(const struct query * q, int64_t n, const uint8_t * 
     }
 }
 
+// The products of `n_queries` queries with each of `n` summaries that lie `step` bytes apart: to[query][summary].
+void KERNEL(summary_dots)(float * to, const float * queries, int64_t n_queries, const uint8_t * summaries, int64_t step, int64_t n, int64_t dim) {
+    struct query q[MAX_QUERIES];
+    float found[MAX_QUERIES];
+    for (int64_t first = 0; first < n_queries; first += MAX_QUERIES) {
+        const int64_t some = n_queries - first < MAX_QUERIES ? n_queries - first : MAX_QUERIES;
+        for (int64_t h = 0; h < some; h++) {
+            query_make(&q[h], queries + (first + h) * dim, dim);
+        }
+        for (int64_t i = 0; i < n; i++) {
+            parked_dots(q, some, summaries + i * step, dim, found);
+            for (int64_t h = 0; h < some; h++) {
+                to[(first + h) * n + i] = found[h];
+            }
+        }
+    }
+}
+
 INLINE_HERE void live_dots(const struct query * q, int64_t n, int32_t type, const uint8_t * row, int64_t dim, float * to) {
     float key[MAX_HEAD];
     values_read(type, row, key, dim);

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-SOURCE_DIR = Path(__file__).with_name("agent")
+SOURCE_DIR = Path(__file__).parents[1] / "engines" / "llama" / "agent"
 # Sums may be taken in any order, so that they are taken 8 or 16 at a time. Not -ffast-math: linked with it, a
 # library makes the whole process flush subnormals to zero, and llama.cpp's logits would change.
 _SUMS = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
