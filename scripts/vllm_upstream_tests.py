@@ -87,7 +87,7 @@ def main() -> int:
     parser.add_argument("checkout", type=Path)
     parser.add_argument("paths", nargs="*", default=list(PATHS), metavar="PATH")
     parser.add_argument("--record", type=Path, help="JSON file to keep the outcome in")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     checkout = options.checkout.resolve()
     if not (checkout / PATHS[0]).exists():
         sys.exit(f"vllm_upstream_tests: {checkout} holds no sources of vLLM ({PATHS[0]} is not there)")

@@ -122,6 +122,30 @@ def test_arguments_that_leave_it_ungoverned_say_what_to_do(installed, arguments,
     assert list(serving.command) == [*SERVE, *arguments]  # as it would be without us
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("model: m\nkv-transfer-config: '{}'\n", "a KV connector already"),
+        ("kv_transfer_config:\n  kv_connector: X\n", "a KV connector already"),
+        ("enable-sleep-mode: true  # at night\n", "sleep mode"),
+        ("enforce-eager: true\npipeline_parallel_size: 2 # nodes\n", "several pipeline stages"),
+        ("enable-sleep-mode: false\n# kv-transfer-config: {}\nother:\n  enable-sleep-mode: true\n", ""),
+        ("port: 8000\n", ""),
+    ],
+)
+def test_what_a_file_of_options_says_counts_too(tmp_path, text, why):
+    """vLLM lets the command line win: an option of ours would pass over a connector in the file."""
+    file = tmp_path / "options.yaml"
+    file.write_text(text)
+    for arguments in (["--config", str(file)], [f"--config={file}"]):
+        told = serve.why_not(arguments)
+        assert why in told if why else told == ""
+
+
+def test_a_file_of_options_that_is_not_there_is_for_vllm_to_name(tmp_path):
+    assert serve.why_not(["--config", str(tmp_path / "none.yaml")]) == serve.why_not(["--config"]) == ""
+
+
 @pytest.mark.parametrize("arguments", [["--enforce-eager"], ["-pp", "2"], ["--enforce-eager", "-pp", "1"]])
 def test_arguments_that_do_no_harm(arguments):
     assert serve.why_not(arguments) == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from psi_kv_governor.engines.vllm.plugin import CONNECTOR
 PLUGIN = "psi_kv_governor"
 """Its name in `vllm.general_plugins`."""
 
+_KEY = re.compile(r"^([\w'\"-]+):[ \t]*([^#\n]*)", re.MULTILINE)
 _LOOK_S = 30.0
 _LOOK = """
 import json
@@ -91,6 +93,7 @@ def transfer_config(config: GovernorConfig) -> str:
 
 def why_not(arguments: Sequence[str]) -> str:
     """Why these arguments of `vllm serve` leave it ungoverned, and what to do; '' where they do not."""
+    arguments = [*_of_file(arguments), *arguments]
     options = {word.partition("=")[0].replace("_", "-") for word in arguments if word.startswith("-")}
     if any(option.startswith(("--kv-transfer-config", "--kv-offloading")) for option in options):
         return (
@@ -102,6 +105,18 @@ def why_not(arguments: Sequence[str]) -> str:
     if "--enforce-eager" in options and _stages(arguments) > 1:
         return "vLLM itself ends with --enforce-eager and several pipeline stages: leave one of them out"
     return ""
+
+
+def _of_file(arguments: Sequence[str]) -> list[str]:
+    """What `--config FILE` gives, as arguments: an option of ours beside it would have vLLM pass over the
+    file's. Keys that stand at the beginning of a line are options; what can't be read is vLLM's to name."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    try:
+        text = Path(words[words.index("--config") + 1]).read_text(errors="replace")
+    except (ValueError, IndexError, OSError):
+        return []
+    pairs = [(key.strip("'\""), value.strip()) for key, value in _KEY.findall(text)]
+    return [word for key, value in pairs if value.lower() != "false" for word in (f"--{key}", value)]
 
 
 def _stages(arguments: Sequence[str]) -> int:
