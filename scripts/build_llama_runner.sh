@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds llama-cpp-python from source for this machine, compiles the native tap against it, and ends with
-# the self-test on a real model.
+# Builds llama-cpp-python from source for this machine, compiles the agent, and ends with what `psi-kv doctor`
+# proves on a real model.
 set -euo pipefail
 
 usage() {
@@ -8,12 +8,12 @@ usage() {
 usage: scripts/build_llama_runner.sh [--cpu | --cuda | --vulkan] [--model FILE]
 
 Builds llama-cpp-python from source into the active virtual environment (else ./.venv), compiles the native
-tap, and runs the self-test. An installed llama-cpp-python is replaced.
+agent, and runs `psi-kv doctor`. An installed llama-cpp-python is replaced.
 
   --cpu         for this processor's instructions (default; about 8 minutes on 2 cores)
   --cuda        for NVIDIA GPUs; needs the CUDA toolkit (nvcc)
   --vulkan      for any GPU with Vulkan; needs its headers and glslc
-  --model FILE  the model of the self-test (default: the demo model, fetched when absent)
+  --model FILE  the model that is tried (default: the demo model, fetched when absent)
   -h, --help    this text
 
 More for CMake goes in CMAKE_ARGS, the C compiler in CC, the number of jobs in CMAKE_BUILD_PARALLEL_LEVEL.
@@ -118,6 +118,6 @@ if [[ -z $model ]]; then
   "$python" -m psi_kv_governor.cli model fetch
   model=$("$python" -m psi_kv_governor.cli model path)
 fi
-echo "compiling the tap, and the self-test on $model"
-"$python" -m psi_kv_governor.engine.llama.selftest --model "$model" \
-  || fail 1 "the self-test did not pass: 'psi-kv doctor --model $model' says why"
+echo "compiling the agent, and proving each step on $model"
+"$python" -m psi_kv_governor.cli doctor --model "$model" \
+  || fail 1 "what failed, and what to do, stands above"

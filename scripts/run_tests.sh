@@ -8,7 +8,7 @@ set -euo pipefail
 
 python=$1 workers=$2
 log=.venv/other-environments.log
-alone='cgroup or swap or uml'
+alone='cgroup or swap'
 failed=0 others=
 
 trap 'exit 130' INT TERM
@@ -17,7 +17,7 @@ if [ "$workers" != 0 ]; then
   others=$!
   trap 'kill -- "-$others" 2>/dev/null || true' EXIT
 fi
-"$python" -m pytest -n "$workers" --dist loadfile -m "not ($alone)" || failed=1
+"$python" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder -m "not ($alone)" || failed=1
 "$python" -m pytest -m "$alone" || failed=1
 if [ -z "$others" ]; then
   make --no-print-directory test-others || failed=1

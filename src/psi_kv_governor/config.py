@@ -269,9 +269,7 @@ _named: set[str] = set()
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, _Setting]:
     given = {
-        key.removeprefix(ENVIRONMENT_PREFIX).lower(): _Setting(
-            value, f"environment variable {key}", typed=False
-        )
+        key.removeprefix(ENVIRONMENT_PREFIX).lower(): _Setting(value, f"environment variable {key}", False)
         for key, value in environ.items()
         if key.startswith(ENVIRONMENT_PREFIX) and key not in OTHER_VARIABLES
     }

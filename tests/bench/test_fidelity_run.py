@@ -11,12 +11,14 @@ from pathlib import Path
 import msgspec
 import pytest
 from click.testing import CliRunner, Result
+from gguf import GGUFReader
 
 from gguf_models import LLAMA, write_model
 from psi_kv_governor.cli import main
 from psi_kv_governor.errors import BadInputError
 from psikv_bench.fidelity.plan import PARTS, FidelityOptions
 from psikv_bench.fidelity.results import Rows
+from psikv_bench.fidelity.weights import weights
 from psikv_bench.journal import encoded
 from psikv_bench.record import RESULT, Recorder, Report
 from psikv_bench.scenes.fidelity import recorded, run
@@ -94,6 +96,14 @@ def test_report_plots_and_json_are_kept(kept):
     assert all(f"({name})" in text for name in written if name.endswith(".png"))
     assert "beyond this model" in text
     assert str(kept) not in text
+
+
+def test_weights_are_taken_to_f32_for_as_long_as_they_are_read(shallow_model):
+    with weights(shallow_model, "f32") as path:
+        tensors = GGUFReader(path).tensors
+        assert {one.name for one in tensors} == {one.name for one in GGUFReader(shallow_model).tensors}
+        assert {one.tensor_type.name for one in tensors} == {"F32"}
+    assert not path.exists()
 
 
 # -- cut short, and on again -------------------------------------------------------------------------------

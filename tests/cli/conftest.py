@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+from evening import CONFIG, evening
+
+from psi_kv_governor.recording import Recorder
 
 
 @pytest.fixture
@@ -16,3 +19,13 @@ def own_folder(tmp_path, monkeypatch) -> Path:
         if name.startswith("PSI_KV_"):
             monkeypatch.delenv(name)
     return tmp_path
+
+
+@pytest.fixture
+def recorded(tmp_path) -> Path:
+    path = tmp_path / "evening.jsonl"
+    recorder = Recorder(path, CONFIG)
+    for turn in evening():
+        recorder(turn)
+    recorder.close()
+    return path

@@ -9,87 +9,19 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import cycle
 from pathlib import Path
 
-import msgspec
 import pytest
 from cli_help import assert_refused
-from click.testing import CliRunner, Result
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from evening import as_json, evening, invoke
 
 import psi_kv_governor
-from psi_kv_governor.cli import main
-from psi_kv_governor.config import GovernorConfig
-from psi_kv_governor.control import Action, Turn
-from psi_kv_governor.engines.simulated import SimulatedEngine
-from psi_kv_governor.errors import BadInputError
-from psi_kv_governor.governor import Governor
-from psi_kv_governor.pressure.reading import Reading, one_level
-from psi_kv_governor.pressure.trace import TraceSource
-from psi_kv_governor.recording import Recorder, read_recording
-from psi_kv_governor.simulation.playback import account, first_difference, play
+from psi_kv_governor.control import Action
+from psi_kv_governor.recording import read_recording
+from psi_kv_governor.simulation.playback import first_difference
 
 pytestmark = pytest.mark.usefixtures("own_folder")
-CONFIG = GovernorConfig(quiet_s=2.0)
-LIMIT_BYTES = 1 << 30
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(psi_kv_governor.__file__).parents[1])}
-
-
-def invoke(*args: str) -> Result:
-    return CliRunner().invoke(main, list(args))
-
-
-def reading(i: int) -> Reading:
-    pressed = 30 <= i < 70
-    return one_level(
-        time_s=100.0 + i / 10,
-        interval_s=0.1,
-        some=0.3 if pressed else 0.0,
-        full=0.1 if pressed else 0.0,
-        headroom_bytes=LIMIT_BYTES // 5,
-        limit_bytes=LIMIT_BYTES,
-    )
-
-
-def evening(config: GovernorConfig = CONFIG, cells: int = 2048) -> list[Turn]:
-    """A neighbour comes after 3 s, stays for 4 s and goes; the context grows meanwhile. Only stall tells."""
-    now_s = 100.0
-    engine = SimulatedEngine(clock=lambda: now_s)
-    engine.add_cache(4096).sequence(0).running = True
-    turns: list[Turn] = []
-    governor = Governor(
-        engine,
-        source=TraceSource([reading(i) for i in range(150)]),
-        config=config,
-        clock=lambda: now_s,
-        jitter=0.25,
-    )
-    governor.observe(turns.append)
-    engine.decode(cells - 1)
-    for i in range(150):
-        now_s = reading(i).time_s
-        engine.decode(1)
-        governor.step()
-    governor.close()
-    return turns
-
-
-@pytest.fixture
-def recorded(tmp_path) -> Path:
-    path = tmp_path / "evening.jsonl"
-    recorder = Recorder(path, CONFIG)
-    for turn in evening():
-        recorder(turn)
-    recorder.close()
-    return path
-
-
-def as_json(*args: str, status: int = 0) -> dict:
-    result = invoke("replay", "--json", *args)
-    assert result.exit_code == status, result.output
-    return json.loads(result.stdout)
 
 
 # -- record ------------------------------------------------------------------------------------------------
@@ -221,105 +153,6 @@ def test_a_recording_that_was_cut_replays_with_a_note(recorded):
     assert result.exit_code == 0
     assert f"All {len(evening()) - 1} decisions" in result.stdout
     assert "was cut off" in result.stderr
-
-
-# -- what if -----------------------------------------------------------------------------------------------
-
-
-def test_what_if_shows_other_settings_next_to_what_was_done(recorded):
-    report = as_json(str(recorded), "--what-if", "high=0.5", "--what-if", "high_max=0.5")
-    runs = report["runs"]
-    assert report["same"] is None
-    assert list(runs) == ["recorded", "played again", "what if"]
-    assert runs["recorded"]["trims"] > 0
-    assert runs["what if"]["trims"] == 0
-    assert runs["what if"]["onset_s"] == runs["recorded"]["onset_s"]
-
-
-def test_the_same_settings_on_the_simulated_cache_do_the_same(recorded):
-    """The recording was made on such a cache, so what is played must be what was recorded."""
-    turns = read_recording(recorded).turns
-    assert play(CONFIG, turns, CONFIG) == turns
-
-
-def test_what_if_gives_up_from_its_own_cache(recorded):
-    """The recorded snapshots lost bytes to the recorded trims; larger ones meet what they left."""
-    turns = read_recording(recorded).turns
-    played = play(msgspec.structs.replace(CONFIG, step_min=0.5, step_max=0.5), turns, CONFIG)
-    first = next(i for i, turn in enumerate(played) if turn.decision.action is Action.TRIM)
-    assert played[first].decision.n_bytes > turns[first].decision.n_bytes
-    assert played[first + 1].cache.live_bytes < turns[first + 1].cache.live_bytes
-    by_time = {turn.reading.time_s: turn for turn in turns}
-    for turn in played:
-        recorded_turn = by_time.get(turn.reading.time_s)
-        assert recorded_turn is None or turn.cache.total_bytes == recorded_turn.cache.total_bytes
-
-
-def test_what_if_begins_with_what_was_away_at_first():
-    turns = evening()
-    after = next(i for i, turn in enumerate(turns) if turn.cache.masked_bytes)
-    played = play(CONFIG, turns[after:], CONFIG)
-    assert played[0].cache.masked_bytes == turns[after].cache.masked_bytes
-
-
-def test_a_context_that_shrinks_is_followed():
-    turns = evening()
-    cell_bytes = turns[0].cache.step_bytes // CONFIG.block_cells
-    short = msgspec.structs.replace(turns[0].cache, live_bytes=300 * cell_bytes)
-    turns += [
-        msgspec.structs.replace(
-            turn, cache=short, reading=msgspec.structs.replace(turn.reading, time_s=turn.reading.time_s + 20)
-        )
-        for turn in turns[:20]
-    ]
-    assert play(CONFIG, turns, CONFIG)[-1].cache.total_bytes == 300 * cell_bytes
-
-
-COUNTS = st.integers(0, 700)
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(COUNTS, COUNTS, COUNTS, st.floats(0, 1), st.integers(0, LIMIT_BYTES)), min_size=1))
-def test_any_context_can_be_played_and_keeps_its_length(made):
-    turns = []
-    for turn, (live, masked, lost, some, headroom) in zip(cycle(evening()[:100]), made, strict=False):
-        size = turn.cache.step_bytes // CONFIG.block_cells
-        level = msgspec.structs.replace(turn.reading.levels[0], some=some, headroom_bytes=headroom)
-        turns.append(
-            msgspec.structs.replace(
-                turn,
-                reading=msgspec.structs.replace(turn.reading, levels=(level,)),
-                cache=msgspec.structs.replace(
-                    turn.cache, live_bytes=live * size, masked_bytes=masked * size, lost_bytes=lost * size
-                ),
-            )
-        )
-    lengths = {turn.cache.total_bytes for turn in turns}
-    assert {turn.cache.total_bytes for turn in play(CONFIG, turns, CONFIG)} <= lengths
-
-
-def test_a_context_longer_than_any_is_refused():
-    turn = evening()[0]
-    cache = msgspec.structs.replace(turn.cache, live_bytes=1 << 50)
-    with pytest.raises(BadInputError, match="can't be played"):
-        play(CONFIG, [msgspec.structs.replace(turn, cache=cache)], CONFIG)
-
-
-def test_a_settings_file_can_be_tried(recorded, tmp_path):
-    file = tmp_path / "tuned.toml"
-    file.write_text("high = 0.5\nhigh_max = 0.5\n")
-    assert as_json(str(recorded), "--config", str(file))["runs"]["what if"]["trims"] == 0
-
-
-def test_a_pause_of_the_machine_is_in_no_modes_time():
-    turns = evening()
-    late = [
-        msgspec.structs.replace(
-            turn, reading=msgspec.structs.replace(turn.reading, time_s=turn.reading.time_s + 3600)
-        )
-        for turn in turns
-    ]
-    assert sum(account([*turns, *late], CONFIG).mode_s.values()) == pytest.approx(2 * 14.9, abs=0.1)
 
 
 # -- what they refuse --------------------------------------------------------------------------------------

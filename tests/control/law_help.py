@@ -90,3 +90,8 @@ def replay(looks: list[Reading], cache: CacheSnapshot, config: GovernorConfig = 
         decision, state = decide(config, state, look, cache)
         decisions.append(decision)
     return decisions
+
+
+def pressed(n: int, begin_s: float = 100.0, some: float = 0.5, headroom: float = 0.03) -> list[Reading]:
+    """Two readings a second."""
+    return [reading(time_s=begin_s + i / 2, some=some, headroom=headroom, interval_s=0.5) for i in range(n)]

@@ -10,6 +10,8 @@ from psi_kv_governor.control import Action, CacheSnapshot, LawState, decide, pau
 from psi_kv_governor.pressure.reading import MACHINE, Level, Neighbour, Reading
 
 MIB = 1 << 20
+GIB = 1 << 30
+GB = 10**9
 SLICE_BYTES = 8 * MIB
 STEP_S = 0.01
 

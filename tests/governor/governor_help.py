@@ -6,8 +6,11 @@ import threading
 import time
 from collections.abc import Callable
 
+import pytest
+
 from psi_kv_governor.cache import Plan, SequenceState
 from psi_kv_governor.engines.simulated import SimulatedEngine
+from psi_kv_governor.errors import BadInputError
 from psi_kv_governor.governor import Governor
 
 
@@ -52,3 +55,10 @@ def plans_of(engine: SimulatedEngine, monkeypatch) -> list[Plan]:
 
     monkeypatch.setattr(engine, "apply", noted)
     return given
+
+
+def refused(call, words: str) -> None:
+    with pytest.raises(BadInputError, match=words) as error:
+        call()
+    assert "\n" not in str(error.value)
+    assert error.value.exit_status == 2

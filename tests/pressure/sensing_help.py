@@ -97,3 +97,12 @@ def lasted_s(action: Callable[[], object]) -> float:
     before_s = time.monotonic()
     action()
     return time.monotonic() - before_s
+
+
+def refuse(monkeypatch, module, number: int) -> None:
+    """Arming a trigger fails as the kernel would have it fail."""
+
+    def refused(path: Path) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(module, "arm", refused)

@@ -4,41 +4,27 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 from pathlib import Path
 
 import pytest
 from sensing_help import (
     MACHINE,
     OWN,
-    WHOLE,
     Watched,
     as_nobody,
     in_own_process,
-    lasted_s,
     needs_psi,
     v2_group,
 )
 
-from psi_kv_governor.errors import BadInputError, SourceLostError
+from psi_kv_governor.errors import SourceLostError
 from psi_kv_governor.pressure import machine as machine_module
-from psi_kv_governor.pressure import waker as waker_module
-from psi_kv_governor.pressure import waking as waking_module
 from psi_kv_governor.pressure.discovery import discover
 from psi_kv_governor.pressure.psi import PsiFile
-from psi_kv_governor.pressure.waker import PLAIN_TRIGGER, QUICK_TRIGGER, PsiTrigger, arm
+from psi_kv_governor.pressure.waker import arm
 from psi_kv_governor.pressure.waking import find_waker
 
 pytestmark = pytest.mark.timeout(60)
-
-
-def refuse(monkeypatch, module, number: int) -> None:
-    """Arming a trigger fails as the kernel would have it fail."""
-
-    def refused(path: Path) -> None:
-        raise OSError(number, os.strerror(number), str(path))
-
-    monkeypatch.setattr(module, "arm", refused)
 
 
 # -- the PSI file --------------------------------------------------------------------------------------------
@@ -152,100 +138,6 @@ def test_a_right_that_is_lost_while_running_is_a_lost_source(v2, monkeypatch, wa
     assert "Permission denied" in watched.changes()[0][1]
 
 
-# -- the trigger ---------------------------------------------------------------------------------------------
-
-
-@needs_psi
-@pytest.mark.parametrize(
-    "spec",
-    [
-        pytest.param(b"junk\0", id="EINVAL: no trigger"),
-        pytest.param(b"some 0 2000000\0", id="EINVAL: no threshold"),
-        pytest.param(b"some 3000000 2000000\0", id="EINVAL: more than the window"),
-        pytest.param(b"some 100000 20000000\0", id="EINVAL: too long a window"),
-        pytest.param(b"", id="EINVAL: empty"),
-    ],
-)
-def test_the_kernel_refuses_a_bad_trigger_and_no_descriptor_is_left(spec):
-    before = len(list(Path("/proc/self/fd").iterdir()))
-    with pytest.raises(OSError, match="Invalid argument"):
-        PsiTrigger(WHOLE, spec)
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
-
-
-@needs_psi
-def test_a_short_window_that_is_refused_becomes_a_long_one(monkeypatch):
-    """EINVAL without CAP_SYS_RESOURCE; with it the quick trigger is had at once."""
-    tried = []
-
-    def spy(path: Path, spec: bytes) -> PsiTrigger:
-        tried.append(spec)
-        return PsiTrigger(path, spec)
-
-    monkeypatch.setattr(waker_module, "PsiTrigger", spy)
-    trigger = arm(WHOLE)
-    assert not select_once(trigger, 0) & select.POLLERR
-    trigger.close()
-    assert tried in ([QUICK_TRIGGER], [QUICK_TRIGGER, PLAIN_TRIGGER])
-
-
-@needs_psi
-def test_ebusy_leaves_the_trigger_armed():
-    trigger = arm(WHOLE)
-    with pytest.raises(OSError, match="busy"):
-        os.write(trigger.fileno(), PLAIN_TRIGGER)
-    assert not select_once(trigger, 0) & select.POLLERR
-    trigger.close()
-
-
-def select_once(trigger: PsiTrigger, timeout_ms: int) -> int:
-    poll = select.poll()
-    poll.register(trigger.fileno(), trigger.mask)
-    return dict(poll.poll(timeout_ms)).get(trigger.fileno(), 0)
-
-
-@pytest.mark.parametrize(
-    "number", [errno.EINVAL, errno.EBUSY, errno.EPERM, errno.EACCES], ids=errno.errorcode.get
-)
-def test_a_trigger_that_is_refused_leaves_polling(v2, monkeypatch, number):
-    refuse(monkeypatch, waking_module, number)
-    made = Watched(monkeypatch, v2.root, {})
-    assert made.sensor.bell.waker is None
-    assert made.sensor.read().source == str(v2.root / OWN)
-    assert 0.05 <= lasted_s(lambda: made.sensor.wait(0.05)) < 5.0
-    refused = find_waker(v2.root, {}).considered[1:]
-    assert all(not candidate.usable and candidate.why for candidate in refused)
-    made.sensor.close()
-
-
-def test_a_trigger_is_never_written_into_somebody_s_file(v2, tmp_path):
-    """A file that only looks like PSI stays as it is."""
-    for path in (v2.root / OWN, v2.root / MACHINE):
-        before = path.read_bytes()
-        with pytest.raises(BadInputError, match="no file of the kernel"):
-            arm(path)
-        assert path.read_bytes() == before
-    (tmp_path / "empty").touch()
-    with pytest.raises(BadInputError, match="PSI"):
-        arm(tmp_path / "empty")
-
-
-def test_a_false_first_event_costs_one_reading_and_says_nothing(v2, monkeypatch, tmp_path):
-    """A trigger wakes; the counters decide."""
-    fifo = tmp_path / "fifo"
-    os.mkfifo(fifo)
-    made = Watched(monkeypatch, v2.root, {"MEMORY_PRESSURE_WATCH": str(fifo)})
-    made.sensor.read()
-    writing = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
-    os.write(writing, b"x")
-    assert lasted_s(lambda: made.sensor.wait(20.0)) < 10.0
-    reading = made.sensor.read()
-    assert (reading.some, reading.full) == (0.0, 0.0)
-    assert lasted_s(lambda: made.sensor.wait(0.3)) >= 0.3
-    os.close(writing)
-    made.sensor.close()
-
-
 MOVES = """
 import os, sys
 from pathlib import Path
@@ -299,14 +191,3 @@ def test_a_move_takes_nothing_away_that_is_still_right(tree, monkeypatch):
     reading = made.sensor.read()
     assert (reading.source, reading.levels[0].limit_bytes) == (str(tree.root / MACHINE), 200_000_000)
     made.sensor.close()
-
-
-@needs_psi
-def test_pollerr_wakes_once_and_never_spins():
-    with v2_group("pollerr") as folder:
-        trigger = arm(folder / "memory.pressure")
-        folder.rmdir()
-        for _ in range(3):
-            with pytest.raises(SourceLostError, match="cgroup is gone"):
-                trigger.answer(select_once(trigger, 1000))
-        trigger.close()

@@ -6,7 +6,10 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from psi_kv_governor.residence import Mapping
 
 
 def ext4_image(folder: Path, n_bytes: int) -> str:
@@ -36,3 +39,14 @@ def in_child(body: Callable[[], str]) -> str:
         text = answers.read()
     os.waitpid(child, 0)
     return text
+
+
+def filled(mapping: Mapping, seed: int = 1) -> np.ndarray:
+    """Write all of it; gives a copy of what was written."""
+    view = np.frombuffer(mapping.buffer, dtype=np.uint8)
+    view[:] = np.random.default_rng(seed).integers(0, 256, len(view), dtype=np.uint8)
+    return view.copy()
+
+
+def now(mapping: Mapping) -> np.ndarray:
+    return np.frombuffer(mapping.buffer, dtype=np.uint8)

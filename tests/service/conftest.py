@@ -60,24 +60,24 @@ def python_of_servers() -> Path:
 
 
 @pytest.fixture(scope="session", params=["xllamacpp", "debian"])
-def server_command(request, demo_model) -> Callable[[int], list[str]]:
-    """The command of a real llama-server at a port: default flags, 32,768 cells and 4 slots, one thread
-    (two on a busy machine wait for each other)."""
+def server_command(request, shallow_model) -> Callable[[int], list[str]]:
+    """The command of a real llama-server at a port: default flags, 131,072 cells (of few layers), 4
+    slots, and one thread (two on a busy machine wait for each other)."""
     if request.param == "xllamacpp":
         python = str(request.getfixturevalue("python_of_servers"))
         script = str(Path(__file__).with_name("xllamacpp_server.py"))
-        return lambda port: [python, script, str(demo_model), str(port), "32768"]
+        return lambda port: [python, script, str(shallow_model), str(port), "131072"]
     try:
         program = debian_server()
     except Unavailable as error:
         pytest.skip(f"Debian's llama-server can't be had here: {error}")
-    return lambda port: [*program, "-m", str(demo_model), "-c", "32768", "-t", "1", "--port", str(port)]
+    return lambda port: [*program, "-m", str(shallow_model), "-c", "131072", "-t", "1", "--port", str(port)]
 
 
 @pytest.fixture
-def xllamacpp(python_of_servers, demo_model) -> Callable[[int], list[str]]:
+def xllamacpp(python_of_servers, shallow_model) -> Callable[[int], list[str]]:
     script = str(Path(__file__).with_name("xllamacpp_server.py"))
-    return lambda port: [str(python_of_servers), script, str(demo_model), str(port), "4096"]
+    return lambda port: [str(python_of_servers), script, str(shallow_model), str(port), "4096"]
 
 
 @pytest.fixture

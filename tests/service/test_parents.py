@@ -77,10 +77,10 @@ def _least_recently_used_goes_first(fleet: Fleet, ask: dict[int, Callable[[], ob
 
 
 def test_each_child_of_ollama_is_one_cache_and_the_least_recently_used_gives_first(
-    program, demo_model, folder, tmp_path
+    program, shallow_model, folder, tmp_path
 ):
     ports = [free_port(), free_port()]
-    command = [sys.executable, "-c", OLLAMA, str(program), str(demo_model), *map(str, ports)]
+    command = [sys.executable, "-c", OLLAMA, str(program), str(shallow_model), *map(str, ports)]
     with governed(command, ports[0], folder, tmp_path / "log") as (server, fleet):
         until(lambda: len(fleet.pids) == 2, "not both came")
         assert set(fleet.pids) == set(children_of(server.pid))
@@ -98,12 +98,12 @@ def test_each_child_of_ollama_is_one_cache_and_the_least_recently_used_gives_fir
 
 
 def test_each_model_of_a_router_is_one_cache_and_the_least_recently_used_gives_first(
-    program, demo_model, folder, tmp_path
+    program, shallow_model, folder, tmp_path
 ):
     models = tmp_path / "models"
     models.mkdir()
     for name in ("one", "two"):
-        (models / f"{name}.gguf").symlink_to(demo_model)
+        (models / f"{name}.gguf").symlink_to(shallow_model)
     port = free_port()
     flags = ["--models-dir", str(models), "--models-max", "2", "-c", "16384", "-t", "1", "--port", str(port)]
     with governed([str(program), *flags], port, folder, tmp_path / "log") as (server, fleet):

@@ -7,7 +7,11 @@ import threading
 import time
 from pathlib import Path
 
+from fakes import FakeSource
 from psi_kv_governor import socket_place
+from psi_kv_governor.config import GovernorConfig
+from psi_kv_governor.engines.simulated import SimulatedEngine
+from psi_kv_governor.governor import Governor
 
 
 def until(condition) -> None:
@@ -42,3 +46,15 @@ def ask(client: Lines, command: dict | bytes) -> dict:
     while (answer := client.next()).get("says") != "answer":
         pass
     return answer
+
+
+def two_sequences_pressed() -> Governor:
+    """A governor of a running sequence, an idle one and a saved state, on a machine under pressure."""
+    engine = SimulatedEngine()
+    engine.add_cache(4096).sequence(0).running = True
+    engine.decode(3000)
+    engine.decode(400, sequence=3)
+    engine.caches[1].sequence(3).running = False
+    engine.save(5 << 20)
+    config = GovernorConfig(status_socket=False)
+    return Governor(engine, source=FakeSource(0.6, tick_s=0.5), config=config, name="my program")

@@ -13,7 +13,9 @@ if importlib.util.find_spec("torch") is None:
     collect_ignore_glob = ["test_[!p]*.py"]
 else:
     import torch
+    from tiny import tiny_model
 
+    from psi_kv_governor.engines.transformers.engine import TransformersEngine
     from psi_kv_governor.residence import Place, find_place
 
     @pytest.fixture(scope="session")
@@ -21,6 +23,16 @@ else:
         search = find_place(reserve_bytes=0)
         assert search.place is not None, search.why_none
         return search.place
+
+    @pytest.fixture
+    def model():
+        return tiny_model()
+
+    @pytest.fixture
+    def engine(place):
+        made = TransformersEngine(place)
+        yield made
+        made.close()
 
     @pytest.fixture(autouse=True)
     def quiet_torch():

@@ -2,6 +2,7 @@
 
 import torch
 
+from psi_kv_governor.cache import Plan, Step
 from psi_kv_governor.engines.transformers.cache import GovernedCache
 from psi_kv_governor.engines.transformers.versions import cache_argument
 from psi_kv_governor.residence import Place
@@ -54,3 +55,8 @@ def filled(model, place: Place | None, ids: torch.Tensor, **options) -> Governed
     cache = GovernedCache(model, place=place, **options)
     model(ids, **with_cache(cache))
     return cache
+
+
+def do(engine, verb, cache, **limits):
+    """Have the engine do one thing with a whole cache."""
+    return engine.apply(Plan(steps=(Step(verb=verb, cache=cache.id),), **limits))

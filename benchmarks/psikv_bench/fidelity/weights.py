@@ -12,7 +12,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
@@ -55,7 +54,9 @@ def weights(model: Path, which: Weights) -> Iterator[Path]:
 
 
 def _convert(model: Path, path: Path) -> None:
-    import_module("psi_kv_governor.engine.llama.llm")  # before llama_cpp: see native.load_before_llama_cpp
+    from psi_kv_governor.engines.llama import loader
+
+    loader.load()  # before llama_cpp: a model that is opened later in this process is governed
     import llama_cpp
     from llama_cpp._logger import set_verbose
 

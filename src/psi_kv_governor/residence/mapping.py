@@ -141,10 +141,8 @@ class Mapping:
     def _why_not_park(self) -> str:
         if self._closed:
             return "it is closed"
-        if (
-            not self._shared
-            and sum(it.pieces for it in forks.members() if isinstance(it, Mapping)) > MOST_PIECES
-        ):
+        others = () if self._shared else forks.members()
+        if sum(it.pieces for it in others if isinstance(it, Mapping)) > MOST_PIECES:
             return "what is parked lies in too many pieces already"
         return self._failed or ("" if self._place else NO_PLACE)
 
@@ -217,7 +215,7 @@ class Mapping:
     ) -> Done:
         """Read `parts` into memory, clean, so that the kernel can take them again; `max_bytes` at most."""
         until, back, how = time.monotonic() + deadline_s, 0, "mincore"
-        room = self.n_bytes if max_bytes is None else max_bytes
+        most = self.n_bytes if max_bytes is None else max_bytes
         with self._lock:
             for start, stop in slices(inward(parts, self.n_bytes), SLICE_BYTES):
                 here, how = in_memory(self.address, (start, stop))
@@ -225,7 +223,7 @@ class Mapping:
                 missing &= True if here is None else ~here
                 if not missing.any():
                     continue
-                allowed = np.flatnonzero(np.cumsum(missing) * PAGE_BYTES <= room - back)
+                allowed = np.flatnonzero(np.cumsum(missing) * PAGE_BYTES <= most - back)
                 if not len(allowed) or time.monotonic() > until:
                     return Done(bytes_back=back, finished=False, counted=how)
                 end = start + (int(allowed[-1]) + 1) * PAGE_BYTES

@@ -27,7 +27,7 @@ def test_the_whole_state_stays_that_of_an_ungoverned_twin(arguments, folder):
             sys.executable,
             Path(__file__).with_name("torture.py"),
             "--operations",
-            "2500",
+            "1000",
             "--place",
             folder,
             *arguments,

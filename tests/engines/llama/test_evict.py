@@ -5,78 +5,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
+from evict_help import CELL_BYTES, TOKENS, Context
 
-from fakes import FakeSource
 from gguf_models import HYBRID, LARGE, LARGE_SLIDING
-from psi_kv_governor import GovernedLlama, GovernorConfig
 from psi_kv_governor.cache import Plan, Range, Step, Verb
 from psi_kv_governor.engines.llama.client import Client, InProcess
 from psi_kv_governor.engines.llama.engine import LlamaEngine
-from psi_kv_governor.engines.llama.fleet import Fleet
-from psi_kv_governor.events import AnsweredMasked, Trimmed
-from psi_kv_governor.governor import Governor
-from psi_kv_governor.native import building
 
 pytestmark = pytest.mark.llama
-TOKENS = [int(token) for token in np.random.default_rng(11).integers(3, 250, 3000)]
-CELL_BYTES = 8192  # of LARGE
-CONFIG = GovernorConfig(
-    place="none", status_socket=False, sink_cells=16, window_cells=64, block_cells=16, floor_cells=64
-)
-
-
-class Context:
-    """A llama_context with several sequences, used through llama.cpp's own functions."""
-
-    def __init__(self, model: str, **settings: int) -> None:
-        import llama_cpp
-
-        self.api = llama_cpp
-        llama_cpp.llama_backend_init()
-        self.model = llama_cpp.llama_model_load_from_file(
-            model.encode(), llama_cpp.llama_model_default_params()
-        )
-        params = llama_cpp.llama_context_default_params()
-        chosen = {"n_ctx": 4096, "n_batch": 512, "n_ubatch": 64, "n_seq_max": 4, "kv_unified": True}
-        for name, value in {
-            **chosen,
-            "n_threads": 1,
-            "n_threads_batch": 1,
-            "flash_attn_type": 1,
-            **settings,
-        }.items():
-            setattr(params, name, value)
-        self.ctx = llama_cpp.llama_init_from_model(self.model, params)
-        self.memory = llama_cpp.llama_get_memory(self.ctx)
-
-    def decode(self, tokens: list[int], position: int, sequence: int = 0) -> None:
-        batch = self.api.llama_batch_init(len(tokens), 0, 1)
-        batch.n_tokens = len(tokens)
-        for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position + i, 1
-            batch.seq_id[i][0], batch.logits[i] = sequence, i == len(tokens) - 1
-        assert self.api.llama_decode(self.ctx, batch) == 0
-        self.api.llama_batch_free(batch)
-
-    def remove(self, start: int, stop: int, sequence: int = 0) -> None:
-        assert self.api.llama_memory_seq_rm(self.memory, sequence, start, stop)
-
-    def state(self) -> bytes:
-        size = self.api.llama_state_get_size(self.ctx)
-        buffer = (ctypes.c_uint8 * size)()
-        return bytes(memoryview(buffer)[: self.api.llama_state_get_data(self.ctx, buffer, size)])
-
-    def close(self) -> None:
-        self.api.llama_free(self.ctx)
-        self.api.llama_model_free(self.model)
 
 
 @pytest.fixture
@@ -254,77 +194,3 @@ def test_where_there_is_a_place_nothing_is_thrown_away(opened, folder):
     assert not with_place.describe().capabilities.evict.able
     assert "nothing is thrown away" in evict(with_place, Range(100, 200)).problem
     assert sequences(engine)[0].lost == ()
-
-
-# -- by the front doors ---------------------------------------------------------------------------------
-
-
-def test_a_governed_llama_says_what_it_lost_and_heals(tiny_model):
-    events = []
-    settings = {"n_ctx": 2048, "n_threads": 1, "n_threads_batch": 1, "verbose": False, "flash_attn": True}
-    llm = GovernedLlama(str(tiny_model(LARGE)), config=CONFIG, auto=False, source=FakeSource(), **settings)
-    with contextlib.closing(llm):
-        llm.governor.subscribe(events.append)
-        prompt = "the cat sat on the mat " * 40
-        first = llm(prompt, max_tokens=4, temperature=0)
-        assert "psi_kv" not in first
-        result = llm.governor.trim(0.5)
-        assert result.lost > 100
-        assert result.problem == ""
-        assert [event.lost for event in events if isinstance(event, Trimmed)] == [result.lost]
-        status = llm.governor.status()
-        assert (status.lost_cells, status.masked_cells) == (result.lost, 0)
-        said = llm(prompt + "and", max_tokens=4, temperature=0)["psi_kv"]
-        assert said["lost_tokens"] == result.lost
-        assert said["affected_tokens"] > 0
-        assert llm.governor.restore().bytes_back == 0  # nothing of it is anywhere
-        assert llm.governor.heal() > result.lost
-        assert llm.governor.status().lost_cells == 0
-        assert "psi_kv" not in llm(prompt, max_tokens=4, temperature=0)
-
-
-PROGRAM = """
-import sys
-import llama_cpp
-llm = llama_cpp.Llama(sys.argv[1], n_ctx=2048, n_threads=1, n_threads_batch=1, verbose=False, flash_attn=True)
-llm.eval([i % 240 + 5 for i in range(1000)])
-print("ready", flush=True)
-for line in sys.stdin:
-    llm.eval([int(word) for word in line.split()])
-    print(llm.n_tokens, flush=True)
-"""
-
-
-def test_over_the_socket_it_is_the_same(tiny_model):
-    events = []
-    fleet = Fleet(place="", backing="memory")
-    environ = {**os.environ, "LD_PRELOAD": str(building.agent_path()), "PSIKV_SOCKET": fleet.name}
-    command = [sys.executable, "-c", PROGRAM, str(tiny_model(LARGE))]
-    with (
-        contextlib.closing(fleet),
-        subprocess.Popen(
-            command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        ) as program,
-    ):
-        assert program.stdin is not None
-        assert program.stdout is not None
-        assert program.stdout.readline() == "ready\n"
-        governor = Governor(fleet, config=CONFIG, source=FakeSource())
-        with contextlib.closing(governor):
-            governor.subscribe(events.append)
-            result = governor.trim(0.5)
-            assert result.lost > 100
-            assert result.bytes_returned >= 0.8 * result.lost * CELL_BYTES
-            assert not fleet.describe().capabilities.park.able
-            assert fleet.describe().capabilities.evict.able
-            program.stdin.write("7 8 9\n")
-            program.stdin.flush()
-            assert program.stdout.readline() == "1003\n"
-            (one,) = (one for cache in fleet.snapshot().caches for one in cache.sequences)
-            assert (one.lost_cells, one.affected, one.next_position) == (result.lost, 3, 1003)
-            while not any(isinstance(event, AnsweredMasked) for event in events):
-                governor.step()
-            program.stdin.close()
-        assert program.wait() == 0
-    answered = next(event for event in events if isinstance(event, AnsweredMasked))
-    assert (answered.tokens, answered.masked) == (3, result.lost)

@@ -106,7 +106,7 @@ def test_while_another_thread_parks_every_call_of_it_is_right(pair):
     over, returned = threading.Event(), []
 
     def park() -> None:
-        while not over.is_set():
+        while not over.wait(0.02):  # without a pause all time goes into reading the same pages back
             returned.append(order(ours.llm, Verb.PARK).bytes_returned)
 
     for client in pair:
@@ -114,7 +114,7 @@ def test_while_another_thread_parks_every_call_of_it_is_right(pair):
     thread = threading.Thread(target=park)
     thread.start()
     try:
-        for i in range(10):  # each is read from the disk again and again: seven seconds, beside others
+        for i in range(5):
             tokens = TOKENS[: 300 + 20 * (i % 7)] + TOKENS[1000 : 1000 + 27 * i]
             np.testing.assert_array_equal(ours.logits(tokens), theirs.logits(tokens))
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import pickle
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import pytest
 
 from fakes import FakeSource
 from gguf_models import LARGE, LLAMA
-from psi_kv_governor import GovernedLlama, GovernorConfig
+from psi_kv_governor import GovernedLlama
 from psi_kv_governor.cache import Plan, Range, Step, Verb
 from psi_kv_governor.engines.llama.options import LlamaOptions
 from psi_kv_governor.errors import BadInputError, EngineError
@@ -33,19 +34,8 @@ CHAT = [{"role": "system", "content": "be short " * 10}, {"role": "user", "conte
 
 
 @pytest.fixture
-def open_llm(tiny_model, folder):
-    """Opens governed models that act by hand only, unless told otherwise."""
-    opened = []
-
-    def open_(shape=LARGE, *, settings=None, **arguments) -> GovernedLlama:
-        config = GovernorConfig(**{**SETTINGS, "place": str(folder), **(settings or {})})
-        chosen = {**SMALL, "flash_attn": True, "auto": False, "source": FakeSource(), **arguments}
-        opened.append(GovernedLlama(str(tiny_model(shape)), config=config, **chosen))
-        return opened[-1]
-
-    yield open_
-    for llm in opened:
-        llm.close()
+def open_llm(open_tiny):
+    return functools.partial(open_tiny, SETTINGS, {**SMALL, "flash_attn": True})
 
 
 @pytest.fixture

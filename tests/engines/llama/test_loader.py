@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,23 @@ def only(monkeypatch, tmp_path):
     return folder
 
 
+@pytest.fixture(scope="module")
+def built() -> Path:
+    """That of the tests: to compile another takes twelve seconds of processor time."""
+    return building.agent_path()
+
+
+@pytest.fixture
+def compiled(built, only) -> Path:
+    """A copy of it where the loader looks."""
+    only.mkdir(mode=0o700)
+    path = only / built.name
+    shutil.copy(built, path)
+    path.chmod(0o500)
+    assert building.agent_path() == path
+    return path
+
+
 def test_it_is_compiled_once_and_private(only):
     first = building.agent_path()
     written = first.stat().st_mtime_ns
@@ -36,11 +54,10 @@ def test_it_is_compiled_once_and_private(only):
     ctypes.CDLL(str(first)).psikv_serve  # noqa: B018  # it can be loaded
 
 
-def test_one_that_came_with_the_package_needs_no_compiler(only, monkeypatch):
-    shipped = building.agent_path()
-    monkeypatch.setattr(building, "_SHIPPED", shipped)
+def test_one_that_came_with_the_package_needs_no_compiler(compiled, monkeypatch):
+    monkeypatch.setattr(building, "_SHIPPED", compiled)
     monkeypatch.setenv("CC", "no-such-compiler")
-    assert building.agent_path() == shipped
+    assert building.agent_path() == compiled
     assert building.shipped()
 
 
@@ -65,9 +82,8 @@ def test_a_folder_that_others_can_write_to_is_not_trusted(only, mode):
         building.agent_path()
 
 
-def test_a_planted_library_is_not_loaded(only):
-    planted = building.agent_path()
-    planted.chmod(0o666)
+def test_a_planted_library_is_not_loaded(compiled):
+    compiled.chmod(0o666)
     with pytest.raises(EngineError, match="others may write"):
         building.agent_path()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import pickle
 import subprocess
@@ -22,18 +23,8 @@ GREEDY = {"max_tokens": 6, "temperature": 0.0}
 
 
 @pytest.fixture
-def open_llm(tiny_model, folder):
-    opened = []
-
-    def open_(shape=LARGE, *, settings=None, **arguments) -> GovernedLlama:
-        config = GovernorConfig(place=str(folder), status_socket=False, **(settings or {}))
-        chosen = {**SMALL, "auto": False, "source": FakeSource(), **arguments}
-        opened.append(GovernedLlama(str(tiny_model(shape)), config=config, **chosen))
-        return opened[-1]
-
-    yield open_
-    for llm in opened:
-        llm.close()
+def open_llm(open_tiny):
+    return functools.partial(open_tiny, {}, SMALL)
 
 
 def plain(tiny_model, **arguments):

@@ -7,9 +7,11 @@ import time
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
+from psi_kv_governor.engines.vllm.engine import VllmEngine
 from psi_kv_governor.engines.vllm.messages import About, Finished, Kind, Report
 from psi_kv_governor.engines.vllm.messages import Step as WorkerStep
 from psi_kv_governor.engines.vllm.scheduling import Scheduling
+from psi_kv_governor.engines.vllm.wishes import Wish
 
 TOKENS, BLOCK_BYTES = 16, 1 << 20
 
@@ -146,3 +148,17 @@ def in_time(condition) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
+
+
+def asked(one: SchedulerOnPaper, *wishes: Wish) -> list:
+    """The orders of the step after these were asked for."""
+    one.side._wishes += wishes
+    return list(one.step().orders)
+
+
+def engine_of(one: SchedulerOnPaper) -> VllmEngine:
+    return VllmEngine(one.side, "model", "0.32.0")
+
+
+def sequences(one: SchedulerOnPaper) -> dict[int, object]:
+    return {it.id: it for it in engine_of(one).snapshot().caches[0].sequences}
