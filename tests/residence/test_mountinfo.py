@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from psi_kv_governor.kernel.mountinfo import Mount, mount_of, mounts, parse_mounts
 
@@ -59,3 +61,8 @@ def test_every_field_is_told_without_its_escapes():
 def test_a_mount_table_that_cant_be_read_is_empty(tmp_path):
     assert mounts(tmp_path) == []
     assert mount_of(Path("/"), tmp_path) is None
+
+
+@given(st.text())
+def test_any_text_is_survived(text):
+    assert all(mount.fs_type == mount.fs_type.strip(" ") for mount in parse_mounts(text))

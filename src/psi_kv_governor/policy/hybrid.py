@@ -55,7 +55,6 @@ class Hybrid(Policy):
 def _wanted(blocks: Sequence[Range], evidence: Evidence) -> npt.NDArray[np.bool_]:
     """Which blocks hold what the newest questions asked for: those that recall has just brought back would go
     first otherwise, since nobody looked at them for long. Only where the engine recalls."""
-    demand = getattr(evidence, "demand", None)  # an engine of somebody else may not know it
-    if demand is None or evidence.why_not("demand"):
+    if evidence.why_not("demand"):
         return np.zeros(len(blocks), dtype=np.bool_)
-    return np.nan_to_num(highest(blocks, demand), nan=0.0) >= WANTED
+    return np.nan_to_num(highest(blocks, evidence.demand), nan=0.0) >= WANTED

@@ -5,10 +5,10 @@ Knows cgroup v2, v1, and the hybrid of both, with and without a cgroup namespace
 
 from __future__ import annotations
 
-import re
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from psi_kv_governor.kernel.mountinfo import Mount, mounts
 from psi_kv_governor.pressure.kernel_file import KernelFile
 
 _DELETED = " (deleted)"  # the kernel appends it to the path of a removed v2 cgroup
@@ -55,17 +55,6 @@ class OwnCgroups(NamedTuple):
         return () if self.unified is None else self.unified.lineage
 
 
-class Mount(NamedTuple):
-    """One cgroup line of /proc/self/mountinfo."""
-
-    version: int
-    root: str
-    """The cgroup that is visible at `point`."""
-    point: str
-    options: frozenset[str]
-    """Options of the hierarchy: in v1 the names of its controllers are among them."""
-
-
 def parse_membership(text: str) -> dict[str, str]:
     """Path of the cgroup by controller from /proc/self/cgroup; the v2 cgroup is under the key ''."""
     paths: dict[str, str] = {}
@@ -81,36 +70,18 @@ def parse_membership(text: str) -> dict[str, str]:
     return paths
 
 
-def parse_mounts(text: str) -> list[Mount]:
-    """The cgroup mounts of /proc/self/mountinfo, in order; lines of another shape are left out."""
-    mounts = []
-    for line in text.splitlines():
-        before, _, after = line.partition(" - ")
-        left, right = before.split(" "), after.split(" ")
-        if len(left) >= 6 and len(right) >= 3 and right[0] in ("cgroup", "cgroup2"):
-            version = 2 if right[0] == "cgroup2" else 1
-            options = frozenset(right[2].split(","))
-            mounts.append(Mount(version, _unescape(left[3]), _unescape(left[4]), options))
-    return mounts
-
-
-def _unescape(field: str) -> str:
-    """Undo the octal escapes of mountinfo (space, tab, newline and backslash)."""
-    return re.sub(r"\\([0-3][0-7]{2})", lambda match: chr(int(match[1], 8)), field)
-
-
 def find_cgroups(root: Path = Path("/")) -> OwnCgroups:
     """The cgroups of this process; `root` stands in for the folder that holds /proc and /sys."""
     try:
         paths = parse_membership((root / "proc/self/cgroup").read_text(errors="surrogateescape"))
-        mounts = parse_mounts((root / "proc/self/mountinfo").read_text(errors="surrogateescape"))
     except OSError:
         return OwnCgroups(None, None)
-    unified = [mount for mount in mounts if mount.version == 2]
-    memory_v1 = [mount for mount in mounts if mount.version == 1 and "memory" in mount.options]
+    found = mounts(root / "proc")
+    unified = [mount for mount in found if mount.fs_type == "cgroup2"]
+    memory_v1 = [mount for mount in found if mount.fs_type == "cgroup" and "memory" in mount.details]
     return OwnCgroups(
-        _visible(root, paths.get(""), unified),
-        _visible(root, paths.get("memory"), memory_v1),
+        _visible(root, 2, paths.get(""), unified),
+        _visible(root, 1, paths.get("memory"), memory_v1),
     )
 
 
@@ -131,7 +102,7 @@ class Membership:
         self._file.close()
 
 
-def _visible(root: Path, path: str | None, mounts: list[Mount]) -> Cgroup | None:
+def _visible(root: Path, version: int, path: str | None, shown: list[Mount]) -> Cgroup | None:
     """The first mount that shows the cgroup `path`; failing that, the top of the first mount there is.
 
     In a container, `path` may be the host's name for a folder that the container sees as the top of its
@@ -139,16 +110,16 @@ def _visible(root: Path, path: str | None, mounts: list[Mount]) -> Cgroup | None
     """
     if path is None:
         return None
-    for mount in mounts:
+    for mount in shown:
         relative = _below(path, mount.root)
         if relative is not None:
             point = _under(root, mount.point)
             if (point / relative).is_dir():
-                return Cgroup(mount.version, point / relative, point)
-    for mount in mounts:
+                return Cgroup(version, point / relative, point)
+    for mount in shown:
         point = _under(root, mount.point)
         if point.is_dir():
-            return Cgroup(mount.version, point, point)
+            return Cgroup(version, point, point)
     return None
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from psi_kv_governor.errors import BadInputError
+from psi_kv_governor.kernel.mountinfo import mounts
 from psi_kv_governor.pressure.cgroup import Membership, OwnCgroups, find_cgroups
 from psi_kv_governor.pressure.headroom import HeadroomReader
 from psi_kv_governor.pressure.limit_events import LimitEvents, events_of
@@ -267,12 +268,8 @@ def why_hidden(root: Path) -> str:
     """Why /proc/pressure can't be seen although the kernel may keep PSI; '' where nothing hides it."""
     if (root / "proc/pressure").is_dir():
         return ""
-    try:
-        mounts = (root / "proc/self/mountinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        return ""
-    procs = [line for line in mounts if " - proc " in line]
-    if any("subset=pid" in line.rpartition(" ")[2].split(",") for line in procs):
+    procs = [mount for mount in mounts(root / "proc") if mount.fs_type == "proc"]
+    if any(mount.details.get("subset") == "pid" for mount in procs):
         return "/proc is mounted with subset=pid, which hides it: take ProcSubset=pid out of the unit"
     if any(_psi_of(folder) for folder in find_cgroups(root).unified_lineage):
         return "something hides /proc/pressure, though this kernel keeps PSI: mount the whole /proc"
