@@ -18,6 +18,9 @@ from vllm_scene_child import make_model
 # The scheduler's side is in reach of this script.
 ONE_PROCESS = {**QUIET, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 PROMPTS, TOKENS = 40, 16
+MOST_ROUNDS = 6
+"""Of one disturbance: it comes at random, and on a busy machine few plans, or none, fall into a round."""
+SHOWN_BYTES = 1 << 20
 
 
 def prompts() -> list[str]:
@@ -30,10 +33,11 @@ def prompts() -> list[str]:
 
 
 def numbers() -> list[dict]:
-    """The same of a model without a tokenizer."""
+    """The same of a model without a tokenizer. The second block of each is its own: when it ends, a free one
+    that can be parked, while the first is nearly always used by somebody."""
     chance = random.Random(2)
     starts = [[chance.randrange(3, 1024) for _ in range(200)] for _ in range(2)]
-    ends = [[chance.randrange(3, 1024) for _ in range(30)] for _ in range(PROMPTS)]
+    ends = [[chance.randrange(3, 1024) for _ in range(90)] for _ in range(PROMPTS)]
     return [{"prompt_token_ids": starts[i % 2] + end} for i, end in enumerate(ends)]
 
 
@@ -66,6 +70,10 @@ class Disturber(threading.Thread):
             result = self.engine.apply(Plan(steps=(self.random.choice(steps),), deadline_s=10.0))
             self.bytes_returned += result.bytes_returned
             self.preempted += bool(result.masked)
+
+    def shown(self):
+        """Whether what it is for has happened."""
+        return self.bytes_returned > SHOWN_BYTES and (self.preempted > 0 or self.verb != "mask")
 
     def running(self):
         caches = self.engine.snapshot().caches
@@ -114,12 +122,15 @@ def main() -> None:
     for verb in sys.argv[2].split(","):
         disturber, started = Disturber(governing.engine, verb), time.monotonic()
         disturber.start()
-        disturbed = texts()
+        same = []
+        while not same or not (disturber.shown() or len(same) == MOST_ROUNDS):
+            same.append(sum(a == b for a, b in zip(plain, texts(), strict=True)))
         disturber.stopped.set()
         disturber.join(60)
         told[verb] = {
-            "same": sum(a == b for a, b in zip(plain, disturbed, strict=True)),
+            "same": min(same),
             "of": len(plain),
+            "rounds": len(same),
             "bytes_returned": disturber.bytes_returned,
             "preempted": disturber.preempted,
             "seconds": time.monotonic() - started,
