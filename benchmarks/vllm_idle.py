@@ -8,6 +8,7 @@ It parks by the status socket, as `psi-kv park` does, and reads all back before 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -32,6 +33,10 @@ class Parked(msgspec.Struct, frozen=True, kw_only=True):
     """Of these bytes, the ones that had to be written first."""
     returned_bytes: int
     seconds: float
+    processor_s: float = 0.0
+    """What the engine's threads worked meanwhile ..."""
+    queued_s: float = 0.0
+    """... and what they waited for a processor that others had: little on a quiet machine."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,14 +52,28 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 def park(governed: Found) -> Parked:
     """Ask, and wait for the answer."""
-    started = time.monotonic()
+    before, started = _scheduled(governed.pid), time.monotonic()
     result = ask(governed, Park()).result
+    seconds, after = time.monotonic() - started, _scheduled(governed.pid)
     assert result is not None, "a Park is answered by a result"
+    threads = before.keys() & after.keys()
     return Parked(
         written_bytes=result.written_bytes,
         returned_bytes=result.bytes_returned,
-        seconds=round(time.monotonic() - started, 4),
+        seconds=round(seconds, 4),
+        processor_s=round(sum(after[one][0] - before[one][0] for one in threads), 4),
+        queued_s=round(sum(after[one][1] - before[one][1] for one in threads), 4),
     )
+
+
+def _scheduled(pid: int) -> dict[str, tuple[float, float]]:
+    """By thread, the seconds that it ran and that it waited to run: proc_pid_schedstat(5)."""
+    found = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            ran_ns, waited_ns, _ = map(int, (task / "schedstat").read_text().split())
+            found[task.name] = (ran_ns / 1e9, waited_ns / 1e9)
+    return found
 
 
 def main() -> None:

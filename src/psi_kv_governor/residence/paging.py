@@ -42,6 +42,6 @@ def read_in(address: int, file: ParkedFile, part: Part, buffer: ctypes.Array[cty
 def resident(address: int, run: Part, of: npt.NDArray[np.uint8]) -> list[Part]:
     """What of `run` is in memory although a file holds it; `of` is the file's number of each page, or 0."""
     mask, how = in_memory(address, run)
-    if mask is None or how != "mincore":
+    if mask is None or how != "mincore" or not mask.any():
         return []
     return runs_of(mask & (of[run[0] // PAGE_BYTES : run[1] // PAGE_BYTES] != 0), run[0])
