@@ -30,7 +30,7 @@ VLLM := .venv-vllm
 VLLM_READY := $(VLLM)/.psi-kv-ready
 VLLM_PYTHON ?= python3.11
 
-.PHONY: help setup demo test test-others demo-vllm test-frameworks test-transformers test-vllm lint format bench-quick model wheel man docs deb clean
+.PHONY: help setup demo test test-others other-frameworks other-transformers demo-vllm test-frameworks test-transformers test-vllm lint format bench-quick model wheel man docs deb clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -77,20 +77,24 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(8, 2 * len(os.sched_getaff
 test: lint model ## Lint, types and all tests; ends with what was skipped and why
 	@scripts/run_tests.sh $(BIN)/python $(WORKERS)
 
-test-others: # Of environments that may not be had on this machine
+test-others: other-frameworks other-transformers # Of environments that may not be had on this machine
+	@echo "make: the tests of a real vLLM were not run, only those of its engine's own parts: make test-vllm"
+
+other-frameworks:
 	@if timeout --foreground 900 $(MAKE) --no-print-directory $(FRAMEWORKS_READY) >$(VENV)/frameworks.log 2>&1; then \
 	  $(MAKE) --no-print-directory test-frameworks; \
 	else \
 	  echo "make: the tests of frameworks were left out: their environment can't be had here (the last line" \
 	    "of $(VENV)/frameworks.log: $$(tail -n 1 $(VENV)/frameworks.log))"; \
 	fi
+
+other-transformers:
 	@if timeout --foreground 1800 $(MAKE) --no-print-directory $(TRANSFORMERS_READY) >$(VENV)/transformers.log 2>&1; then \
 	  $(MAKE) --no-print-directory test-transformers; \
 	else \
 	  echo "make: the tests of transformers were left out: their environment can't be had here (the last line" \
 	    "of $(VENV)/transformers.log: $$(tail -n 1 $(VENV)/transformers.log))"; \
 	fi
-	@echo "make: the tests of a real vLLM were not run, only those of its engine's own parts: make test-vllm"
 
 test-frameworks: $(FRAMEWORKS_READY) model ## Tests of guidance, LangChain, LlamaIndex, Haystack and others on a governed Llama
 	$(FRAMEWORKS)/bin/python -m pytest tests/frameworks tests/examples/test_langchain_example.py

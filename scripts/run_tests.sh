@@ -13,7 +13,8 @@ failed=0 others=
 
 trap 'exit 130' INT TERM
 if [ "$workers" != 0 ]; then
-  setsid nice -n 10 make --no-print-directory test-others >"$log" 2>&1 &  # a group of its own, to be ended whole
+  # Side by side, each one's output in one piece; a group of its own, to be ended whole.
+  setsid nice -n 10 make --no-print-directory --jobs=2 --output-sync=recurse test-others >"$log" 2>&1 &
   others=$!
   trap 'kill -- "-$others" 2>/dev/null || true' EXIT
 fi

@@ -46,19 +46,19 @@ def _nothing_is_left():
     assert leftovers() == []
 
 
-def test_a_fixed_cache_is_killed_and_a_governed_one_is_not_in_twenty_runs(demo_model, tmp_path):
+def test_a_fixed_cache_is_killed_and_a_governed_one_is_not_in_ten_runs(demo_model, tmp_path):
     said: list[str] = []
     begun = ran(oom, demo_model, OOM, tmp_path, lambda doing, **_: said.append(doing))
     assert sum(row["killed"]["trials"] for row in begun.rows) == 2
     assert any("decoding the context once" in word for word in said)
     lines = (tmp_path / "journal.jsonl").read_bytes()
-    twenty = msgspec.structs.replace(OOM, runs=20)
-    report = ran(oom, demo_model, twenty, tmp_path, resume=True)
+    ten = msgspec.structs.replace(OOM, runs=10)
+    report = ran(oom, demo_model, ten, tmp_path, resume=True)
     assert not report.interrupted
     assert (tmp_path / "journal.jsonl").read_bytes().startswith(lines)  # what was finished is not run again
     fixed, governed = ([row for row in report.rows if row["variant"] == which] for which in ("fixed", "psi"))
-    assert [sum(row["killed"]["trials"] for row in of) for of in (fixed, governed)] == [10, 10]
-    assert sum(row["model_killed"] for row in fixed) >= 9
+    assert [sum(row["killed"]["trials"] for row in of) for of in (fixed, governed)] == [5, 5]
+    assert sum(row["model_killed"] for row in fixed) >= 4
     assert all(n_bytes == 0 for row in fixed for n_bytes in row["returned_bytes"])
     # The record has none; one is let pass: a shared machine can itself stand still for a moment.
     assert sum(row["killed"]["hits"] for row in governed) <= 1
@@ -68,7 +68,7 @@ def test_a_fixed_cache_is_killed_and_a_governed_one_is_not_in_twenty_runs(demo_m
     assert any(n_bytes > 5 * MIB for row in lived for n_bytes in row["returned_bytes"])
     assert (tmp_path / "kills.png").exists()
     lines = (tmp_path / "journal.jsonl").read_bytes()
-    again = ran(oom, demo_model, twenty, tmp_path, resume=True)
+    again = ran(oom, demo_model, ten, tmp_path, resume=True)
     assert (tmp_path / "journal.jsonl").read_bytes() == lines
     assert again.rows == report.rows
     with pytest.raises(BadInputError, match="other options"):

@@ -21,7 +21,7 @@ if importlib.util.find_spec("guidance") is None:
 
 
 @pytest.fixture(scope="session")
-def played(demo_model, tmp_path_factory) -> dict[str, dict[str, Any]]:
+def played(shallow_model, tmp_path_factory) -> dict[str, dict[str, Any]]:
     """What `play.py` says of each framework: without us, and governed with either backing."""
     folder = tmp_path_factory.mktemp("frameworks")
     settings = {
@@ -39,7 +39,7 @@ def played(demo_model, tmp_path_factory) -> dict[str, dict[str, Any]]:
                     sys.executable,
                     str(Path(__file__).with_name("play.py")),
                     "governed" if more else "plain",
-                    str(demo_model),
+                    str(shallow_model),
                 ],
                 env={**os.environ, **(settings if more else {}), **more},
                 stdout=said,

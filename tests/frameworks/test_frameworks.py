@@ -18,7 +18,7 @@ def test_answers_and_logits_are_those_without_us_before_during_and_after_parking
     assert "error" not in ours, ours["error"]
     assert ours["answers"] == theirs["answers"]
     assert all(text.strip() for text, _ in ours["answers"])
-    assert ours["returned"] > 1 << 20  # it was parked, and read back
+    assert ours["returned"] > 1 << 18  # it was parked, and read back
 
 
 COMPUTES_ALL_AGAIN = {"outlines"}

@@ -13,7 +13,14 @@ from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.sandbox.messages import Stage, Variant
 from psi_kv_governor.sandbox.result import SceneResult
 from psi_kv_governor.sandbox.scene import run_scene
-from psi_kv_governor.sandbox.scene_options import OnEvent, SceneEvent, SceneOptions, StageChanged, Tick
+from psi_kv_governor.sandbox.scene_options import (
+    STAGES,
+    OnEvent,
+    SceneEvent,
+    SceneOptions,
+    StageChanged,
+    Tick,
+)
 from psikv_bench.pressure import figures as of_runs
 from psikv_bench.pressure import plots
 from psikv_bench.pressure.figures import Run
@@ -22,14 +29,6 @@ from psikv_bench.pressure.preflight import check_memory, checks
 from psikv_bench.pressure.setting import Setting, choose_setting, is_judged, remarks, scene_of
 from psikv_bench.record import Recorder, Report, Say
 from psikv_bench.scene import Scene
-
-_STAGES: dict[Stage, str] = {
-    "load": "loading the model",
-    "prefill": "filling the context",
-    "calm": "decoding in peace",
-    "pressed": "decoding",
-    "restore": "waiting for quiet",
-}
 
 Play = Callable[[Variant, SceneOptions, OnEvent], SceneResult]
 
@@ -82,10 +81,10 @@ class _Saying:
             begins = event.stage != self._stage or event.stage == "load"
             self._stage = event.stage
             if begins:
-                self._say(f"{self._variant}: {_STAGES[event.stage]}", new=True)
+                self._say(f"{self._variant}: {STAGES[event.stage]}", new=True)
         elif isinstance(event, Tick):
             self._say(
-                f"{self._variant}: {_STAGES[self._stage]}, {event.live_cells} cells, "
+                f"{self._variant}: {STAGES[self._stage]}, {event.live_cells} cells, "
                 f"{event.tokens} tokens at {event.tokens_per_s:.1f} a second"
             )
         else:

@@ -16,15 +16,8 @@ from rich.text import Text
 from psi_kv_governor.cli._event_words import words_of
 from psi_kv_governor.sandbox.host import MIB
 from psi_kv_governor.sandbox.messages import Variant
-from psi_kv_governor.sandbox.scene_options import Happened, SceneEvent, StageChanged, Tick
+from psi_kv_governor.sandbox.scene_options import STAGES, Happened, SceneEvent, StageChanged, Tick
 
-_STAGES = {
-    "load": "loading the model",
-    "prefill": "filling the context",
-    "calm": "decoding in peace",
-    "pressed": "decoding",
-    "restore": "waiting for quiet",
-}
 _EVENT_LINES = 10
 _PLAIN_TICK_S = 5.0
 
@@ -43,7 +36,7 @@ class _Row:
             yield "waits for its turn"
         else:
             share = f" {stage.done / stage.total:.0%}" if stage.stage == "prefill" else ""
-            yield _STAGES[stage.stage] + share
+            yield STAGES[stage.stage] + share
         if tick is None:
             yield from ("", "", "", "", "")
             return
@@ -77,7 +70,7 @@ class SceneView:
             new = row.stage is None or row.stage.stage != event.stage
             row.stage = event
             if new:
-                self._show(event.variant, _STAGES[event.stage])
+                self._show(event.variant, STAGES[event.stage])
         elif isinstance(event, Tick):
             row.tick = event
             if self._live is None and time.monotonic() - self._said_s >= _PLAIN_TICK_S:

@@ -19,6 +19,15 @@ LoadKind = Literal["memory", "files", "ramp"]
 CALM_TOKENS = 16
 """Decoded in peace first: they warm up what is made on first use, and say what the machine can do."""
 
+STAGES: dict[Stage, str] = {
+    "load": "loading the model",
+    "prefill": "filling the context",
+    "calm": "decoding in peace",
+    "pressed": "decoding",
+    "restore": "waiting for quiet",
+}
+"""In words, for who looks on."""
+
 
 class SceneOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What the scene is made of. The defaults press a 135M model with 5,000 tokens of context."""

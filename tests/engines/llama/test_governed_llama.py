@@ -182,7 +182,8 @@ def test_a_result_says_what_it_was_computed_without(open_llm, stream):
     assert llm.governor.last_result == last["psi_kv"]
 
 
-def test_no_failure_of_ours_turns_a_finished_answer_into_an_exception(open_llm, monkeypatch):
+def test_no_failure_of_ours_turns_a_finished_answer_into_an_exception(open_llm, plain, monkeypatch):
+    text = text_of(plain()(PROMPT, max_tokens=3, temperature=0.0))
     for error in (EngineError("gone"), RuntimeError("a bug of ours"), MemoryError()):
         llm = open_llm()
 
@@ -191,7 +192,8 @@ def test_no_failure_of_ours_turns_a_finished_answer_into_an_exception(open_llm, 
 
         monkeypatch.setattr(llm.governor.engine, "snapshot", fail)
         monkeypatch.setattr(llm.governor.engine, "first_affected", lambda _, raised=error: fail(raised))
-        assert text_of(llm(PROMPT, max_tokens=3)) is not None
+        result = llm(PROMPT, max_tokens=3, temperature=0.0)
+        assert (text_of(result), result["usage"]["completion_tokens"]) == (text, 3)
 
 
 def test_a_ram_cache_under_pressure_loses_no_answer(open_llm):
@@ -201,7 +203,7 @@ def test_a_ram_cache_under_pressure_loses_no_answer(open_llm):
     llm.set_cache(llama_cpp.LlamaRAMCache())
     for i in range(4):
         answer = llm(PROMPT + "x" * i, max_tokens=3, temperature=0.0)
-        assert text_of(answer) is not None
+        assert answer["usage"]["completion_tokens"] == 3
         if i % 2:
             llm.governor.trim(0.5)
 
