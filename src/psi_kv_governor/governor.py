@@ -9,14 +9,14 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from types import TracebackType
 from typing import TypeVar
 
 from psi_kv_governor.acting import Acting
 from psi_kv_governor.bus import Bus, Subscribers, words
 from psi_kv_governor.cache import Description, Engine, OneAtATime, Range, Result, Snapshot
+from psi_kv_governor.calm import Calm
 from psi_kv_governor.config import GovernorConfig, load_config
-from psi_kv_governor.control import LawState, Mode, Turn, decide, has_room, nothing_new, pause_s
+from psi_kv_governor.control import LawState, Mode, Turn, decide, has_room, pause_s
 from psi_kv_governor.errors import BadInputError, EngineError
 from psi_kv_governor.events import Event, ModeChanged, Recomputed
 from psi_kv_governor.lifetime import Ended, open_governors, started
@@ -86,14 +86,14 @@ class Governor(Results):
         self._refusing = Refusing(engine)
         self._recalling = Recalling(engine, self._planner, self.config)
         self._reason = ""
-        self._jitter = random.random() if jitter is None else jitter
-        self._state = LawState(jitter=self._jitter)
+        self._state = LawState(jitter=random.random() if jitter is None else jitter)
         self._limit = Limit()
         self._ended = Ended()
         self._closing = threading.Lock()
         self._forked = False
         self._thread: threading.Thread | None = None
         self._sensor = Sensor(source, bus, neighbours, holders(self._acting.caches))
+        self._calm = Calm(self.config, self._sensor)
         self._acting.work = OwnWork(self._sensor.neighbours, clock)
         self._socket = StatusSocket(self)
         # The engine is called by the loop's thread and by these, never by the caller's.
@@ -210,11 +210,14 @@ class Governor(Results):
     def step(self) -> float:
         """One turn: read, decide, act. Gives the seconds until the next. Raises nothing."""
         try:
+            if (calm_s := self._calm.glance()) is not None:
+                return calm_s
             reading = self._sensor.read()
             if reading is not None:
                 self._reading = reading = self.work.taken_off(reading)
-                if not nothing_new(self.config, self._state, reading):
+                if not self._calm.nothing_new(self._state, reading):
                     self._turn(reading)
+                self._calm.goes_by(self._state, reading, pause_s(self.config, reading, self._state))
         except EngineError as error:
             _log.info("the engine is gone, and its governor ends: %s", error)
             self._acting.tell_caches(Snapshot(time_s=self._clock()))
@@ -231,11 +234,15 @@ class Governor(Results):
         snapshot = self._engine.snapshot()
         self._acting.tell_caches(snapshot)
         cache = self._planner.holdings(snapshot)
+        self._state = self._calm.caught_up(self._state)
+        self._calm.last_used_s = cache.last_used_s
         limit = self._limit.share_of(cache.total_bytes)
         decision, self._state = decide(self.config, self._state, reading, cache, limit)
         self._reason = decision.reason
         self._turns.tell(
-            Turn(reading=reading, cache=cache, cache_limit=limit, decision=decision, jitter=self._jitter)
+            Turn(
+                reading=reading, cache=cache, cache_limit=limit, decision=decision, jitter=self._state.jitter
+            )
         )
         if decision.mode is not old:
             self._bus.tell(
@@ -274,10 +281,7 @@ class Governor(Results):
             self._closing.release()
 
     def after_fork(self) -> None:
-        """In a forked child: threads did not come along, and locks may be held for ever by the others.
-
-        The child's copy of the cache is its own, ungoverned.
-        """
+        """In a forked child: no thread came along, locks may be held for ever; its cache is ungoverned."""
         self._forked = True
         self._ended.set()
         self._thread = None
@@ -290,7 +294,5 @@ class Governor(Results):
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

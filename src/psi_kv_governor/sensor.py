@@ -16,10 +16,10 @@ from psi_kv_governor.events import SourceChanged
 from psi_kv_governor.pressure import discover
 from psi_kv_governor.pressure.bell import Bell
 from psi_kv_governor.pressure.discovery import Discovery
-from psi_kv_governor.pressure.machine import MovedError
+from psi_kv_governor.pressure.machine import MachineSource, MovedError
 from psi_kv_governor.pressure.neighbours import Neighbourhood, Neighbours
 from psi_kv_governor.pressure.processes import Processes, only_this
-from psi_kv_governor.pressure.reading import PressureSource, Reading, Standing
+from psi_kv_governor.pressure.reading import Bounds, PressureSource, Reading, Standing
 from psi_kv_governor.pressure.waking import find_waker
 
 # Where no source is left, how long until the next search.
@@ -83,6 +83,15 @@ class Sensor:
     def interrupt(self) -> None:
         """End the sleep of another thread, or its next one."""
         self.bell.ring()
+
+    def glance(self, bounds: Bounds) -> float | None:
+        """The time, where nothing is to be seen that the last reading did not tell; None where one is due.
+
+        It always is of a source that knows no glance.
+        """
+        if self.bell.lost or time.monotonic() >= self._look_again_s:
+            return None
+        return self.source.glance(bounds) if isinstance(self.source, MachineSource) else None
 
     def read(self) -> Reading | None:
         """A reading now; None where there is nothing to read, or the source was lost just now."""

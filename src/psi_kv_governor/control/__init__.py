@@ -1,6 +1,6 @@
 """What to do about a reading: pure functions and small frozen dataclasses."""
 
-from psi_kv_governor.control.between import has_room, nothing_new
+from psi_kv_governor.control.between import bounds, glanced, has_room, nothing_new
 from psi_kv_governor.control.decision import Action, CacheSnapshot, Decision, Mode
 from psi_kv_governor.control.law import budget_of, decide, pause_s
 from psi_kv_governor.control.restoring import SLICE_BYTES
@@ -16,8 +16,10 @@ __all__ = [
     "LawState",
     "Mode",
     "Turn",
+    "bounds",
     "budget_of",
     "decide",
+    "glanced",
     "has_room",
     "nothing_new",
     "pause_s",

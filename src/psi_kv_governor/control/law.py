@@ -28,7 +28,7 @@ from psi_kv_governor.control.steps import acute_step, nothing, small_step, whole
 from psi_kv_governor.control.view import View, Zone, flaw, view
 from psi_kv_governor.pressure.reading import Reading
 
-_FASTEST_BYTES_PER_S = 2.5e9
+FASTEST_BYTES_PER_S = 2.5e9
 """What a process can take at the most, as measured (250 MiB in 0.1 s): the kernel clears each page first."""
 
 _NOTHING_LEFT_S = 1.0
@@ -84,13 +84,19 @@ def pause_s(config: GovernorConfig, reading: Reading, state: LawState | None = N
     `state`, more where nothing can be given, and between two slices of a restore by the room there is."""
     if state is not None and state.run_bytes:
         return slice_pause_s(config, spare_bytes(config, reading))
-    pauses = [
-        max(0.0, level.headroom_bytes - line_bytes(config, level.limit_bytes)) / _FASTEST_BYTES_PER_S / 2
+    spares = [
+        level.headroom_bytes - line_bytes(config, level.limit_bytes)
         for level in reading.levels
         if level.headroom_bytes is not None and level.limit_bytes
     ]
-    pause = min(config.poll_s, max(config.poll_busy_s, min(pauses, default=config.poll_s)))
+    half_gone_s = soonest_s(min(spares)) if spares else config.poll_s
+    pause = min(config.poll_s, max(config.poll_busy_s, half_gone_s))
     return max(pause, _NOTHING_LEFT_S) if state is not None and state.nothing_left else pause
+
+
+def soonest_s(spare_bytes: int) -> float:
+    """When the fastest process could have taken half of them."""
+    return max(0, spare_bytes) / FASTEST_BYTES_PER_S / 2
 
 
 def budget_of(config: GovernorConfig, cache: CacheSnapshot) -> int:

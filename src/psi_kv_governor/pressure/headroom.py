@@ -18,7 +18,7 @@ from psi_kv_governor.pressure.counting import Biting, Rate
 from psi_kv_governor.pressure.kernel_file import PAGE_BYTES, KernelFile
 from psi_kv_governor.pressure.kill_lines import KillLine, find_kill_lines
 from psi_kv_governor.pressure.memory_stat import V1, V2, Kind, Stat
-from psi_kv_governor.pressure.reading import Level
+from psi_kv_governor.pressure.reading import MACHINE, Level
 from psi_kv_governor.pressure.whole_machine import WholeMachine, parse_meminfo
 
 _NO_LIMIT_V1_BYTES = 2**62
@@ -60,6 +60,9 @@ class Room(Protocol):
     def levels(self, own_mapped_bytes: int = 0) -> list[Level]:
         """Everything that has a limit, without its stall. `own_mapped_bytes` are file pages that this process
         has mapped."""
+
+    def steady(self, slack_bytes: Mapping[str, int]) -> bool:
+        """Whether each level that is named has at most so much less headroom than when it was last told."""
 
     def close(self) -> None:
         """Give back descriptors. Safe to call twice."""
@@ -123,6 +126,18 @@ class HeadroomReader:
         lines = [line.level(self._machine.memory, nearest) for line in self._lines]
         return [*found, machine, *(level for level in lines if level is not None)]
 
+    def steady(self, slack_bytes: Mapping[str, int]) -> bool:
+        """See Room. The lines of others move with the machine and the nearest cgroup."""
+        now_s = self._clock()
+        if now_s >= self._look_again_s:
+            if any(level.has_limit() for level in self._levels if level not in self._limited):
+                return False
+            self._look_again_s = now_s + _UNLIMITED_EVERY_S
+        cgroups = (level for level in self._limited if level.name in slack_bytes)
+        return all(level.steady(slack_bytes[level.name]) for level in cgroups) and (
+            MACHINE not in slack_bytes or self._machine.steady(slack_bytes[MACHINE])
+        )
+
     def _cgroups(self, own_mapped_bytes: int) -> list[Level]:
         now_s = self._clock()
         if now_s >= self._look_again_s:
@@ -170,7 +185,8 @@ class _Level:
     """
 
     def __init__(self, folder: Path, kind: Kind, grain_bytes: int, clock: Callable[[], float]) -> None:
-        self._folder = folder
+        self.name = str(folder)
+        self._headroom_bytes = 0
         self._limits = [KernelFile(folder / name) for name in kind.limits]
         self._usage = KernelFile(folder / kind.usage)
         self._stat_file = KernelFile(folder / "memory.stat")
@@ -184,20 +200,17 @@ class _Level:
 
     def read(self, own_mapped_bytes: int) -> Level | None:
         """The room under this cgroup's own limit; None where it has none."""
-        limits = [
-            (n_bytes, file.path.name) for file in self._limits if (n_bytes := file.number()) is not None
-        ]
-        limit_bytes, limit = min(limits, default=(_NO_LIMIT_V1_BYTES, ""))
+        limit_bytes, limit = self._limit()
         if limit_bytes >= _NO_LIMIT_V1_BYTES:
             return None
         usage_bytes = self._usage.number()
         if usage_bytes is None:
             return None
         stat = self._read_stat()
-        working_set_bytes = max(0, usage_bytes - stat.droppable_bytes)
+        self._headroom_bytes = max(0, limit_bytes - max(0, usage_bytes - stat.droppable_bytes))
         return Level(
-            name=str(self._folder),
-            headroom_bytes=max(0, limit_bytes - working_set_bytes),
+            name=self.name,
+            headroom_bytes=self._headroom_bytes,
             limit_bytes=max(1, limit_bytes),
             limit=limit,
             mapped_bytes=max(0, stat.mapped_bytes - own_mapped_bytes - stat.stuck_bytes),
@@ -205,6 +218,28 @@ class _Level:
             bites=self._biting.add(self._clock(), self._times_met()),
             grain_bytes=self._grain_bytes,
         )
+
+    def has_limit(self) -> bool:
+        """Whether one is set now."""
+        return self._limit()[0] < _NO_LIMIT_V1_BYTES
+
+    def steady(self, slack_bytes: int) -> bool:
+        """Whether there is at most so much less room than at the last `read`."""
+        limit_bytes, _ = self._limit()
+        usage_bytes = self._usage.number()
+        if usage_bytes is None:
+            return False
+        least_bytes = self._headroom_bytes - slack_bytes
+        # Where it holds without a page that could be dropped, nobody has to be asked for those.
+        return limit_bytes - usage_bytes >= least_bytes or (
+            limit_bytes - max(0, usage_bytes - self._read_stat().droppable_bytes) >= least_bytes
+        )
+
+    def _limit(self) -> tuple[int, str]:
+        limits = [
+            (n_bytes, file.path.name) for file in self._limits if (n_bytes := file.number()) is not None
+        ]
+        return min(limits, default=(_NO_LIMIT_V1_BYTES, ""))
 
     def _times_met(self) -> int | None:
         """How often this very limit was met; those of the cgroups below are not in `memory.events.local`."""

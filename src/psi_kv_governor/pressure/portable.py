@@ -5,6 +5,8 @@ psutil is imported here alone, and only when this rung is tried: Linux needs non
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from psi_kv_governor.errors import BadInputError
 from psi_kv_governor.pressure.headroom import Headroom
 from psi_kv_governor.pressure.reading import MACHINE, Level
@@ -47,6 +49,10 @@ class PortableRoom:
                 limit="available memory",
             )
         ]
+
+    def steady(self, slack_bytes: Mapping[str, int]) -> bool:
+        """See Room."""
+        return False
 
     def close(self) -> None:
         """Nothing to give back."""

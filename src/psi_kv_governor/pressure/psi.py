@@ -30,6 +30,9 @@ MIN_INTERVAL_S = 0.005
 STALE_S = 10.0
 """After so long without a look what the counters gained is no news: twenty times the calm loop's pause."""
 
+_UNNOTICED_US = 1000
+"""Stall since a reading that is not worth another: a hundredth of the shortest window."""
+
 _EARLY_S = 0.01
 """A sleep of 0.1 s may end this early: the look before still counts as one window ago."""
 
@@ -144,10 +147,24 @@ class StallMeter:
 
     def __init__(self) -> None:
         self._looks: deque[_Look] = deque()
+        self._added_us = 0
+        self._between: tuple[float, PsiTotals] | None = None
+
+    def still(self, time_s: float, totals: PsiTotals) -> bool:
+        """Whether hardly any stall came since the last `add`. If so it is a look as any other, and the next
+        share is of the time since."""
+        if not self._looks or not 0 <= totals.some_us - self._added_us <= _UNNOTICED_US:
+            return False
+        self._between = time_s, totals
+        return True
 
     def add(self, time_s: float, totals: PsiTotals) -> Stall:
         """Take in the counters at `time_s` (monotonic) and give the shares of the time before."""
+        if self._between is not None:
+            between, self._between = self._between, None
+            self.add(*between)
         now = _Look(time_s, *totals)
+        self._added_us = totals.some_us
         if not self._follows(now):
             self._looks = deque([now])
             return _NOTHING_YET

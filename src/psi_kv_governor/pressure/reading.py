@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -40,6 +40,23 @@ class Level(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How far the count may be off: each processor holds up to 64 charged pages that nobody uses."""
     swap_bytes: int | None = None
     """Swap that is still free; None where nothing tells."""
+
+
+class Bound(NamedTuple):
+    """What of a level is no news."""
+
+    until_s: float
+    """Sooner than that nobody can have taken so much of it that it would matter: it need not be read."""
+    slack_bytes: int
+    """So much less headroom than at the last reading changes nothing."""
+
+
+class Bounds(NamedTuple):
+    """How far the machine may go from the last reading before another is due."""
+
+    until_s: float
+    levels: dict[str, Bound]
+    """By name, for each that has a limit."""
 
 
 class Standing(msgspec.Struct, frozen=True, kw_only=True):

@@ -106,6 +106,15 @@ class WholeMachine:
             swap_bytes=memory.swap_free_bytes,
         )
 
+    def steady(self, slack_bytes: int) -> bool:
+        """Whether there is at most so much less headroom than at the last `read`."""
+        now = parse_meminfo(self._meminfo.read() or b"")
+        return (
+            now is not None
+            and self.memory is not None
+            and now.headroom_bytes >= self.memory.headroom_bytes - slack_bytes
+        )
+
     def _count(self) -> None:
         """pgscan_* count what the kernel looked at for the machine's sake alone: reclaim of a cgroup at its
         own limit is not in them (mm/vmscan.c; Linux 6.18 in a thrashing cgroup: 0)."""

@@ -147,7 +147,7 @@ class InProcess:
             while True:
                 n = self._serve(request, len(request), self._buffer, len(self._buffer))
                 if n > 0:
-                    return self._buffer.raw[:n]
+                    return ctypes.string_at(self._buffer, n)
                 if n == 0:
                     raise EngineError("the agent and this package are of different versions")
                 self._buffer = ctypes.create_string_buffer(-n)
