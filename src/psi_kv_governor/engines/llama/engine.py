@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
 import time
 from collections.abc import Callable
 
@@ -25,14 +24,9 @@ from psi_kv_governor.cache import (
     Step,
     Verb,
 )
-from psi_kv_governor.engines.llama.client import (
-    NO_SUCH,
-    Client,
-    Op,
-    RegionInfo,
-    Reply,
-)
+from psi_kv_governor.engines.llama.client import NO_SUCH, Client, Op, RegionInfo, Reply
 from psi_kv_governor.engines.llama.evidence import LlamaEvidence, Sampling
+from psi_kv_governor.engines.llama.recalls import recalled, settings_of
 from psi_kv_governor.engines.llama.states import FIRST_ID, SavedStates
 from psi_kv_governor.engines.llama.telling import (
     AFFECTED,
@@ -47,14 +41,6 @@ from psi_kv_governor.errors import EngineError
 
 _COUNT_EVERY_S = 1.0
 """Resident pages are counted so often: 0.3 ms for a gigabyte."""
-_RECALL_MODES = {"off": 0, "follow": 1, "ahead": 2}
-_RECALLED = struct.Struct("<5Q")
-_MOST_MARKED = 1024
-"""Ranges that the agent remembers (recall.h)."""
-RECALL_EVERY = 8
-"""Of the tokens decoded one by one, one in so many is held against what is parked."""
-RECALL_LAYERS = 1
-"""Layers whose keys are summarised."""
 _NOTHING_THROWN_AWAY = Capability(able=False, why="there is a place to park, so nothing is thrown away")
 _OPS = {
     Verb.WRITE_BEHIND: Op.WRITE,
@@ -191,7 +177,11 @@ class LlamaEngine:
         total = Result()
         for step in plan.steps:
             left_s = plan.deadline_s - (time.monotonic() - begin_s)
-            left_bytes = math.inf if plan.max_bytes is None else plan.max_bytes - _moved(total)
+            left_bytes = (
+                math.inf
+                if plan.max_bytes is None
+                else plan.max_bytes - total.bytes_returned - total.bytes_back
+            )
             if left_s <= 0.0 or left_bytes <= 0:
                 total = msgspec.structs.replace(total, done=False)
                 break
@@ -269,16 +259,7 @@ class LlamaEngine:
 
     def recall(self, settings: Recall) -> None:
         """Exchange parked cells for live ones by itself, as `settings` say, until told otherwise."""
-        s = settings
-        first = ((_RECALL_MODES[s.mode], RECALL_EVERY), (s.sink_cells, s.window_cells))
-        mib_per_s = max(1, min(round(s.bytes_per_s / (1 << 20)), 1 << 20))
-        then = ((RECALL_LAYERS, int(s.paused)), (mib_per_s, 0))
-        most = (1 << 31) - 1
-        marked = [(min(part.start, most), min(part.stop, most)) for part in s.marked]
-        if len(marked) > _MOST_MARKED:  # those in between stay as well, rather than that one is forgotten
-            rest = marked[_MOST_MARKED - 1 :]
-            marked[_MOST_MARKED - 1 :] = [(min(rest)[0], max(stop for _, stop in rest))]
-        self.client.ask(Op.RECALL, ranges=(*first, *then, *marked))
+        self.client.ask(Op.RECALL, ranges=settings_of(settings))
 
     def recalled(self) -> Recalled:
         """What it did so far. Raises EngineError."""
@@ -286,13 +267,7 @@ class LlamaEngine:
         if not regions:
             return Recalled(why_not="no cache is open")
         largest = max(regions, key=lambda region: region.rows)
-        payload = self.client.ask(Op.RECALLED, largest.id).payload
-        if len(payload) < _RECALLED.size:
-            return Recalled(why_not="the agent is of another version")
-        return Recalled(
-            **dict(zip(Recalled.__struct_fields__, _RECALLED.unpack_from(payload), strict=False)),
-            why_not=payload[_RECALLED.size :].decode(errors="replace"),
-        )
+        return recalled(self.client.ask(Op.RECALLED, largest.id).payload)
 
     def refuse_blobs(self, refuse: bool) -> None:
         """Have the program's own prompt cache shrink instead of growing, until told otherwise."""
@@ -308,10 +283,6 @@ class LlamaEngine:
         except EngineError:
             pass  # the agent is gone, and its masks with it
         self._closed = True
-
-
-def _moved(result: Result) -> int:
-    return result.bytes_returned + result.bytes_back
 
 
 def _result(reply: Reply, verb: Verb) -> Result:
