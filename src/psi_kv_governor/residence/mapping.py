@@ -112,7 +112,7 @@ class Mapping:
         return self._give_up(parts, deadline_s, stay=True)
 
     def _give_up(self, parts: Iterable[Part], deadline_s: float, *, stay: bool) -> Done:
-        until, written, problem, finished = time.monotonic() + deadline_s, 0, "", True
+        until, written, why, finished = time.monotonic() + deadline_s, 0, "", True
         with self._lock:
             runs = list(inward(parts, self.n_bytes))
             if why := self._why_not_park():
@@ -128,16 +128,14 @@ class Mapping:
                     if self._shared and error.errno == errno.EIO:
                         # The kernel now takes the lost pages for clean: nothing may be dropped any more.
                         self._failed = "its disk failed, so that nothing is parked on it any more"
-                    problem, finished = f"it can't be parked: {error.strerror}", False
+                    why, finished = f"it can't be parked: {error.strerror}", False
                     break
             if finished and not stay:
                 self._drop_stragglers(runs)
             if not self._shared:
                 self.pieces = 1 + int(np.count_nonzero(np.diff(self._of)))
-            returned, how = went(self.address, runs, before)
-        return Done(
-            bytes_returned=returned, written_bytes=written, finished=finished, problem=problem, counted=how
-        )
+            gone, how = went(self.address, runs, before)
+        return Done(bytes_returned=gone, written_bytes=written, finished=finished, problem=why, counted=how)
 
     def _why_not_park(self) -> str:
         if self._closed:
@@ -234,9 +232,8 @@ class Mapping:
                     for part, file in self._of_files(start, end):
                         paging.read_in(self.address, file, part, self.buffer)
                 except OSError as error:
-                    return Done(
-                        bytes_back=back, finished=False, problem=f"it can't be read: {error.strerror}"
-                    )
+                    why = f"it can't be read: {error.strerror}"
+                    return Done(bytes_back=back, finished=False, problem=why)
                 back += bytes_of(missing[: (end - start) // PAGE_BYTES])
                 if end < stop:
                     return Done(bytes_back=back, finished=False, counted=how)
