@@ -25,7 +25,7 @@ def run(name: str, seed: int = 0, ctx: int = 4096, seconds: float = 120.0, confi
 @each_size_with_a_seed
 def test_a_calm_machine_is_left_alone(seed, ctx):
     outcome = run("calm", seed, ctx)
-    assert (outcome.deeds, outcome.onset_s, outcome.min_live_share) == ((), None, 1.0)
+    assert (outcome.acts, outcome.onset_s, outcome.min_live_share) == ((), None, 1.0)
     assert outcome.stall_s == outcome.stall_ungoverned_s  # the same neighbour and the same noise in both
 
 
@@ -43,9 +43,9 @@ def test_a_hostile_neighbour_breaks_neither_floor_nor_budget(seed, ctx):
     outcome = run("hostile", seed, ctx, seconds=180.0)
     assert outcome.trims > 0
     assert outcome.most_given_up_per_min <= CONFIG.budget_per_min
-    for deed in outcome.deeds:
-        if deed.action == "trim":
-            assert deed.live_cells >= max(CONFIG.floor_cells, CONFIG.floor_share * deed.total_cells)
+    for act in outcome.acts:
+        if act.action == "trim":
+            assert act.live_cells >= max(CONFIG.floor_cells, CONFIG.floor_share * act.total_cells)
 
 
 def test_a_small_budget_holds_against_a_hostile_neighbour():
@@ -92,7 +92,7 @@ def test_the_bounds_hold_over_many_seeds_and_settings(name, seed):
     )
     outcome = run(name, seed, config=config, seconds=180.0)
     assert outcome.most_given_up_per_min <= config.budget_per_min
-    for before, after in zip(outcome.deeds, outcome.deeds[1:], strict=False):
+    for before, after in zip(outcome.acts, outcome.acts[1:], strict=False):
         if after.action == "restore":
             assert after.time_s - before.time_s >= config.quiet_s
         else:
@@ -146,7 +146,7 @@ def recorded(stalls: list[float], start_s: float = 5000.0, headroom: int | None 
 
 def test_a_trace_is_followed_reading_by_reading():
     outcome, track = replay("t", recorded([0.0, 0.0, 0.5, 0.5, *[0.0] * 8]), CONFIG, ctx=4096)
-    assert [(int(deed.time_s), deed.action) for deed in outcome.deeds] == [
+    assert [(int(act.time_s), act.action) for act in outcome.acts] == [
         (2, "trim"), (3, "trim"), (9, "restore"),
     ]  # fmt: skip
     assert (outcome.onset_s, outcome.stall_s) == (2.0, 1.0)

@@ -1,4 +1,4 @@
-"""A governed run on paper: every turn of the loop as a line of a trace, written while it runs and read back.
+"""A governed run, recorded: every turn of the loop as a line of a trace, written while it runs and read back.
 
 The format is that of `pressure.trace`: a header line, then a line for each Turn. Only what the law was given
 and what it answered is in it, and nothing that says whose machine it was: no text, no host or user name, no

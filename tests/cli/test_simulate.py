@@ -61,10 +61,10 @@ def test_the_json_holds_the_figures_and_every_action():
     report = as_json("--scenario", "spike", "--seed", "3")
     (run,) = report["scenarios"]
     assert (report["seed"], report["ctx"], report["config"]["policy"]) == (3, 4096, "hybrid")
-    trims = [deed for deed in run["deeds"] if deed["action"] == "trim"]
+    trims = [act for act in run["acts"] if act["action"] == "trim"]
     assert len(trims) == run["trims"] > 0
-    assert sum(deed["cells"] for deed in trims) == run["cells_given_up"]
-    assert sum(deed["bytes_returned"] for deed in trims) == run["bytes_returned"]
+    assert sum(act["cells"] for act in trims) == run["cells_given_up"]
+    assert sum(act["bytes_returned"] for act in trims) == run["bytes_returned"]
     assert run["stall_s"] < run["stall_ungoverned_s"]
 
 

@@ -131,7 +131,7 @@ def run(machine: Machine, *, pressed: bool, governed: bool) -> Outcome:
                 _turn(machine, one, caches, (time_s, used, lost_s, before))
     outcome.trims = sum(one.count(Action.TRIM) for one in caches)
     outcome.restores = sum(one.count(Action.RESTORE) for one in caches)
-    outcome.given_bytes = sum(size for one in caches for _, done, size in one.deeds if done is Action.TRIM)
+    outcome.given_bytes = sum(size for one in caches for _, done, size in one.acts if done is Action.TRIM)
     outcome.lost_s = max(lost_s.values())
     outcome.away_bytes = sum(one.masked_bytes for one in caches)
     return outcome

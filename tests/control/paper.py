@@ -30,7 +30,7 @@ class Governed:
         self.state = LawState(jitter=jitter)
         self.next_s = self.last_s = 0.0
         self.reading: Reading | None = None
-        self.deeds: list[tuple[float, Action, int]] = []
+        self.acts: list[tuple[float, Action, int]] = []
 
     def snapshot(self) -> CacheSnapshot:
         return CacheSnapshot(
@@ -52,12 +52,12 @@ class Governed:
         elif decision.action is Action.TRIM:
             self.live_bytes, self.masked_bytes = self.live_bytes - n_bytes, self.masked_bytes + n_bytes
         if decision.action is not Action.NONE:
-            self.deeds.append((reading.time_s, decision.action, n_bytes))
+            self.acts.append((reading.time_s, decision.action, n_bytes))
         self.next_s = reading.time_s + max(STEP_S, pause_s(self.config, reading, self.state))
 
     def count(self, action: Action) -> int:
         """How often it did so; slices of one restore are one."""
-        times = [time_s for time_s, done, _ in self.deeds if done is action]
+        times = [time_s for time_s, done, _ in self.acts if done is action]
         return sum(b - a > 0.5 for a, b in zip([-math.inf, *times], times, strict=False))
 
     def neighbour(self) -> Neighbour:

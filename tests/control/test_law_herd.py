@@ -39,9 +39,9 @@ def test_governors_that_know_each_other_share_the_room(n):
     assert paper.least_bytes >= 0.04 * 8 * GB  # never under the line
     assert sum(one.count(Action.TRIM) for one in paper.caches) == 0
     assert sum(one.count(Action.RESTORE) for one in paper.caches) <= 10 * n
-    first = next(one for one in reversed(paper.caches) if one.deeds)
+    first = next(one for one in reversed(paper.caches) if one.acts)
     assert first is paper.caches[-1]  # the one used last
-    assert all(first.deeds[0][0] <= one.deeds[0][0] for one in paper.caches if one.deeds)
+    assert all(first.acts[0][0] <= one.acts[0][0] for one in paper.caches if one.acts)
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 8])
@@ -60,9 +60,9 @@ def test_the_least_recently_used_gives_first():
     paper = Paper(8 * GB, lambda t: base + int(4 * MIB * t), caches)  # slowly through the line
     paper.run(20.0)
     assert paper.killed_s is None
-    assert caches[0].deeds
-    assert not caches[1].deeds
-    assert not caches[2].deeds
+    assert caches[0].acts
+    assert not caches[1].acts
+    assert not caches[2].acts
 
 
 def test_together_they_give_what_a_fast_neighbour_takes():

@@ -86,7 +86,7 @@ def test_freed_bytes_that_nobody_takes_are_no_relief():
     thrash = [rng.choice([0.0, 0.05, 0.5, 0.9]) for _ in range(600)]
     paper = Paper(8 * GIB, lambda _: 6 * GIB, [one])
     paper.run(60.0, stall=lambda t: thrash[int(t * 10)])
-    assert sum(done is Action.TRIM for _, done, _ in one.deeds) <= 10
+    assert sum(done is Action.TRIM for _, done, _ in one.acts) <= 10
     assert one.live_bytes >= 0.35 * 256 * MIB
 
 
@@ -135,7 +135,7 @@ def test_a_short_stall_now_and_then_trims_nothing_also_where_memory_is_tightish(
     one = Governed("a", GIB)
     tight = Paper(8 * GB, lambda _: 8 * GB - GIB - 650_000_000, [one])
     tight.run(3600.0, stall=lambda t: 0.12 if t % 20 < 0.1 else 0.0)
-    assert one.deeds == []
+    assert one.acts == []
 
 
 def test_bytes_that_go_and_come_back_are_bounded_by_the_hour():
@@ -144,7 +144,7 @@ def test_bytes_that_go_and_come_back_are_bounded_by_the_hour():
     Paper(8 * GB, lambda _: 8 * GB - GIB - 650_000_000, [one]).run(
         3600.0, stall=lambda t: 0.9 if t % 20 < 0.5 else 0.0
     )
-    given = sum(n_bytes for _, done, n_bytes in one.deeds if done is Action.TRIM)
+    given = sum(n_bytes for _, done, n_bytes in one.acts if done is Action.TRIM)
     assert one.count(Action.RESTORE) <= 14
     assert given <= 14 * GIB
 

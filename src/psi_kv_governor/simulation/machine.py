@@ -1,4 +1,4 @@
-"""A machine on paper: limits within limits, processes with their caches, and neighbours that want memory."""
+"""A simulated machine: limits within limits, processes with their caches, and neighbours that want memory."""
 
 from __future__ import annotations
 

@@ -168,10 +168,10 @@ def _run(row: Row, config: GovernorConfig | None, *, busy: bool, seed: int, seco
             program.advance(STEP_S)
     for program in programs:
         program.close()
-    deeds = [deed for program in programs for deed in program.deeds.list]
+    acts = [act for program in programs for act in program.acts.list]
     return Figures(
-        trims=sum(deed.action == "trim" for deed in deeds),
-        restores=sum(deed.action == "restore" for deed in deeds),
+        trims=sum(act.action == "trim" for act in acts),
+        restores=sum(act.action == "restore" for act in acts),
         written_bytes_per_h=round(sum(one.written_bytes for one in programs) * 3600 / seconds),
         lost_s=round(machine.stall_s, 2),
         kills=machine.kills,

@@ -1,4 +1,4 @@
-"""Governors on one machine of paper: what each says is heard by the others at once."""
+"""Governors on one simulated machine: what each says is heard by the others at once."""
 
 from __future__ import annotations
 

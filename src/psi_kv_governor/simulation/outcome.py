@@ -11,7 +11,7 @@ import msgspec
 from psi_kv_governor.control.state import BUDGET_WINDOW_S
 
 
-class Deed(msgspec.Struct, frozen=True, kw_only=True):
+class Act(msgspec.Struct, frozen=True, kw_only=True):
     """One trim or restore."""
 
     time_s: float
@@ -61,7 +61,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     tokens_ungoverned: int | None = None
     written_bytes: int = 0
     """Written to the disk for it."""
-    deeds: tuple[Deed, ...] = ()
+    acts: tuple[Act, ...] = ()
 
 
 class Cells(Protocol):
@@ -73,11 +73,11 @@ class Cells(Protocol):
     lost_cells: list[int]
 
 
-def summed_up(name: str, about: str, deeds: Sequence[Deed], track: Cells, onset_s: float | None) -> Outcome:
-    """The figures that follow from the deeds and the cells; stall and tokens are left to the caller."""
-    trims = [deed for deed in deeds if deed.action == "trim"]
-    restores = [deed for deed in deeds if deed.action == "restore"]
-    turns_s = [after.time_s for before, after in pairwise(deeds) if before.action != after.action]
+def summed_up(name: str, about: str, acts: Sequence[Act], track: Cells, onset_s: float | None) -> Outcome:
+    """The figures that follow from the acts and the cells; stall and tokens are left to the caller."""
+    trims = [act for act in acts if act.action == "trim"]
+    restores = [act for act in acts if act.action == "restore"]
+    turns_s = [after.time_s for before, after in pairwise(acts) if before.action != after.action]
     totals = map(sum, zip(track.live_cells, track.masked_cells, track.lost_cells, strict=True))
     shares = [live / total for live, total in zip(track.live_cells, totals, strict=True) if total]
     return Outcome(
@@ -85,10 +85,10 @@ def summed_up(name: str, about: str, deeds: Sequence[Deed], track: Cells, onset_
         about=about,
         seconds=round(track.time_s[-1], 3),
         trims=len(trims),
-        cells_given_up=sum(deed.cells for deed in trims),
-        bytes_returned=sum(deed.bytes_returned for deed in trims),
+        cells_given_up=sum(act.cells for act in trims),
+        bytes_returned=sum(act.bytes_returned for act in trims),
         restores=len(restores),
-        cells_restored=sum(deed.cells for deed in restores),
+        cells_restored=sum(act.cells for act in restores),
         missing_cells=track.masked_cells[-1] + track.lost_cells[-1],
         min_live_share=round(min(shares, default=1.0), 4),
         most_given_up_per_min=round(_most_in_a_minute(trims), 4),
@@ -97,17 +97,17 @@ def summed_up(name: str, about: str, deeds: Sequence[Deed], track: Cells, onset_
         onset_s=None if onset_s is None else round(onset_s, 3),
         first_action_after_s=_after(onset_s, trims),
         stall_s=0.0,
-        deeds=tuple(deeds),
+        acts=tuple(acts),
     )
 
 
-def _after(onset_s: float | None, trims: Sequence[Deed]) -> float | None:
+def _after(onset_s: float | None, trims: Sequence[Act]) -> float | None:
     if onset_s is None or not trims:
         return None
-    return max(0.0, round(trims[0].time_s - onset_s, 3))  # times of deeds are rounded: not below 0
+    return max(0.0, round(trims[0].time_s - onset_s, 3))  # times of acts are rounded: not below 0
 
 
-def _most_in_a_minute(trims: Sequence[Deed]) -> float:
+def _most_in_a_minute(trims: Sequence[Act]) -> float:
     """Most cells in any window that ends with a trim, as a multiple of the context then."""
     most, inside, first = 0.0, 0, 0
     for last in trims:

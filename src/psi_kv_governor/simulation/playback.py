@@ -125,8 +125,8 @@ class Account(msgspec.Struct, frozen=True, kw_only=True):
 def account(turns: Sequence[Turn], thresholds: GovernorConfig) -> Account:
     """Sum up `turns`. The onset is told by `thresholds`: give all runs that are compared the same ones."""
     start_s = turns[0].reading.time_s
-    deeds = [turn for turn in turns if turn.decision.action is not Action.NONE]
-    trims = [turn for turn in deeds if turn.decision.action is Action.TRIM]
+    acts = [turn for turn in turns if turn.decision.action is not Action.NONE]
+    trims = [turn for turn in acts if turn.decision.action is Action.TRIM]
     onset_s = next((turn.reading.time_s for turn in turns if short(thresholds, turn.reading)), None)
     after = [turn.reading.time_s for turn in trims if onset_s is not None and turn.reading.time_s >= onset_s]
     last = turns[-1].cache
@@ -137,7 +137,7 @@ def account(turns: Sequence[Turn], thresholds: GovernorConfig) -> Account:
         bytes_given_up=sum(turn.decision.n_bytes for turn in trims),
         restores=_restores(turns),
         bytes_restored=_bytes_restored(turns),
-        direction_changes=sum(a.decision.action is not b.decision.action for a, b in pairwise(deeds)),
+        direction_changes=sum(a.decision.action is not b.decision.action for a, b in pairwise(acts)),
         min_live_share=round(min(_live_share(turn.cache) for turn in turns), 4),
         missing_bytes=last.masked_bytes + last.lost_bytes,
         first_trim_s=_seconds(trims[0].reading.time_s - start_s) if trims else None,

@@ -104,7 +104,7 @@ def _draw_cells(axes: Axes, outcome: Outcome, track: Track) -> None:
     )
     top = max(map(sum, zip(track.live_cells, track.masked_cells, track.lost_cells, strict=True)), default=1)
     for action, marker, colour in (("trim", "v", TRIM), ("restore", "^", RESTORE)):
-        times = [deed.time_s for deed in outcome.deeds if deed.action == action]
+        times = [act.time_s for act in outcome.acts if act.action == action]
         axes.vlines(times, 0, top * 1.04, color=colour, linewidth=0.5, alpha=0.6)
         axes.plot(times, [top * 1.09] * len(times), marker, color=colour, markersize=4.5, linestyle="none")
     axes.set_ylim(0, top * 1.18)

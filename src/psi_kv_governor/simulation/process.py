@@ -1,4 +1,4 @@
-"""A program with a model on the machine of paper: it decodes, and the governor itself works on its cache."""
+"""A program with a model on the simulated machine: it decodes, and the governor itself works on its cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from psi_kv_governor.governor import Governor
 from psi_kv_governor.pressure.neighbours import Neighbourhood
 from psi_kv_governor.pressure.reading import Reading
 from psi_kv_governor.simulation.machine import Machine
-from psi_kv_governor.simulation.outcome import Deed
+from psi_kv_governor.simulation.outcome import Act
 
 FILLED = 0.75
 """Share of the context that is in the cache at the start; decoding fills the rest."""
@@ -21,7 +21,7 @@ TOKENS_PER_S = 10.0
 """Decoding speed of the calm machine; while it stalls, nothing is decoded."""
 
 _SAME_RESTORE_S = 1.0
-"""Slices of a restore that are no further apart are one deed."""
+"""Slices of a restore that are no further apart are one act."""
 
 
 class Model(NamedTuple):
@@ -53,11 +53,11 @@ class Clock:
         self.busy_s = self() + seconds
 
 
-class Deeds:
+class Acts:
     """A subscriber that takes down what a governor did to the one sequence of its engine."""
 
     def __init__(self, engine: SimulatedEngine) -> None:
-        self.list: list[Deed] = []
+        self.list: list[Act] = []
         self._engine = engine
 
     def __call__(self, event: Event) -> None:
@@ -74,7 +74,7 @@ class Deeds:
             self.list.pop()
         counts = self._engine.caches[1].sequence(0).counts
         self.list.append(
-            Deed(
+            Act(
                 time_s=round(began_s, 6),
                 until_s=round(time_s, 6),
                 action=action,
@@ -111,7 +111,7 @@ class Program:
         self.engine = SimulatedEngine(clock=self._clock, spend=self._clock.spend)
         self.engine.add_cache(model.cells, cell_bytes=model.cell_bytes, name=name)
         self.engine.decode(math.ceil(FILLED * model.cells))
-        self.deeds = Deeds(self.engine)
+        self.acts = Acts(self.engine)
         """What its governor did."""
         self._busy = busy
         self._decoded = 0.0
@@ -128,7 +128,7 @@ class Program:
                 jitter=jitter,
                 neighbours=neighbours,
             )
-            self._governor.subscribe(self.deeds)
+            self._governor.subscribe(self.acts)
 
     @property
     def resident_bytes(self) -> int:

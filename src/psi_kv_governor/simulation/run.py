@@ -1,4 +1,4 @@
-"""Runs of the governor itself against a machine on paper, or along a recorded trace."""
+"""Runs of the governor itself against a simulated machine, or along a recorded trace."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from psi_kv_governor.pressure.reading import Reading
 from psi_kv_governor.pressure.trace import TraceSource
 from psi_kv_governor.simulation.machine import Guest, Limit, Machine
 from psi_kv_governor.simulation.outcome import Outcome, summed_up
-from psi_kv_governor.simulation.process import Clock, Deeds, Model, Program
+from psi_kv_governor.simulation.process import Acts, Clock, Model, Program
 from psi_kv_governor.simulation.scenario import Scenario
 
 STEP_S = 0.05
@@ -77,8 +77,8 @@ def simulate(
     for run in (governed, ungoverned):
         run.play()
     governed.track.stall_ungoverned = ungoverned.track.stall
-    deeds = governed.program.deeds.list
-    outcome = summed_up(scenario.name, scenario.about, deeds, governed.track, governed.onset_s)
+    acts = governed.program.acts.list
+    outcome = summed_up(scenario.name, scenario.about, acts, governed.track, governed.onset_s)
     return msgspec.structs.replace(
         outcome,
         stall_s=round(governed.machine.stall_s, 3),
@@ -104,10 +104,10 @@ def replay(
     engine = SimulatedEngine(clock=clock, spend=clock.spend)
     engine.add_cache(ctx).sequence(0).running = True
     engine.decode(ctx)
-    deeds, track = Deeds(engine), Track()
+    acts, track = Acts(engine), Track()
     onset_s: float | None = None
     governor = Governor(engine, source=TraceSource(played), config=config, clock=clock, jitter=0.0)
-    governor.subscribe(deeds)
+    governor.subscribe(acts)
     for reading in played:
         clock.machine_s = reading.time_s
         governor.step()
@@ -115,7 +115,7 @@ def replay(
         if onset_s is None and short(config, reading):
             onset_s = reading.time_s
     governor.close()
-    outcome = summed_up(name, "a recorded trace, replayed", deeds.list, track, onset_s)
+    outcome = summed_up(name, "a recorded trace, replayed", acts.list, track, onset_s)
     stall_s = sum(reading.some * reading.interval_s for reading in readings)
     written = engine.snapshot().written_bytes
     return msgspec.structs.replace(outcome, stall_s=round(stall_s, 3), written_bytes=written), track

@@ -1,4 +1,4 @@
-"""An engine on paper: it counts bytes, and tells truly what was done. For `simulate`, `record` and tests."""
+"""A simulated engine: it counts bytes, and says truly what was done. For `simulate`, `record` and tests."""
 
 from psi_kv_governor.engines.simulated.cache import CELL_BYTES, PaperCache
 from psi_kv_governor.engines.simulated.engine import CAPABLE, SimulatedEngine

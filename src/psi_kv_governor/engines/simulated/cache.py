@@ -1,4 +1,4 @@
-"""One KV cache on paper: its sequences and saved states, and the bytes they have."""
+"""One simulated KV cache: its sequences and saved states, and the bytes they have."""
 
 from __future__ import annotations
 

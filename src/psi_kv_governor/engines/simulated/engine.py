@@ -1,4 +1,4 @@
-"""The engine on paper: several caches that are bytes in a table, in no time but the one that is told."""
+"""The simulated engine: several caches that are bytes in a table, at no time but the one that is given."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class SimulatedEngine:
             )
 
     def apply(self, plan: Plan) -> Result:
-        """Carry out `plan` on paper. A cache, sequence or blob that is gone meanwhile is passed over.
+        """Carry out `plan` in the table. A cache, sequence or blob that is gone meanwhile is passed over.
         Raises EngineError after `close`."""
         with self._lock:
             self._check_open()

@@ -1,4 +1,4 @@
-"""One sequence on paper: where each of its positions is, and which of them are resident."""
+"""One simulated sequence: where each of its positions is, and which of them are resident."""
 
 from __future__ import annotations
 
