@@ -13,7 +13,7 @@ from psi_kv_governor.engines.transformers.engine import TransformersEngine
 
 def mapped_bytes(cache) -> int:
     """Resident bytes of all rows and of what was set aside, by smaps."""
-    spans = [(it.mapping.address, it.mapping.n_bytes) for it in (*cache.tensors, *cache.asides)]
+    spans = [(it.mapping.address, it.mapping.n_bytes) for it in (*cache.tensors, *cache.asides.files)]
     total, inside = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
@@ -76,7 +76,7 @@ def test_many_ranges_in_slices_come_back_bit_for_bit(place):
         slices += 1
     assert slices > 10
     assert torch.equal(next_logits(model, cache, prompt(8)), expected)
-    assert cache.asides == []
+    assert cache.asides.files == []
     assert engine.snapshot().store_bytes == 0
 
 
@@ -170,7 +170,7 @@ def test_a_full_place_changes_nothing_and_the_reason_comes_back(place):
     engine.add(cache)
     result = apply(engine, Verb.MASK, cache, Range(10, 590))
     assert "space" in result.problem
-    assert (result.cells, cache.places.masked, cache.asides) == (0, (), [])
+    assert (result.cells, cache.places.masked, cache.asides.files) == (0, (), [])
     assert torch.equal(next_logits(model, cache, prompt(4)), expected)
 
 

@@ -1,11 +1,13 @@
 """Whatever is decoded, masked, brought back, cropped and reordered in whatever order: rows are as written."""
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_config, tiny_model
 
 from psi_kv_governor.cache import Range
+from psi_kv_governor.engines.transformers import aside
 from psi_kv_governor.engines.transformers.cache import GovernedCache
 
 BATCH, LAYERS, WIDTH = 3, 2, 8
@@ -20,8 +22,18 @@ STEP = st.one_of(
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(backing=st.sampled_from(["memory", "file"]), steps=st.lists(STEP, max_size=14))
-def test_a_cache_is_its_rows(place, backing, steps):
+@given(
+    backing=st.sampled_from(["memory", "file"]),
+    most=st.sampled_from([1, 64]),
+    steps=st.lists(STEP, max_size=14),
+)
+def test_a_cache_is_its_rows(place, backing, most, steps):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aside, "MOST_FILES", most)  # with one, they are joined at every turn
+        check(place, backing, steps)
+
+
+def check(place, backing, steps):
     config = tiny_config(
         num_hidden_layers=LAYERS, num_attention_heads=2, num_key_value_heads=2, head_dim=WIDTH
     )

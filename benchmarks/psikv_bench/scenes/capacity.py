@@ -292,6 +292,6 @@ SCENE = Scene(
     examples=(
         "psi-kv bench capacity --quick",
         "psi-kv bench capacity --limits 176,200,248 --out-dir capacity",
-        "psi-kv bench capacity --needles 8 --live 512 --times 16 --threads 1",
+        "psi-kv bench capacity --needles 8 --live 496 --times 16 --threads 1",
     ),
 )

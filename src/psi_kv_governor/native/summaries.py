@@ -54,6 +54,11 @@ class Summarizer:
         return found
 
 
+def prepare() -> None:
+    """Have the native part ready, compiled now if need be. Raises EngineError."""
+    _library()
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     """The native part, compiled now if need be; it stands before nobody's functions. Raises EngineError."""

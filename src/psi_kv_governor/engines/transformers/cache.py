@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +12,11 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from psi_kv_governor.cache import Range
-from psi_kv_governor.engines.transformers.aside import Aside
-from psi_kv_governor.engines.transformers.hooks import hook
+from psi_kv_governor.engines.transformers.aside import Asides
+from psi_kv_governor.engines.transformers.hooks import Follower, hook
 from psi_kv_governor.engines.transformers.layer import GovernedLayer
-from psi_kv_governor.engines.transformers.places import Places
+from psi_kv_governor.engines.transformers.passes import Passes
+from psi_kv_governor.engines.transformers.places import Places, numbers_in
 from psi_kv_governor.engines.transformers.rows import Rows
 from psi_kv_governor.engines.transformers.versions import check_versions
 from psi_kv_governor.errors import BadInputError
@@ -30,7 +29,7 @@ _CELLS_IN_MEMORY = 1 << 15  # of address space only: nothing is taken before it 
 _ids = itertools.count()
 
 
-class GovernedCache(Cache):  # type: ignore[misc]
+class GovernedCache(Passes, Cache):  # type: ignore[misc]
     """A cache for `model.generate(..., cache=GovernedCache(model))` (`past_key_values=` in older versions).
 
     Layers with full attention on the CPU are governed; sliding windows, recurrent states and layers on a
@@ -63,9 +62,10 @@ class GovernedCache(Cache):  # type: ignore[misc]
                 f"the model is on {model.device}, whose memory can't be returned page by page: keep it on "
                 "the CPU, or use a stock cache"
             )
-        super().__init__(
-            layers=[GovernedLayer(self) if type(layer) is DynamicLayer else layer for layer in stock]
+        Cache.__init__(
+            self, layers=[GovernedLayer(self) if type(layer) is DynamicLayer else layer for layer in stock]
         )
+        Passes.__init__(self)
         self.id = next(_ids)
         self.place = place
         self.backing: Backing = backing if place is not None else "memory"
@@ -74,53 +74,40 @@ class GovernedCache(Cache):  # type: ignore[misc]
         longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         self.capacity_cells = int(max_cells or longest or _CELLS_IN_MEMORY)
         """Positions that are expected at most."""
-        self.lock = threading.RLock()
-        """Held by a forward pass, and by whoever moves rows."""
-        self.asides: list[Aside] = []
+        self.asides = Asides()
         self.written_bytes = 0
         self.affected = 0
         """Tokens that were decoded while others were masked or lost."""
         self.last_used_s = 0.0
-        self._running = self._runner = 0
-        self._turn = threading.Lock()
+        self.recaller: Follower | None = None
+        self.drafting = False
+        """A part of the last pass was taken back: its tokens were drafts, and no question."""
+        self._again = False
+        self._pass = Range(0, 0)
         hook(model, self)
-
-    def check_update(self) -> None:
-        """See Owner."""
-        if threading.get_ident() != self._runner:
-            raise BadInputError(
-                "this GovernedCache belongs to another model, or its model was entered by a side door: make "
-                "one for each model, and call the model itself"
-            )
 
     def new_rows(self, sample: torch.Tensor) -> Rows:
         """See Owner."""
         usual = _CELLS_IN_FILE if self.backing == "file" else _CELLS_IN_MEMORY
         return Rows(sample, self.max_cells or usual, self.backing, self.place)
 
-    def begin_forward(self) -> None:
-        """A forward pass begins: nothing moves until it ends. Called by the hooks."""
-        if threading.get_ident() == self._runner:
-            self.lock.acquire()
-        else:
-            with self._turn:  # so that whoever waits to move rows gets in between two tokens
-                self.lock.acquire()
-        self._runner = threading.get_ident()
-        self._running += 1
+    def pass_ended(self) -> None:
+        """See Passes."""
+        self._settle()
+        self.last_used_s = time.monotonic()
+        self._pass = Range(self._began, self.places.next_position)
+        self.drafting = self.drafting and self._pass.cells > 1
+        if self.recaller is not None and self.recaller.after():
+            self._again = True
+            super().crop(-self._pass.cells)
+            self.affected -= self._pass.cells
 
-    def end_forward(self) -> None:
-        """It ended, well or not."""
-        if self._running:
-            self._running -= 1
-            self._runner = self._runner if self._running else 0
-            self._settle()
-            self.last_used_s = time.monotonic()
-            self.lock.release()
-
-    @property
-    def running(self) -> bool:
-        """Whether a forward pass is under way."""
-        return self._running > 0
+    def once_more(self, forward: Callable[[], Any]) -> Any:
+        """After a pass: do it again where recall brought in what it asked for; None where it did not."""
+        if not self._again or self.recaller is None:
+            return None
+        self._again = False
+        return self.recaller.once_more(forward)
 
     def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """As of any cache. A layer that turns out to be on a device is left to a stock layer."""
@@ -140,6 +127,7 @@ class GovernedCache(Cache):  # type: ignore[misc]
         """See Cache."""
         with self.lock:
             super().crop(tokens)
+            self.drafting = self._pass.start < self.places.next_position < self._pass.stop
             self._drop_what_was_cropped()
 
     def reset(self) -> None:
@@ -153,35 +141,37 @@ class GovernedCache(Cache):  # type: ignore[misc]
         """See Cache. What is parked is put in order when it comes back."""
         with self.lock:
             super().reorder_cache(beam_idx)
-            for aside in self.asides:
-                aside.reorder(beam_idx.to("cpu"))
+            self._reordered(beam_idx.to("cpu"))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """See Cache."""
         with self.lock:
             members = self.batch
             super().batch_repeat_interleave(repeats)
-            for aside in self.asides:
-                aside.reorder(torch.arange(members).repeat_interleave(repeats))
+            self._reordered(torch.arange(members).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """See Cache."""
         with self.lock:
             order = torch.arange(self.batch)[indices.to("cpu")]
             super().batch_select_indices(indices)
-            for aside in self.asides:
-                aside.reorder(order)
+            self._reordered(order)
 
     def __deepcopy__(self, memo: Any) -> GovernedCache:
         raise BadInputError(
             "a GovernedCache can't be copied: make a second one, or crop() it back to the common beginning"
         )
 
+    def _reordered(self, order: torch.Tensor) -> None:
+        self.asides.reorder(order)
+        if self.recaller is not None:
+            self.recaller.reorder(order)
+
     def _drop_what_was_cropped(self) -> None:
-        if not self.places.masked:
-            for aside in self.asides:
-                aside.close()
-            self.asides.clear()
+        self.asides.crop(self.places.next_position)
+        self.asides.tidy(self.places.masked, self.tensors, self.place)
+        if self.recaller is not None:
+            self.recaller.crop(self.places.next_position if self.places.masked else 0)
         self.affected = min(self.affected, self.places.next_position)
 
     @property
@@ -209,21 +199,6 @@ class GovernedCache(Cache):  # type: ignore[misc]
         """Bytes of one position: its K and V rows in every governed layer, for the whole batch."""
         return sum(rows.row_bytes for rows in self.tensors)
 
-    @contextlib.contextmanager
-    def at_rest(self, patience_s: float) -> Iterator[bool]:
-        """Hold off forward passes; false where one did not end within `patience_s`."""
-        until = time.monotonic() + max(0.0, patience_s)
-        held = False
-        if self._turn.acquire(timeout=max(0.0, min(patience_s, threading.TIMEOUT_MAX))):
-            left = max(0.0, until - time.monotonic())
-            held = self.lock.acquire(timeout=min(left, threading.TIMEOUT_MAX))
-            self._turn.release()
-        try:
-            yield held and not self._running
-        finally:
-            if held:
-                self.lock.release()
-
     def release(self) -> int:
         """Return the pages of rows that hold nothing any more. Gives the bytes."""
         live = self.places.live_cells
@@ -250,17 +225,12 @@ class GovernedCache(Cache):  # type: ignore[misc]
     def _set_aside(self, gone: Sequence[Range], runs: Sequence[Range]) -> str:
         if self.place is None:
             return "there is no folder that can hold parked bytes"
-        try:
-            aside = Aside(gone, self.tensors, self.place)
-        except OSError as error:
-            return f"they can't be set aside: {error.strerror}"
-        for index, rows in enumerate(self.tensors):
-            if problem := aside.fill(index, rows, runs):
-                aside.close()
-                return problem
-        self.written_bytes += aside.written_bytes
-        self.asides.append(aside)
-        return ""
+        before = self.asides.written_bytes
+        problem = self.asides.put(gone, runs, self.tensors, self.place)
+        self.written_bytes += self.asides.written_bytes - before
+        if not problem and self.recaller is not None:
+            self.recaller.summarise(gone, runs)
+        return problem
 
     def put_back(self, ranges: Sequence[Range]) -> int:
         """Give masked positions their rows again, bit for bit. Gives their number. Only at rest.
@@ -270,23 +240,21 @@ class GovernedCache(Cache):  # type: ignore[misc]
         back = self.places.masked_part(ranges)
         if not back:
             return 0
-        positions = np.concatenate([np.arange(part.start, part.stop) for part in back])
-        # What lies in two is right in the later: it was cropped, and decoded again.
-        sources = [(aside, np.intersect1d(aside.positions, positions)) for aside in self.asides]
+        positions = numbers_in(back)
+        sources = self.asides.sources(positions)
         live = self.places.live_cells
         for rows in self.tensors:
             rows.make_room(live, live + len(positions))
         for layer in self.governed:
             layer.places.unmask(back)
         runs = self.places.rows_of(back)
-        into = np.concatenate([np.arange(run.start, run.stop) for run in runs])
+        into = numbers_in(runs)
         for index, rows in enumerate(self.tensors):
             rows.open_up(live, runs)
             for aside, found in sources:
-                if len(found):
-                    where = torch.from_numpy(into[np.searchsorted(positions, found)])
-                    rows.at(0, rows.capacity).index_copy_(2, where, aside.take(index, found))
-                    aside.forget(index)
+                where = torch.from_numpy(into[np.searchsorted(positions, found)])
+                rows.at(0, rows.capacity).index_copy_(2, where, aside.take(index, found))
+                aside.forget(index)
         self._drop_what_was_cropped()
         return len(positions)
 
@@ -295,8 +263,6 @@ class GovernedCache(Cache):  # type: ignore[misc]
         with self.lock:
             for rows in self.tensors:
                 rows.close()
-            for aside in self.asides:
-                aside.close()
-            self.asides.clear()
+            self.asides.close()
             for layer in self.governed:
                 layer.rows, layer.is_initialized, layer.places = None, False, Places()

@@ -14,11 +14,15 @@ from psi_kv_governor.cache import (
     Description,
     Kind,
     Plan,
+    Recall,
+    Recalled,
     Result,
     Snapshot,
 )
 from psi_kv_governor.engines.transformers.cache import GovernedCache
 from psi_kv_governor.engines.transformers.evidence import CacheEvidence, Watch
+from psi_kv_governor.engines.transformers.ledger import Ledger
+from psi_kv_governor.engines.transformers.recall import Recaller
 from psi_kv_governor.engines.transformers.state import state_of
 from psi_kv_governor.engines.transformers.steps import NOTHING_THROWN_AWAY, Account, do
 from psi_kv_governor.errors import EngineError
@@ -40,6 +44,7 @@ class TransformersEngine:
         self._kinds: frozenset[Kind] = frozenset()
         self._lock = threading.Lock()
         self._closed = False
+        self._ledger = Ledger()
         self.details: dict[str, str] = {}
         """What else `describe` tells."""
         self.on_close: list[Callable[[], None]] = []
@@ -51,6 +56,7 @@ class TransformersEngine:
             self._caches.add(cache)
             self._watches[cache] = Watch(cache)
         self._watches[cache].collect(self._kinds)
+        self._have_recalled(cache)
 
     def describe(self) -> Description:
         """See Engine."""
@@ -86,7 +92,7 @@ class TransformersEngine:
                 for cache in caches
                 for mapping in (
                     *(rows.mapping for rows in cache.tensors),
-                    *(it.mapping for it in cache.asides),
+                    *(it.mapping for it in cache.asides.files),
                 )
             ),
         )
@@ -136,6 +142,30 @@ class TransformersEngine:
                 return CacheEvidence(found, self._watches[found])
         raise EngineError(f"there is no sequence {sequence} in a cache {cache}")
 
+    def recall(self, settings: Recall) -> None:
+        """Exchange parked positions for live ones by itself, as `settings` say, until told otherwise."""
+        self._ledger.settings = settings
+        if settings.mode != "off":
+            self._ledger.prepare()
+        for cache in self._all():
+            self._have_recalled(cache)
+
+    def _have_recalled(self, cache: GovernedCache) -> None:
+        if self._ledger.settings.mode == "off" or cache.recaller is not None:
+            return
+        with cache.at_rest(PATIENCE_S) as still:
+            if still:
+                cache.recaller = Recaller(cache, self._ledger)
+
+    def recalled(self) -> Recalled:
+        """What it did so far; why nothing can be recalled is said where it can't in any cache."""
+        recallers = [cache.recaller for cache in self._all() if cache.recaller is not None]
+        why = "" if self._place else self._why_no_place
+        if recallers and not why:
+            why = min((one.why_not for one in recallers), key=bool)
+        summary_bytes = max((one.summary_bytes for one in recallers), default=0)
+        return self._ledger.told(summary_bytes, why or self._ledger.why_not)
+
     def close(self) -> None:
         """See Engine. What can't be brought back stays parked, and its cache as it is."""
         if self._closed:
@@ -144,6 +174,7 @@ class TransformersEngine:
             undo()
         caches = self._all()
         self._closed = True
+        self._ledger.settings = Recall()
         for cache in caches:
             self._watches[cache].collect(frozenset())
             with cache.at_rest(math.inf) as still:

@@ -74,7 +74,8 @@ class CacheEvidence:
 
     def demand(self, part: Range) -> Values:
         """See Evidence."""
-        return np.full(part.cells, np.nan)
+        recaller = self.cache.recaller
+        return np.full(part.cells, np.nan) if recaller is None else recaller.demand.of(part)
 
     def last_used(self, part: Range) -> Values:
         """See Evidence."""

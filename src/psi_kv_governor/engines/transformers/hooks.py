@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 
+from psi_kv_governor.cache import Range
+from psi_kv_governor.engines.transformers.exchange import Demand
 from psi_kv_governor.engines.transformers.places import Places
 from psi_kv_governor.engines.transformers.versions import CACHE_NAMES
+
+
+class Follower(Protocol):
+    """Recall, which has rows come back. All of it is called while nothing else can move rows."""
+
+    demand: Demand
+    why_not: str
+
+    @property
+    def summary_bytes(self) -> int: ...
+
+    def summarise(self, gone: Sequence[Range], runs: Sequence[Range]) -> None: ...
+
+    def reorder(self, order: torch.Tensor) -> None: ...
+
+    def crop(self, length: int) -> None: ...
+
+    def after(self) -> bool: ...
+
+    def once_more(self, forward: Callable[[], Any]) -> Any: ...
 
 
 class Followed(Protocol):
@@ -23,7 +46,11 @@ class Followed(Protocol):
 
     def end_forward(self) -> None: ...
 
+    def once_more(self, forward: Callable[[], Any]) -> Any: ...
 
+
+_given: weakref.WeakKeyDictionary[Followed, tuple[Any, Any]] = weakref.WeakKeyDictionary()
+"""The arguments of the passes that run."""
 _hooked: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Followed]] = weakref.WeakKeyDictionary()
 """The caches of each module that has our hooks."""
 
@@ -59,6 +86,7 @@ def _before(module: Any, args: Any, kwargs: Any) -> Any:
     if cache is None:
         return None
     cache.begin_forward()
+    _given[cache] = args, kwargs
     holes = cache.places.next_position - cache.places.live_cells
     if not holes:
         return None
@@ -96,8 +124,12 @@ def _query_tokens(args: Any, kwargs: Any) -> int:
     return int(args[0].shape[1])
 
 
-def _after(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+def _after(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    """What it gives is the output in place of the pass's own, where that is not None."""
     del output
     cache = _own(module, args, kwargs)
-    if cache is not None:
-        cache.end_forward()
+    if cache is None:
+        return None
+    cache.end_forward()
+    args, kwargs = _given.pop(cache, (args, kwargs))  # with the mask as it was given
+    return cache.once_more(lambda: module(*args, **kwargs))

@@ -74,8 +74,20 @@ class Places:
 
     def live_positions(self) -> Positions:
         """The position of each row, in order."""
-        runs = [np.arange(run.start, run.stop, dtype=np.int64) for run in self.live]
-        return np.concatenate(runs) if runs else np.empty(0, dtype=np.int64)
+        return numbers_in(self.live)
+
+
+def numbers_in(ranges: Sequence[Range]) -> Positions:
+    """Every number in `ranges`, one range after the other."""
+    runs = [np.arange(run.start, run.stop, dtype=np.int64) for run in ranges]
+    return np.concatenate(runs) if runs else np.empty(0, dtype=np.int64)
+
+
+def ranges_of(numbers: Positions) -> list[Range]:
+    """Rising numbers as ranges."""
+    ends = np.flatnonzero(np.diff(numbers) != 1)
+    starts, stops = numbers[np.r_[0, ends + 1]], numbers[np.r_[ends, len(numbers) - 1]] + 1
+    return [Range(int(start), int(stop)) for start, stop in zip(starts, stops, strict=True)]
 
 
 def first_cells(ranges: Sequence[Range], cells: int) -> list[Range]:

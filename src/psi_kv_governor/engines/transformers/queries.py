@@ -129,7 +129,7 @@ class Queries:
 def attention_of(module: Any, late: Late, keys: torch.Tensor) -> torch.Tensor | None:
     """softmax(q.k) of the last queries to all `keys` [batch, heads, rows, head_dim], averaged over batch and
     heads, as multiples of an equal share: [queries, rows]. None where queries can't be made again."""
-    if not _makes_these_keys(module, late, keys):
+    if not makes_these_keys(module, late, keys):
         return None
     with torch.no_grad():
         queries = project(module, "q", late).float()
@@ -180,12 +180,33 @@ def _rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torc
     return torch.cat([turned * cos + half * sin, rest], dim=-1)
 
 
-def _makes_these_keys(module: Any, late: Late, keys: torch.Tensor) -> bool:
+def makes_these_keys(module: Any, late: Late, keys: torch.Tensor) -> bool:
     """Whether the last key made again is the one in the cache: else queries made so would be wrong too."""
     try:
         with torch.no_grad():
             made = project(module, "k", late.last(1)).float()
     except (RuntimeError, AttributeError):
         return False
-    last = keys[:, :, -1:]
+    last = keys[:, :, -1:].float()
     return made.shape == last.shape and bool(torch.allclose(made, last, rtol=2e-2, atol=2e-2))
+
+
+def logits_of(queries: torch.Tensor, keys: torch.Tensor, cap: float) -> torch.Tensor:
+    """Of the last tokens' queries [group, tokens, width], scaled, to the live keys [rows, width], each token
+    seeing those before it: (group * tokens, rows)."""
+    logits = queries @ keys.T
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
+    tokens, rows = logits.shape[1:]
+    ahead = torch.arange(rows)[None, :] > torch.arange(rows - tokens, rows)[:, None]
+    return logits.masked_fill(ahead, float("-inf")).flatten(0, 1)
+
+
+def scale_of(module: Any, width: int) -> float:
+    """What an attention module multiplies its logits with."""
+    return float(getattr(module, "scaling", None) or width**-0.5)
+
+
+def cap_of(module: Any) -> float:
+    """Where it caps them; 0 where it does not."""
+    return float(getattr(module, "attn_logit_softcapping", None) or 0.0)

@@ -145,6 +145,11 @@ class Rows:
         start = first * self.piece_bytes
         return [(lane + start, lane + stop) for lane in self._lane_starts() if start < stop]
 
+    @property
+    def lane_addresses(self) -> list[int]:
+        """Where row 0 of each lane lies: head by head of the first member, then of the next."""
+        return [self.mapping.address + start for start in self._lane_starts()]
+
     def _lane_starts(self) -> range:
         return range(0, self.mapping.n_bytes, self.capacity * self.piece_bytes)
 
