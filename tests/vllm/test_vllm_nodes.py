@@ -20,6 +20,9 @@ pytestmark = [pytest.mark.cgroup, pytest.mark.slow, pytest.mark.timeout(1300)]
 
 SPARE_MIB, NEIGHBOUR_MIB = 300, 650
 """Each node has 480 MiB of the cached prompts."""
+RATE_MIB_S, MOST_ROUNDS = 50, 20
+"""Slow enough that a step is made while it is short: at 200 MiB/s, with steps of a second on a busy machine,
+the kernel had taken the cache before the far node's reading came, and nothing was left to give."""
 PORT = 29517
 STAGES = {
     "pipeline_parallel_size": 2,
@@ -108,12 +111,18 @@ def test_pressure_on_the_far_node_has_it_give_and_texts_stay(tmp_path, networks)
         narrow(far, far.group.usage_bytes() + SPARE_MIB * MIB)
         engine.say("go")
         engine.hear("round")
-        neighbour, taken_s = press(far, 200, NEIGHBOUR_MIB)
+        neighbour, taken_s = press(far, RATE_MIB_S, NEIGHBOUR_MIB)
         assert taken_s is not None
-        for _ in range(4):
+        for number in range(MOST_ROUNDS):
+            if number >= 4 and given_up(trims) > 100 * MIB:
+                break
             engine.hear("round")
         neighbour.terminate()
         engine.say("stop")
         assert engine.hear("again")["same"]
         assert (far.group.oom_kills(), near.group.oom_kills()) == (0, 0)
-        assert sum(trim.bytes_returned for trim in trims.found) > 100 * MIB
+        assert given_up(trims) > 100 * MIB
+
+
+def given_up(trims: Trims) -> int:
+    return sum(trim.bytes_returned for trim in trims.found)
