@@ -164,7 +164,7 @@ class TransformersEngine:
         if recallers and not why:
             why = min((one.why_not for one in recallers), key=bool)
         summary_bytes = max((one.summary_bytes for one in recallers), default=0)
-        return self._ledger.told(summary_bytes, why or self._ledger.why_not)
+        return self._ledger.recalled(summary_bytes, why or self._ledger.why_not)
 
     def close(self) -> None:
         """See Engine. What can't be brought back stays parked, and its cache as it is."""

@@ -50,7 +50,7 @@ class Ledger:
         self.blocks += blocks
         self.exchanges += 1
 
-    def told(self, summary_bytes: int, why_not: str) -> Recalled:
+    def recalled(self, summary_bytes: int, why_not: str) -> Recalled:
         """In the words of the contract."""
         return Recalled(
             read_bytes=self.read_bytes,
