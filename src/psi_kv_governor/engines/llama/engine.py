@@ -231,10 +231,9 @@ class LlamaEngine:
 
     def evidence(self, cache: int, sequence: int) -> LlamaEvidence:
         """See Engine."""
-        region = self._regions.get(cache)
-        if region is None:
+        if cache not in self._regions:
             self._look()
-            region = self._regions.get(cache)
+        region = self._regions.get(cache)
         if region is None:
             raise EngineError(f"there is no cache {cache} any more")
         return LlamaEvidence(self.client, region, sequence)
