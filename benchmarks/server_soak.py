@@ -53,6 +53,9 @@ class Look(msgspec.Struct):
     anonymous_bytes: int
     descriptors: int
     mappings: int
+    """Without those of saved states, each of which is one: the server keeps them up to a limit of its own."""
+    saved: int
+    """Mappings of files without a name, which saved states are, and the cache."""
     threads: int
     file_bytes: int
     """Disk space of the files without a name that it holds."""
@@ -66,7 +69,8 @@ def look(pid: int, who: str, time_s: float) -> Look | None:
             for line in Path(f"/proc/{pid}/status").read_text().splitlines()
             if ":\t" in line
         )
-        mappings = Path(f"/proc/{pid}/maps").read_bytes().count(b"\n")
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+        saved = sum(line.endswith(" (deleted)") for line in lines)
         files, descriptors = {}, 0
         for link in Path(f"/proc/{pid}/fd").iterdir():
             descriptors += 1
@@ -75,8 +79,8 @@ def look(pid: int, who: str, time_s: float) -> Look | None:
                 if found.st_nlink == 0:
                     files[found.st_dev, found.st_ino] = found.st_blocks * 512
         return Look(
-            time_s, who, int(status["RssAnon"].split()[0]) << 10, descriptors, mappings,
-            int(status["Threads"]), sum(files.values()),
+            time_s, who, int(status["RssAnon"].split()[0]) << 10, descriptors,
+            len(lines) - saved, saved, int(status["Threads"]), sum(files.values()),
         )  # fmt: skip
     except (OSError, KeyError):
         return None
@@ -168,6 +172,7 @@ class Soak:
                 ("anonymous bytes", lambda one: one.anonymous_bytes),
                 ("descriptors", lambda one: one.descriptors),
                 ("mappings", lambda one: one.mappings),
+                ("mappings of saved states", lambda one: one.saved),
                 ("threads", lambda one: one.threads),
                 ("bytes of files", lambda one: one.file_bytes),
             )
