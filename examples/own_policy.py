@@ -41,5 +41,7 @@ if __name__ == "__main__":
             print(llm.governor.trim(0.4).masked, "cells masked")
             (sequence,) = llm.governor.status().caches[0].sequences
             print("masked:", ", ".join(f"{part.start}-{part.stop}" for part in sequence.masked))
+    # Nothing is short here, so the governor may have begun to give back by itself.
     print(llm.governor.restore().cells, "cells back")
+    print("masked at the end:", llm.governor.status().caches[0].sequences[0].masked)
     llm.close()

@@ -46,9 +46,10 @@ def test_the_idle_one_of_two_models_gives_and_goes_on(demo_model):
 def test_a_policy_of_one_s_own_decides_what_is_masked(demo_model):
     told = run("own_policy.py", demo_model)
     masked, back = (int(found) for found in re.findall(r"^(\d+) cells", told, re.MULTILINE))
-    assert masked == back > 0
+    assert masked >= back >= 0  # nothing is short, so the governor itself gives some back meanwhile
     ranges = re.search(r"masked: (.*)", told)[1].split(", ")
     assert len(ranges) > 1  # a comb, and not one run
+    assert "masked at the end: ()" in told
 
 
 def test_every_example_has_its_test():
