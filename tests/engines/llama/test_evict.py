@@ -147,6 +147,21 @@ def test_what_the_program_removes_or_decodes_itself_is_not_lost_any_more(opened)
     assert sequences(engine) == {}
 
 
+def test_a_copy_that_is_shifted_at_once_is_evicted_by_its_new_positions(opened):
+    (ours, engine), (theirs, _) = opened(), opened()
+    for one in (ours, theirs):
+        one.decode(TOKENS[:300], 0)
+    assert sequences(engine)[0].live == (Range(0, 300),)
+    for one in (ours, theirs):
+        one.api.llama_memory_seq_cp(one.memory, 0, 1, -1, -1)
+        one.remove(-1, -1, 0)
+        one.api.llama_memory_seq_add(one.memory, 1, 100, -1, 20)  # and nobody asked for cells in between
+    assert sequences(engine)[1].live == (Range(0, 100), Range(120, 320))
+    evict(engine, Range(200, 240), sequence=1)
+    theirs.remove(200, 240, 1)
+    assert ours.state() == theirs.state()
+
+
 def test_a_saved_state_brings_what_it_lacks_along(opened):
     context, engine = opened()
     context.decode(TOKENS[:500], 0)
@@ -156,7 +171,7 @@ def test_a_saved_state_brings_what_it_lacks_along(opened):
     context.api.llama_state_seq_get_data(context.ctx, buffer, size, 0)
     context.remove(-1, -1)
     assert context.api.llama_state_seq_set_data(context.ctx, buffer, size, 3) == size
-    assert sequences(engine)[3].lost_cells == 100  # where they were it does not say
+    assert sequences(engine)[3].lost == (Range(100, 200),)
     context.decode(TOKENS[:5], 500, 3)
     assert sequences(engine)[3].affected == 5
 

@@ -1,5 +1,6 @@
 """Two contexts of one model get the same calls; one of them is parked, written behind, read back, masked and
 released at random by another thread meanwhile. After every call their whole states must be the same bytes.
+What the governor evicts of the one is removed of the other by llama.cpp's own call.
 
     python tests/engines/llama/torture.py --operations 1000000 --seed 1 --backing file
 """
@@ -124,18 +125,24 @@ class Twins:
     """A governed context and one that is left alone, which get the same calls."""
 
     def __init__(
-        self, api, contexts: tuple[Context, Context], chance: random.Random, *, unified: bool
+        self,
+        api,
+        contexts: tuple[Context, Context],
+        chance: random.Random,
+        tormentor: Tormentor,
+        *,
+        unified: bool,
     ) -> None:
         self.api, self.contexts, self.chance, self.unified = api, contexts, chance, unified
+        self.tormentor = tormentor
+        self.evicted = 0
         self.lengths = [0] * N_SEQ
-        self.decoding = threading.Lock()
 
     def call(self) -> None:
         """Make one call at random."""
-        what = self.chance.choices(
-            (self.prompt, self.step_all, self.cut, self.copy, self.shift, self.save_and_load, self.clear),
-            (60, 10, 10, 5, 5, 5, 1),
-        )[0]
+        often = {self.prompt: 60, self.step_all: 10, self.cut: 10, self.clear: 1}
+        often |= dict.fromkeys((self.copy, self.shift, self.save_and_load, self.evict), 5)
+        what = self.chance.choices(list(often), list(often.values()))[0]
         what(self.chance.randrange(N_SEQ))
 
     def prompt(self, s: int) -> None:
@@ -149,7 +156,7 @@ class Twins:
             self.decode(batch)
 
     def decode(self, tokens: list[tuple[int, int, int]]) -> None:
-        with self.decoding:
+        with self.tormentor.decoding:
             results = {context.decode(tokens) for context in self.contexts}
         assert len(results) == 1, results
         for _, _, s in tokens if results == {0} else ():
@@ -182,6 +189,21 @@ class Twins:
             self.api.llama_memory_seq_rm(context.memory, s, -1, -1)
             self.api.llama_state_seq_set_data(context.ctx, buffer, size, s)
 
+    def evict(self, s: int) -> None:
+        """An order, and yet a call: the states are compared after it. Other orders go on meanwhile."""
+        if self.lengths[s] > 60:
+            start = self.chance.randrange(0, self.lengths[s] - 40)
+            stop = start + self.chance.randrange(1, 39)
+            # The last position, from which it goes on, is never evicted; where a tail was, it may be here.
+            stop = min(stop, self.api.llama_memory_seq_pos_max(self.contexts[0].memory, s))
+            if start < stop:
+                torments = self.tormentor
+                reply = torments.client.ask(Op.EVICT, torments.region, s, ranges=[(start, stop)])
+                assert reply.done, reply.problem
+                assert not reply.problem, reply.problem
+                self.evicted += reply.cells
+                self.api.llama_memory_seq_rm(self.contexts[1].memory, s, start, stop)
+
     def clear(self, s: int) -> None:
         self.each(lambda context: self.api.llama_memory_clear(context.memory, s % 2 == 0))
         self.lengths = [0] * N_SEQ
@@ -199,7 +221,14 @@ class Twins:
 
 
 def torture(
-    operations: int, seed: int, *, backing: str, unified: bool, flash: bool, place: Path, model: Path
+    operations: int,
+    seed: int,
+    *,
+    backing: str,
+    unified: bool,
+    flash: bool,
+    place: Path,
+    model: Path,
 ) -> str:
     """Run it; gives a line of figures. Raises AssertionError at the first difference."""
     loaded = loader.load()
@@ -219,8 +248,8 @@ def torture(
     loaded.agent.configure(str(place), in_file=backing == "file", reserve_bytes=0, limit_bytes=0)
     regions = client.regions(count_resident=False)
     assert [region.in_file for region in regions] == [backing == "file", False]
-    twins = Twins(api, (contexts[0], contexts[1]), chance, unified=unified)
-    tormentor = Tormentor(client, regions[0].id, seed + 1, twins.decoding)
+    tormentor = Tormentor(client, regions[0].id, seed + 1, threading.Lock())
+    twins = Twins(api, (contexts[0], contexts[1]), chance, tormentor, unified=unified)
     begin_s, calls = time.monotonic(), 0
     tormentor.start()
     while calls + tormentor.done < operations:
@@ -234,7 +263,8 @@ def torture(
     api.llama_model_free(weights)
     return (
         f"{calls} calls and {tormentor.done} orders in {time.monotonic() - begin_s:.0f} s, {tormentor.cells} "
-        f"cells and {tormentor.returned / 1e6:.0f} MB given up, {tormentor.masked} masked: no difference"
+        f"cells and {tormentor.returned / 1e6:.0f} MB given up, {tormentor.masked} masked, "
+        f"{twins.evicted} evicted: no difference"
     )
 
 

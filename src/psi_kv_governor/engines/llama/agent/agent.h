@@ -217,12 +217,13 @@ bool map_fresh(const struct region * region);
 struct sequence * map_sequence(struct region * region, int32_t id, bool create);
 void map_append(struct region * region, int32_t id, int32_t row);
 bool map_untouched(llama_memory_t memory, int32_t p0);  // nothing lies at p0 or after
+void map_before_shift(llama_memory_t memory);
 void map_shift(llama_memory_t memory, int32_t id, int32_t p0, int32_t p1, int32_t delta, int32_t divide);
 
 // ---- evict.c: cells that were removed for good ------------------------------------------------------------------
 
 void lost_change(struct region * region, struct sequence * sequence, int32_t p0, int32_t p1, bool gone, int32_t delta, int32_t divide);
-void lost_guess(struct region * region, struct sequence * sequence, int32_t highest);
+void lost_loaded(struct region * region, struct sequence * sequence);
 void lost_removed(llama_memory_t memory, int32_t id, int32_t p0, int32_t p1, bool but);  // of `id`, or of all but it
 void lost_copied(llama_memory_t memory, int32_t from, int32_t to, int32_t p0, int32_t p1);
 

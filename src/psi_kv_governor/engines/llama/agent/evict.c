@@ -50,21 +50,24 @@ void lost_change(struct region * region, struct sequence * sequence, int32_t p0,
     sequence->n_lost = n;
 }
 
-// A state of `n` cells was loaded whose highest position is `highest`: where cells are evicted, those that it lacks were.
-void lost_guess(struct region * region, struct sequence * sequence, int32_t highest) {
+// A state was loaded: where cells are evicted, the positions that it lacks below its highest were. Its rows are sorted.
+void lost_loaded(struct region * region, struct sequence * sequence) {
     bool slides = false;  // a small cache beside a large one has only the newest cells anyway
     for (const struct region * one = NULL; (one = region_of_memory(region->lib->get_memory(region->ctx), one));) {
         slides = slides || one->n_rows > region->n_rows;
     }
     lost_change(region, sequence, 0, -1, true, 0, 1);
-    const int32_t missing = agent.evicts && !slides ? highest + 1 - sequence->n : 0;
-    int32_t * positions = missing > 0 ? malloc((size_t) missing * sizeof(int32_t)) : NULL;
-    for (int32_t i = 0; positions && i < missing; i++) {
-        positions[i] = i;
+    int32_t * positions = agent.evicts && !slides ? malloc((size_t) (sequence->highest + 1) * sizeof(int32_t)) : NULL;
+    int32_t   n         = 0;
+    for (int32_t pos = 0, i = 0; positions && pos < sequence->highest; pos++) {
+        while (i < sequence->n && region->pos[sequence->rows[i]] < pos) {
+            i++;
+        }
+        if (i == sequence->n || region->pos[sequence->rows[i]] != pos) {
+            positions[n++] = pos;
+        }
     }
-    if (positions) {
-        lost_add(region, sequence, positions, missing);
-    }
+    lost_add(region, sequence, positions, n);
     free(positions);
 }
 

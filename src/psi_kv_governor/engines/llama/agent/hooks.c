@@ -123,6 +123,7 @@ EXPORT void llama_memory_clear(llama_memory_t mem, bool data) {
 EXPORT void llama_memory_seq_add(llama_memory_t mem, int32_t seq, int32_t p0, int32_t p1, int32_t delta) {
     REAL(llama_memory_seq_add);
     INSIDE;
+    map_before_shift(mem);
     real(mem, seq, p0, p1, delta);
     map_shift(mem, seq, p0, p1, delta, 1);
 }
@@ -130,6 +131,7 @@ EXPORT void llama_memory_seq_add(llama_memory_t mem, int32_t seq, int32_t p0, in
 EXPORT void llama_memory_seq_div(llama_memory_t mem, int32_t seq, int32_t p0, int32_t p1, int d) {
     REAL(llama_memory_seq_div);
     INSIDE;
+    map_before_shift(mem);
     real(mem, seq, p0, p1, d);
     map_shift(mem, seq, p0, p1, 0, d);
 }

@@ -9,6 +9,9 @@
 
 #include "agent.h"
 
+// Numbers before the positions in a saved sequence: of streams and of cells, and a version where there is one.
+#define MOST_COUNTS 16
+
 static __thread struct { bool on; int32_t id; } asking;
 
 struct sequence * map_sequence(struct region * region, int32_t id, bool create) {
@@ -75,24 +78,59 @@ static int by_position(const void * a, const void * b, void * pos) {
     return (x > y) - (x < y);
 }
 
-// Positions come from the graphs that wrote the rows. Of rows that came otherwise (a loaded state) they are not known:
-// they are taken to be in the order of their cells, up to the highest position of the sequence.
-static void place(struct region * region, struct sequence * sequence, int32_t highest) {
+// A saved sequence begins with a few counts, and then says of each cell: its position, how many sequences it is of (here one
+// at the most), and which. Believed only where every cell of the map is told of, and the highest position is the one that
+// llama.cpp has.
+static bool positions_saved(struct region * region, const struct sequence * sequence, int32_t highest, const int32_t * state) {
+    for (int start = 0; start < MOST_COUNTS; start++) {
+        const int32_t * at = &state[start + 1];
+        int32_t most = -1, i = 0;
+        for (; state[start] == sequence->n && i < sequence->n; i++) {
+            if (at[0] < 0 || at[0] > highest || at[1] < 0 || at[1] > 1 || (at[1] && at[2] != sequence->id)) {
+                break;
+            }
+            region->pos[sequence->rows[i]] = at[0];
+            most = at[0] > most ? at[0] : most;
+            at += 2 + at[1];
+        }
+        if (i > 0 && i == sequence->n && most == highest) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static bool only_cache(const struct region * region) {
+    int n = 0;
+    for (int i = 0; i < MAX_REGIONS; i++) {
+        n += agent.regions[i].alive && agent.regions[i].cells && agent.regions[i].ctx == region->ctx;
+    }
+    return n == 1;
+}
+
+// Positions come from the graphs that wrote the rows. Of rows that came otherwise (a loaded state) the saved sequence tells
+// them; where that is not understood they are taken to be in the order of their cells, up to the highest.
+static void place(struct region * region, struct sequence * sequence, int32_t highest, const int32_t * state) {
     sequence->highest = highest;
     lost_change(region, sequence, highest, -1, true, 0, 1);
     bool known = true, sorted = true;
     for (int32_t i = 0; i < sequence->n; i++) {
         const int32_t pos = region->pos[sequence->rows[i]];
-        known  = known && pos >= 0 && pos <= highest;
-        sorted = sorted && (i == 0 || pos > region->pos[sequence->rows[i - 1]]);
+        known = known && pos >= 0 && pos <= highest;
     }
-    if (!known) {
+    if (!known && !(only_cache(region) && positions_saved(region, sequence, highest, state))) {
         for (int32_t i = 0; i < sequence->n; i++) {
             region->pos[sequence->rows[i]] = highest - (sequence->n - 1) + i;
         }
-        lost_guess(region, sequence, highest);
-    } else if (!sorted) {
+    }
+    for (int32_t i = 1; i < sequence->n; i++) {
+        sorted = sorted && region->pos[sequence->rows[i]] > region->pos[sequence->rows[i - 1]];
+    }
+    if (!sorted) {
         qsort_r(sequence->rows, (size_t) sequence->n, sizeof(int32_t), by_position, region->pos);
+    }
+    if (!known) {
+        lost_loaded(region, sequence);
     }
 }
 
@@ -143,7 +181,7 @@ bool map_refresh(struct llama_context * ctx, struct lib * lib) {
             struct region *   region   = &agent.regions[i];
             struct sequence * sequence = region->alive && region->ctx == ctx && region->cells ? map_sequence(region, (int32_t) id, false) : NULL;
             if (sequence) {
-                place(region, sequence, highest);
+                place(region, sequence, highest, scratch);
             }
         }
         pthread_mutex_unlock(&agent.lock);
@@ -190,6 +228,21 @@ bool map_untouched(llama_memory_t memory, int32_t p0) {
     }
     pthread_mutex_unlock(&agent.lock);
     return untouched;
+}
+
+// Positions are about to change. Which cells they belong to has to be known then: a copy or a load may have come since the
+// map was made. Nobody else may be in llama.cpp.
+void map_before_shift(llama_memory_t memory) {
+    pthread_mutex_lock(&agent.lock);
+    const struct region * region = NULL;
+    while ((region = region_of_memory(memory, region)) && map_fresh(region)) {
+    }
+    struct llama_context * ctx = region ? region->ctx : NULL;
+    struct lib *           lib = region ? region->lib : NULL;
+    pthread_mutex_unlock(&agent.lock);
+    if (ctx) {
+        (void) map_refresh(ctx, lib);
+    }
 }
 
 // llama_memory_seq_add and seq_div: the cells stay, their positions change.
