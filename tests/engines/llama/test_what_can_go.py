@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,7 +105,11 @@ def test_each_cell_of_the_table_is_true(kind, backing, tiny_model, folder, agent
         for one in (llm, twin):
             one.reset()
             one.eval(TOKENS[:50])
-        do(engine, Verb.RELEASE)
+        for _ in range(50):  # a page that the disk is just taking can't be dropped: it goes the next time
+            do(engine, Verb.RELEASE)
+            if resident_of(engine) < row.left_share * resident:
+                break
+            time.sleep(0.1)
         assert resident_of(engine) < row.left_share * resident
         assert state_of(llm) == state_of(twin)
     assert engine.describe().capabilities.release.able == (row.left_share is not None)
