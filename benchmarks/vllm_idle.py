@@ -19,11 +19,12 @@ import msgspec
 
 from psi_kv_governor import socket_place
 from psi_kv_governor.commands import Park, Unpark
+from psi_kv_governor.engines.vllm.http import descendants
 from psi_kv_governor.sandbox.sandbox import Sandbox
 from psi_kv_governor.socket_place import Found
 from psi_kv_governor.status_client import ask
 from psikv_bench.machine import Machine, command_line, machine
-from vllm_scene import LIMIT_BYTES, Engine, descendants, keep
+from vllm_scene import LIMIT_BYTES, Engine, keep
 
 
 class Parked(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from psi_kv_governor import socket_place
+from psi_kv_governor.engines.vllm.http import descendants
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.events import Trimmed
 from psi_kv_governor.sandbox.sandbox import Sandbox
@@ -213,18 +214,3 @@ def narrow(sandbox: Sandbox, limit_bytes: int) -> None:
         if file.exists():
             with contextlib.suppress(OSError):
                 file.write_text(str(limit_bytes))
-
-
-def descendants(pid: int) -> set[int]:
-    """A process, and all that it started."""
-    parents = dict(_parents())
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found
-
-
-def _parents() -> Iterator[tuple[int, int]]:
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            yield int(folder.name), int((folder / "stat").read_text().rpartition(")")[2].split()[1])

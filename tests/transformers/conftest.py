@@ -16,6 +16,7 @@ else:
     from tiny import tiny_model
 
     from psi_kv_governor.engines.transformers.engine import TransformersEngine
+    from psi_kv_governor.native import summaries
     from psi_kv_governor.residence import Place, find_place
 
     @pytest.fixture(scope="session")
@@ -23,6 +24,11 @@ else:
         search = find_place(reserve_bytes=0)
         assert search.place is not None, search.why_none
         return search.place
+
+    @pytest.fixture(scope="session")
+    def native_part():
+        """Compiled before, so that nobody has to wait for it."""
+        summaries.prepare()
 
     @pytest.fixture
     def model():

@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import COUNT, VOCABULARY, filled, prompt, tiny_config, tiny_model, with_cache
+from tiny import COUNT, RECALL_AHEAD, filled, prompt, wide_model, with_cache
 
 from psi_kv_governor.cache import Plan, Range, Recall, Recalled, Step, Verb
 from psi_kv_governor.engines.transformers import exchange
 from psi_kv_governor.engines.transformers.cache import GovernedCache
 from psi_kv_governor.engines.transformers.engine import TransformersEngine
-from psi_kv_governor.native import summaries
 from psi_kv_governor.native.compiling import SOURCE_DIR
 
 TEXT = (
@@ -23,13 +22,9 @@ TEXT = (
 )
 FACT = "\n\nThe treasure is buried under the fountain.\n\n"
 QUESTION = "\n\nThe treasure is buried under the"
-SETTINGS = {"mode": "ahead", "sink_cells": 32, "window_cells": 64, "bytes_per_s": 1e9}
 
 
-@pytest.fixture(scope="session", autouse=True)
-def native_part():
-    """Compiled before, so that nobody has to wait for it."""
-    summaries.prepare()
+pytestmark = pytest.mark.usefixtures("native_part")
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +56,7 @@ class Story:
     def read(self, **settings) -> tuple[Recalled, torch.Tensor]:
         """From the whole text: give up, ask. What recall did, and the logits after the question."""
         self.whole()
-        self.engine.recall(Recall(**{**SETTINGS, **settings}))
+        self.engine.recall(Recall(**{**RECALL_AHEAD, **settings}))
         before = self.engine.recalled()
         mask = Step(verb=Verb.MASK, cache=self.cache.id, ranges=(self.gone,))
         assert self.engine.apply(Plan(steps=(mask,))).problem == ""
@@ -119,8 +114,11 @@ def test_as_many_positions_are_live_as_before_and_a_summary_is_small(story):
     assert told.blocks > 0
     assert places.next_position == length
     assert places.live_cells == length - story.gone.cells
-    assert Range(0, SETTINGS["sink_cells"]) == Range(0, places.masked[0].start) or places.masked[0].start > 32
-    assert places.masked[-1].stop <= length - SETTINGS["window_cells"]
+    assert (
+        Range(0, RECALL_AHEAD["sink_cells"]) == Range(0, places.masked[0].start)
+        or places.masked[0].start > 32
+    )
+    assert places.masked[-1].stop <= length - RECALL_AHEAD["window_cells"]
     assert 0 < story.engine.recalled().summary_bytes <= 0.02 * story.cache.cell_bytes
 
 
@@ -139,7 +137,7 @@ def test_nothing_is_done_while_nothing_is_parked(story):
     story.engine.recall(Recall())
     whole = story.model(story.question, **with_cache(story.cache)).logits
     story.whole()
-    story.engine.recall(Recall(**SETTINGS))
+    story.engine.recall(Recall(**RECALL_AHEAD))
     before = story.engine.recalled()
     assert torch.equal(story.model(story.question, **with_cache(story.cache)).logits, whole)
     assert since(story.engine, before) == Recalled()
@@ -170,7 +168,7 @@ def test_following_exchanges_blocks_and_does_no_pass_twice(story):
 def test_one_token_in_eight_is_observed_and_what_it_wants_comes(story):
     story.read(mode="follow", paused=True)
     before = story.engine.recalled()
-    story.engine.recall(Recall(**{**SETTINGS, "mode": "follow"}))
+    story.engine.recall(Recall(**{**RECALL_AHEAD, "mode": "follow"}))
     looks = story.cache.recaller.demand.observed
     token = story.question[:, -1:]
     for _ in range(16):
@@ -181,70 +179,17 @@ def test_one_token_in_eight_is_observed_and_what_it_wants_comes(story):
 
 def test_drafts_that_are_taken_back_are_no_question(story):
     story.read(mode="off")
-    story.engine.recall(Recall(**{**SETTINGS, "paused": True}))
+    story.engine.recall(Recall(**{**RECALL_AHEAD, "paused": True}))
     mask = Step(verb=Verb.MASK, cache=story.cache.id, ranges=(story.gone,))
     story.whole()
     story.engine.apply(Plan(steps=(mask,)))
     drafts = story.question[:, :6]
     story.model(drafts, **with_cache(story.cache))
     story.cache.crop(-3)
-    story.engine.recall(Recall(**SETTINGS))
+    story.engine.recall(Recall(**RECALL_AHEAD))
     before = story.engine.recalled()
     story.model(drafts, **with_cache(story.cache))
     assert since(story.engine, before).decoded_again == 0
-
-
-def test_summaries_too_large_are_said_and_everything_else_works(place):
-    model = tiny_model()  # of three layers, so that one layer's summaries are 4 % of a cell
-    cache, engine = filled(model, place, prompt(200)), TransformersEngine(place)
-    engine.add(cache)
-    engine.recall(Recall(**SETTINGS))
-    mask = Step(verb=Verb.MASK, cache=cache.id, ranges=(Range(40, 100),))
-    assert engine.apply(Plan(steps=(mask,))).masked == 60
-    model(prompt(5), **with_cache(cache))
-    assert "more than 2 %" in engine.recalled().why_not
-    assert cache.places.masked == (Range(40, 100),)
-    assert engine.recalled().blocks == 0
-    engine.close()
-
-
-def test_attention_that_cant_be_made_again_is_said(place):
-    from transformers import GPTNeoXConfig
-
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = tiny_model(config=GPTNeoXConfig(vocab_size=VOCABULARY, **sizes))
-    engine = TransformersEngine(place)
-    engine.add(filled(model, place, prompt(40)))
-    engine.recall(Recall(**SETTINGS))
-    kept = engine._all()
-    assert kept == []  # it is nobody's any more
-    cache = filled(model, place, prompt(40))
-    engine.add(cache)
-    assert "no projections that can be repeated" in engine.recalled().why_not
-    engine.close()
-
-
-def test_a_machine_without_a_place_to_park_says_so():
-    engine = TransformersEngine(None, "a tmpfs everywhere")
-    cache = filled(tiny_model(), None, prompt(40))
-    engine.add(cache)
-    engine.recall(Recall(**SETTINGS))
-    assert engine.recalled().why_not == "a tmpfs everywhere"
-
-
-def test_without_a_native_part_it_is_off_with_the_reason(place, monkeypatch):
-    def refuse():
-        raise RuntimeError("no C compiler found")
-
-    monkeypatch.setattr("psi_kv_governor.engines.transformers.ledger.prepare", refuse)
-    model = wide_model()
-    cache, engine = filled(model, place, prompt(200)), TransformersEngine(place)
-    engine.add(cache)
-    engine.recall(Recall(**SETTINGS))
-    engine.apply(Plan(steps=(Step(verb=Verb.MASK, cache=cache.id, ranges=(Range(40, 100),)),)))
-    model(prompt(5), **with_cache(cache))
-    assert engine.recalled().why_not == "no C compiler found"
-    engine.close()
 
 
 @pytest.fixture
@@ -252,11 +197,6 @@ def anything_goes(monkeypatch):
     """A model of chance looks at everything alike: whatever is looked at a little more is wanted."""
     monkeypatch.setattr(exchange, "LEAST_SHARE", 0.0)
     monkeypatch.setattr(exchange, "TIMES_BETTER", 1.0)
-
-
-def wide_model(**changes):
-    """Small, and with enough layers that summaries of one are less than 2 % of a cell."""
-    return tiny_model(config=tiny_config(num_hidden_layers=8, num_attention_heads=2, head_dim=32, **changes))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

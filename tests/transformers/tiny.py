@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 VOCABULARY = 211
 COUNT = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": VOCABULARY - 1}
+RECALL_AHEAD = {"mode": "ahead", "sink_cells": 32, "window_cells": 64, "bytes_per_s": 1e9}
 
 
 def tiny_config(**changes) -> PretrainedConfig:
@@ -60,3 +61,8 @@ def filled(model, place: Place | None, ids: torch.Tensor, **options) -> Governed
 def do(engine, verb, cache, **limits):
     """Have the engine do one thing with a whole cache."""
     return engine.apply(Plan(steps=(Step(verb=verb, cache=cache.id),), **limits))
+
+
+def wide_model(**changes):
+    """Small, and with enough layers that summaries of one are less than 2 % of a cell."""
+    return tiny_model(config=tiny_config(num_hidden_layers=8, num_attention_heads=2, head_dim=32, **changes))

@@ -8,9 +8,10 @@ import pytest
 
 from psi_kv_governor import socket_place
 from psi_kv_governor.commands import Park
+from psi_kv_governor.engines.vllm.http import descendants
 from psi_kv_governor.sandbox.sandbox import Sandbox
 from psi_kv_governor.status_client import ask
-from vllm_scene import KV_MIB, LIMIT_BYTES, MIB, Engine, descendants, play
+from vllm_scene import KV_MIB, LIMIT_BYTES, MIB, Engine, play
 
 pytestmark = [pytest.mark.cgroup, pytest.mark.timeout(1300)]
 

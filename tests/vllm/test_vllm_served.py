@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 
 from psi_kv_governor import socket_place
-from vllm_scene import ENVIRON, descendants
+from psi_kv_governor.engines.vllm.http import descendants
+from vllm_scene import ENVIRON
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1300)]
 

@@ -197,8 +197,8 @@ class Twins:
             # The last position, from which it goes on, is never evicted; where a tail was, it may be here.
             stop = min(stop, self.api.llama_memory_seq_pos_max(self.contexts[0].memory, s))
             if start < stop:
-                torments = self.tormentor
-                reply = torments.client.ask(Op.EVICT, torments.region, s, ranges=[(start, stop)])
+                to = self.tormentor
+                reply = to.client.ask(Op.EVICT, to.region, s, ranges=[(start, stop)])
                 assert reply.done, reply.problem
                 assert not reply.problem, reply.problem
                 self.evicted += reply.cells
@@ -221,14 +221,7 @@ class Twins:
 
 
 def torture(
-    operations: int,
-    seed: int,
-    *,
-    backing: str,
-    unified: bool,
-    flash: bool,
-    place: Path,
-    model: Path,
+    operations: int, seed: int, *, backing: str, unified: bool, flash: bool, place: Path, model: Path
 ) -> str:
     """Run it; gives a line of figures. Raises AssertionError at the first difference."""
     loaded = loader.load()

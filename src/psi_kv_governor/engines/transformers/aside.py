@@ -89,9 +89,7 @@ class Asides:
     def put(self, gone: Sequence[Range], runs: Sequence[Range], tensors: Sequence[Rows], place: Place) -> str:
         """Have the rows `runs`, those of the positions `gone`, here. Gives what went wrong, or ''."""
         positions, rows = numbers_in(gone), numbers_in(runs)
-        absent = positions
-        for aside in self.files:
-            absent = np.setdiff1d(absent, aside.positions, assume_unique=True)
+        absent = _absent(self.files, positions)
         if not len(absent):
             return ""
         wanted = ranges_of(rows[np.searchsorted(positions, absent)])
@@ -99,13 +97,7 @@ class Asides:
 
     def sources(self, positions: Positions) -> list[tuple[Aside, Positions]]:
         """Who has which of these positions; each is named once."""
-        found = []
-        for aside in self.files:
-            here = np.intersect1d(aside.positions, positions, assume_unique=True)
-            positions = np.setdiff1d(positions, here, assume_unique=True)
-            if len(here):
-                found.append((aside, here))
-        return found
+        return _sources(self.files, positions)
 
     def tidy(self, masked: Sequence[Range], tensors: Sequence[Rows], place: Place | None) -> None:
         """Close everything when nothing is masked; when there are many files, join the smaller ones."""
@@ -116,11 +108,9 @@ class Asides:
 
     def _join(self, masked: Positions, tensors: Sequence[Rows], place: Place) -> None:
         before = sorted(self.files, key=lambda aside: len(aside.positions))
-        small, self.files = before[: len(before) // 2], before[len(before) // 2 :]
-        for aside, _ in self.sources(masked):
-            masked = np.setdiff1d(masked, aside.positions, assume_unique=True)
-        rest, self.files = self.files, small
-        sources = self.sources(masked)
+        small, rest = before[: len(before) // 2], before[len(before) // 2 :]
+        masked = _absent(rest, masked)
+        sources = _sources(small, masked)
 
         def rows_of(index: int) -> list[torch.Tensor]:
             batch, heads, width = tensors[index].shape
@@ -173,3 +163,20 @@ class Asides:
         for aside in self.files:
             aside.close()
         self.files.clear()
+
+
+def _absent(files: Sequence[Aside], positions: Positions) -> Positions:
+    """Which of them none of `files` has."""
+    for aside in files:
+        positions = np.setdiff1d(positions, aside.positions, assume_unique=True)
+    return positions
+
+
+def _sources(files: Sequence[Aside], positions: Positions) -> list[tuple[Aside, Positions]]:
+    found = []
+    for aside in files:
+        here = np.intersect1d(aside.positions, positions, assume_unique=True)
+        positions = np.setdiff1d(positions, here, assume_unique=True)
+        if len(here):
+            found.append((aside, here))
+    return found

@@ -132,11 +132,9 @@ class Recaller:
         heads = cache.tensors[0].shape[1]
         before = self._summaries[parked].reshape(len(parked), -1, heads, self._summaries.shape[2])
         after = before[:, order.numpy()].reshape(len(parked), -1, self._summaries.shape[2])
-        if after.shape[1:] == self._summaries.shape[1:]:
-            self._summaries[parked] = after
-        else:
+        if after.shape[1:] != self._summaries.shape[1:]:
             self._summaries = np.zeros((len(self._summaries), *after.shape[1:]), dtype=np.uint8)
-            self._summaries[parked] = after
+        self._summaries[parked] = after
 
     def crop(self, length: int) -> None:
         """Positions from `length` on are gone."""

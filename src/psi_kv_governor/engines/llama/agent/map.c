@@ -101,11 +101,8 @@ static bool positions_saved(struct region * region, const struct sequence * sequ
 }
 
 static bool only_cache(const struct region * region) {
-    int n = 0;
-    for (int i = 0; i < MAX_REGIONS; i++) {
-        n += agent.regions[i].alive && agent.regions[i].cells && agent.regions[i].ctx == region->ctx;
-    }
-    return n == 1;
+    llama_memory_t memory = region->lib->get_memory(region->ctx);
+    return region_of_memory(memory, NULL) == region && !region_of_memory(memory, region);
 }
 
 // Positions come from the graphs that wrote the rows. Of rows that came otherwise (a loaded state) the saved sequence tells
