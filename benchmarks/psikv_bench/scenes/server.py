@@ -16,14 +16,17 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Annotated
 
+import msgspec
 from msgspec import Meta
 
+from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.sandbox.sandbox import Sandbox
 from psikv_bench.figures import Asked, Figure, figure
 from psikv_bench.options import Options
 from psikv_bench.record import Recorder, Report
 from psikv_bench.scene import Scene
 from psikv_bench.server.asking import (
+    KINDS,
     Client,
     Dead,
     Plan,
@@ -61,15 +64,45 @@ def run(recorder: Recorder[ServerOptions]) -> Report:
     """Raises BadInputError where there is no server."""
     options = recorder.options
     words = shlex.split(options.server) or default_command(options.model)
-    runs: list[Run] = []
-    for number in range(options.repeats):
-        for governed in (False, True):
-            recorder.say(f"run {number + 1} of {options.repeats}, {'governed' if governed else 'ungoverned'}")
-            runs.append(_play(words, options, governed=governed))
-    ratios = list(_calm(words, options, recorder)) if options.calm_pairs else []
-    report = recorder.report(list(_figures(runs, ratios)), [options.threads or 1], rows=runs)
+    journal = recorder.journal(Run, msgspec.structs.replace(options, model="", repeats=0, calm_pairs=0))
+    interrupted, ratios = False, list[float]()
+    try:
+        for number, governed in _order(options)[len(journal.parts) :]:
+            recorder.say(f"run {number} of {options.repeats}, {'governed' if governed else 'ungoverned'}")
+            journal.add(_play(words, options, governed=governed))
+        for ratio in _calm(words, options, recorder) if options.calm_pairs else ():
+            ratios.append(ratio)
+    except KeyboardInterrupt:
+        interrupted = True
+    runs: list[Run] = journal.parts
+    if interrupted and not runs and not ratios:
+        raise PsiKvError("interrupted before the first run was finished: there is nothing to report")
+    report = recorder.report(
+        list(_figures(runs, ratios)),
+        [options.threads or 1],
+        interrupted=interrupted,
+        rows=[_short(one) for one in runs],
+    )
     draw = [partial(plot, runs=runs[-2:], limit_bytes=options.limit_mib << 20)] if runs else []
     return recorder.save(report, (), *draw)
+
+
+def _order(options: ServerOptions) -> list[tuple[int, bool]]:
+    """Which repeat, and whether governed."""
+    return [(number + 1, governed) for number in range(options.repeats) for governed in (False, True)]
+
+
+def _short(run: Run) -> dict[str, object]:
+    """A run without its samples; those of the last two are in the plot."""
+    return {
+        "governed": run.governed,
+        "died": run.died,
+        "kills": run.kills,
+        "peak_bytes": run.peak_bytes,
+        "answers": len(run.requests),
+        "first_token_s": {kind: run.first_token_s(kind) for kind in KINDS},
+        "return_prompt_n": [one.prompt_n for one in run.requests if one.kind == "return"],
+    }
 
 
 def _command(words: Sequence[str], port: int, *, governed: bool, place: str) -> list[str]:

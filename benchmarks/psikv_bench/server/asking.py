@@ -19,6 +19,8 @@ from psi_kv_governor.errors import BadInputError
 
 SENTENCE = "The quick brown fox jumps over the lazy dog and goes home. "
 SENTENCE_TOKENS = 13
+KINDS = ("first", "return", "one-shot")
+"""Of requests: the first turn of a conversation, a later one, a prompt that nobody comes back to."""
 READY_S, ANSWER_S = 300.0, 600.0
 
 
@@ -31,7 +33,7 @@ class Request(msgspec.Struct):
     """One prompt, and how long its first token took."""
 
     kind: str
-    """`first` turn of a conversation, `return` of it, or `one-shot`."""
+    """One of `KINDS`."""
     number: int
     time_s: float
     first_token_s: float
