@@ -203,7 +203,7 @@ class Governor(Results):
             self._socket.start()
         # The thread knows the governor weakly: a model that is dropped without close() goes all the same.
         try:
-            self._thread = started(weakref.ref(self), self._sensor.bell, self._ended)
+            self._thread = started(weakref.ref(self), self._sensor.sleeper, self._ended)
         except RuntimeError as error:
             self._bus.degrade("governor", f"it acts by hand only: {error} (raise TasksMax= of the unit)")
 

@@ -8,7 +8,7 @@ import weakref
 from typing import Protocol
 
 from psi_kv_governor.forks import at_fork
-from psi_kv_governor.pressure.bell import Bell
+from psi_kv_governor.pressure.sleeper import Sleeper
 
 
 class Living(Protocol):
@@ -53,7 +53,7 @@ class Ended:
         return self._set
 
 
-def run(governor: weakref.ref[Living], bell: Bell, ended: Ended) -> None:
+def run(governor: weakref.ref[Living], sleeper: Sleeper, ended: Ended) -> None:
     """The loop's thread, until it has `ended` or the governor was dropped."""
     pause_s = 0.0
     while not ended:
@@ -62,11 +62,12 @@ def run(governor: weakref.ref[Living], bell: Bell, ended: Ended) -> None:
             return
         pause_s = alive.step()
         del alive
-        bell.wait(pause_s)
+        sleeper.wait(pause_s)
 
 
-def started(governor: weakref.ref[Living], bell: Bell, ended: Ended) -> threading.Thread:
+def started(governor: weakref.ref[Living], sleeper: Sleeper, ended: Ended) -> threading.Thread:
     """That thread, running. Raises RuntimeError where none is to be had (TasksMax=, RLIMIT_NPROC)."""
-    thread = threading.Thread(target=run, args=(governor, bell, ended), name="psi-kv-governor", daemon=True)
+    given = (governor, sleeper, ended)
+    thread = threading.Thread(target=run, args=given, name="psi-kv-governor", daemon=True)
     thread.start()
     return thread

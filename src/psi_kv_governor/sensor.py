@@ -14,12 +14,12 @@ from psi_kv_governor.control.state import LawState
 from psi_kv_governor.errors import SourceLostError
 from psi_kv_governor.events import SourceChanged
 from psi_kv_governor.pressure import discover
-from psi_kv_governor.pressure.bell import Bell
 from psi_kv_governor.pressure.discovery import Discovery
 from psi_kv_governor.pressure.machine import MachineSource, MovedError
 from psi_kv_governor.pressure.neighbours import Neighbourhood, Neighbours
 from psi_kv_governor.pressure.processes import Processes, only_this
 from psi_kv_governor.pressure.reading import Bounds, PressureSource, Reading, Standing
+from psi_kv_governor.pressure.sleeper import Sleeper
 from psi_kv_governor.pressure.waking import find_waker
 
 # Where no source is left, how long until the next search.
@@ -29,8 +29,8 @@ _REDISCOVER_S = 10.0
 _CLIMB_S = 30.0
 
 # What failed is left alone for so long; twice as long when it fails again within the time after that.
-_BAR_S = 10.0
-_LONGEST_BAR_S = 640.0
+_BACKOFF_S = 10.0
+_LONGEST_BACKOFF_S = 640.0
 
 
 class Sensor:
@@ -48,7 +48,7 @@ class Sensor:
     ) -> None:
         """`processes` gives the ids of those that hold the caches: this one, or governed programs."""
         self.source = source
-        self.bell = Bell()
+        self.sleeper = Sleeper()
         """What `wait` sleeps on. A thread that holds it, and not the sensor, keeps nothing else alive."""
         if neighbours is None and source is None:
             neighbours = Neighbours(processes=processes)
@@ -57,14 +57,14 @@ class Sensor:
         self._bus = bus
         self._processes = processes
         self._box = _Box()
-        self._bars = _Bars()
+        self._backoff = _Backoff()
         self._reading: Reading | None = None
         self._rank = 0
         self._waker_fell = False
         self._look_again_s = math.inf
         # Also when the governor is only dropped.
         weakref.finalize(self, self._box.close)
-        weakref.finalize(self, self.bell.close)
+        weakref.finalize(self, self.sleeper.close)
         if source is None:
             self._find("at start")
 
@@ -76,27 +76,27 @@ class Sensor:
     def wait(self, timeout_s: float) -> None:
         """Sleep `timeout_s`, or until a trigger fires, or another thread calls `interrupt`.
 
-        A trigger ends at most one sleep in `bell.REST_S`, whatever it does.
+        A trigger ends at most one sleep in `sleeper.REST_S`, whatever it does.
         """
-        self.bell.wait(timeout_s)
+        self.sleeper.wait(timeout_s)
 
     def interrupt(self) -> None:
         """End the sleep of another thread, or its next one."""
-        self.bell.ring()
+        self.sleeper.wake()
 
     def glance(self, bounds: Bounds) -> float | None:
         """The time, where nothing is to be seen that the last reading did not tell; None where one is due.
 
         It always is of a source that knows no glance.
         """
-        if self.bell.lost or time.monotonic() >= self._look_again_s:
+        if self.sleeper.lost or time.monotonic() >= self._look_again_s:
             return None
         return self.source.glance(bounds) if isinstance(self.source, MachineSource) else None
 
     def read(self) -> Reading | None:
         """A reading now; None where there is nothing to read, or the source was lost just now."""
-        if self.bell.lost:
-            self._waker_lost(self.bell.lost)
+        if self.sleeper.lost:
+            self._waker_lost(self.sleeper.lost)
         if time.monotonic() >= self._look_again_s:
             self._find("looked again") if self.source is None else self._climb()
         if self.source is None:
@@ -111,7 +111,7 @@ class Sensor:
             self._leave(str(error))
         except SourceLostError as error:
             if self.source is self._box.source:
-                self._bars.strike(self.name, time.monotonic())
+                self._backoff.failed(self.name, time.monotonic())
             self._leave(str(error))
         return None
 
@@ -133,17 +133,17 @@ class Sensor:
         """Give back what was found here. Safe to call twice."""
         if self.neighbours is not None:
             self.neighbours.close()
-        self.bell.close()
+        self.sleeper.close()
         self._box.close()
 
     # -- up and down the ladder -------------------------------------------------------------------------
 
     def _find(self, why: str) -> None:
         """Take the best source there is, and what wakes for it."""
-        found = discover(avoid=self._bars.names(time.monotonic()), processes=self._processes)
+        found = discover(avoid=self._backoff.left_out(time.monotonic()), processes=self._processes)
         if found.source is None:
             self.source = None
-            self.bell.watch(None)
+            self.sleeper.watch(None)
             self._look_again_s = time.monotonic() + _REDISCOVER_S
             nothing = "no source of memory pressure here (see `psi-kv doctor`)"
             self._bus.degrade("sensing", found.off or nothing)
@@ -158,18 +158,18 @@ class Sensor:
 
     def _arm(self) -> None:
         now_s = time.monotonic()
-        self.bell.watch(find_waker(avoid=self._bars.names(now_s)).waker)
-        at_the_top = self._rank == 0 and self.bell.waker is not None and not self._waker_fell
+        self.sleeper.watch(find_waker(avoid=self._backoff.left_out(now_s)).waker)
+        at_the_top = self._rank == 0 and self.sleeper.waker is not None and not self._waker_fell
         self._look_again_s = math.inf if at_the_top else now_s + _CLIMB_S
 
     def _climb(self) -> None:
         """Look whether a better rung than the one in use answers again."""
-        barred = self._bars.names(time.monotonic())
-        found = discover(avoid=barred, rungs=self._rank, processes=self._processes)
+        left_out = self._backoff.left_out(time.monotonic())
+        found = discover(avoid=left_out, rungs=self._rank, processes=self._processes)
         if found.source is not None:
             self._take(found, found.source, "a better source answers")
-        elif self.bell.waker is None or self._waker_fell:
-            self._waker_fell = bool(self._bars.names(time.monotonic()))  # else the best may be armed again
+        elif self.sleeper.waker is None or self._waker_fell:
+            self._waker_fell = bool(self._backoff.left_out(time.monotonic()))  # else arm the best
             self._arm()
         else:
             self._look_again_s = time.monotonic() + _CLIMB_S
@@ -182,10 +182,10 @@ class Sensor:
 
     def _waker_lost(self, why: str) -> None:
         """The source may be well all the same: it goes on being polled, and another waker is looked for."""
-        self._bars.strike(self.bell.lost_name, time.monotonic())
+        self._backoff.failed(self.sleeper.lost_name, time.monotonic())
         self._waker_fell = True
         self._arm()
-        waker = self.bell.waker
+        waker = self.sleeper.waker
         now = "it is only polled now" if waker is None else f"{waker.name} wakes the loop now"
         self._bus.tell(SourceChanged(time_s=time.monotonic(), source=self.name, why=f"{why}: {now}"))
 
@@ -206,19 +206,19 @@ class _Box:
             source.close()
 
 
-class _Bars:
+class _Backoff:
     """Names of what failed lately. A rung that comes and goes is left out for longer each time."""
 
     def __init__(self) -> None:
-        self._bars: dict[str, tuple[float, float]] = {}  # until when, and for how long
+        self._until_s: dict[str, tuple[float, float]] = {}  # until when, and for how long
 
-    def strike(self, name: str, now_s: float) -> None:
+    def failed(self, name: str, now_s: float) -> None:
         """Leave `name` out for a while from now."""
-        until_s, length_s = self._bars.get(name, (-math.inf, 0.0))
+        until_s, length_s = self._until_s.get(name, (-math.inf, 0.0))
         again = now_s < until_s + max(length_s, _CLIMB_S)
-        length_s = min(2 * length_s, _LONGEST_BAR_S) if again else _BAR_S
-        self._bars[name] = (now_s + length_s, length_s)
+        length_s = min(2 * length_s, _LONGEST_BACKOFF_S) if again else _BACKOFF_S
+        self._until_s[name] = (now_s + length_s, length_s)
 
-    def names(self, now_s: float) -> frozenset[str]:
+    def left_out(self, now_s: float) -> frozenset[str]:
         """What is to be left out now."""
-        return frozenset(name for name, (until_s, _) in self._bars.items() if now_s < until_s)
+        return frozenset(name for name, (until_s, _) in self._until_s.items() if now_s < until_s)

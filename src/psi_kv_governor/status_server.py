@@ -89,8 +89,8 @@ class Server:
         self._answers: deque[tuple[_Client, Answer]] = deque()
         """Of the threads that carry out commands."""
         self._selector = selectors.DefaultSelector()
-        self._alarm, self._bell = socket.socketpair()
-        self._bell.setblocking(False)
+        self._woken, self._waking = socket.socketpair()
+        self._waking.setblocking(False)
         self._ended = False
         self._encoder = msgspec.json.Encoder()
         self._thread = threading.Thread(target=self._run, name="psi-kv-status", daemon=True)
@@ -112,11 +112,11 @@ class Server:
             return
         with contextlib.suppress(OSError):
             self.path.unlink()
-        self._ring()
+        self._wake()
 
-    def _ring(self) -> None:
-        with contextlib.suppress(OSError):  # closed already, or rung often enough
-            self._bell.send(b"\0")
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):  # closed already, or woken often enough
+            self._waking.send(b"\0")
 
     def join(self) -> None:
         """Until it has ended."""
@@ -140,13 +140,13 @@ class Server:
             self._hang_up()
 
     def _hang_up(self) -> None:
-        for connection in (*self._clients, self._listener, self._alarm, self._bell):
+        for connection in (*self._clients, self._listener, self._woken, self._waking):
             connection.close()
         self._selector.close()
 
     def _serve(self) -> None:
         self._selector.register(self._listener, selectors.EVENT_READ)
-        self._selector.register(self._alarm, selectors.EVENT_READ)
+        self._selector.register(self._woken, selectors.EVENT_READ)
         due_s = 0.0
         while True:
             left_s = max(0.0, due_s - time.monotonic()) if self._clients else None
@@ -156,8 +156,8 @@ class Server:
             for key, mask in ready:
                 if key.fileobj is self._listener:
                     self._welcome()
-                elif key.fileobj is self._alarm:
-                    self._alarm.recv(64)
+                elif key.fileobj is self._woken:
+                    self._woken.recv(64)
                     self._answer()
                 elif (client := self._clients.get(key.fileobj)) is not None:  # type: ignore[call-overload]
                     self._hear(client) if mask & selectors.EVENT_READ else self._send(client)
@@ -221,7 +221,7 @@ class Server:
         governor = self._governor()
         gone = Answer(error="the model is being closed")
         self._answers.append((client, gone if governor is None else answered(governor, line)))
-        self._ring()
+        self._wake()
 
     def _answer(self) -> None:
         while self._answers:

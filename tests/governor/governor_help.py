@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable
 
 import pytest
 
@@ -23,14 +21,6 @@ def steps(governor: Governor, n: int) -> None:
     """So many turns of the loop."""
     for _ in range(n):
         governor.step()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for another thread to bring it about."""
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def governors() -> int:

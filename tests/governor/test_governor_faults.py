@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
-from governor_help import governors, of_kind, state, steps, until
+from governor_help import governors, of_kind, state, steps
 
 from fakes import FakeSource
 from psi_kv_governor import sensor as sensor_module
@@ -16,6 +16,7 @@ from psi_kv_governor.errors import EngineError
 from psi_kv_governor.events import CacheClosed, Degraded, SourceChanged, Trimmed
 from psi_kv_governor.policy import Policy
 from psi_kv_governor.pressure.discovery import Discovery
+from waiting import until
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -10,12 +10,13 @@ import threading
 import time
 
 import pytest
-from governor_help import state, until
+from governor_help import state
 
 from fakes import FakeSource
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.engines.simulated import SimulatedEngine
 from psi_kv_governor.governor import Governor
+from waiting import until
 
 STARTS = """
 import gc, threading

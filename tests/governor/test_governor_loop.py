@@ -8,7 +8,7 @@ import weakref
 from pathlib import Path
 
 import pytest
-from governor_help import governors, of_kind, plans_of, state, steps, until
+from governor_help import governors, of_kind, plans_of, state, steps
 
 from psi_kv_governor.cache import Plan, Verb
 from psi_kv_governor.config import GovernorConfig
@@ -16,6 +16,7 @@ from psi_kv_governor.control import SLICE_BYTES, LawState, Mode, Turn, decide
 from psi_kv_governor.engines.simulated import CELL_BYTES, SimulatedEngine
 from psi_kv_governor.events import CacheClosed, CacheOpened, ModeChanged, Released, Restored, Trimmed
 from psi_kv_governor.governor import Governor
+from waiting import until
 
 pytestmark = pytest.mark.timeout(60)
 

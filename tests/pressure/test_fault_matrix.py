@@ -72,7 +72,7 @@ def test_while_running_the_next_rung_is_taken_and_the_better_one_tried_again(wat
     (v2.root / OWN).write_bytes(good)
     watched.later()
     assert watched.sensor.read().source == str(v2.root / MACHINE)  # it failed just now: no flapping
-    watched.sensor._bars._bars.clear()  # some time has passed
+    watched.sensor._backoff._until_s.clear()  # some time has passed
     watched.later()
     assert watched.sensor.read().source == str(v2.root / OWN)
     assert watched.changes()[1:] == [(str(v2.root / OWN), "a better source answers")]
@@ -151,16 +151,16 @@ bus = Bus()
 sensor = Sensor(None, bus)
 bus.subscribe(lambda event: print(event.source, event.why, sep=": "))
 assert sensor.read().source == str(first / "memory.pressure"), sensor.name
-assert sensor.bell.waker.name == f"trigger on {first}/memory.pressure", sensor.bell.waker
+assert sensor.sleeper.waker.name == f"trigger on {first}/memory.pressure", sensor.sleeper.waker
 (second / "cgroup.procs").write_text(str(os.getpid()))
 if remove:
     first.rmdir()
     sensor.wait(50.0)  # POLLERR ends it
-    assert sensor.bell.lost
+    assert sensor.sleeper.lost
 for _ in range(3):
     sensor.read()
 assert sensor.read().source == str(second / "memory.pressure"), sensor.name
-assert sensor.bell.waker.name == f"trigger on {second}/memory.pressure", sensor.bell.waker
+assert sensor.sleeper.waker.name == f"trigger on {second}/memory.pressure", sensor.sleeper.waker
 sensor.close()
 """
 

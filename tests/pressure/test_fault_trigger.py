@@ -86,7 +86,7 @@ def select_once(trigger: PsiTrigger, timeout_ms: int) -> int:
 def test_a_trigger_that_is_refused_leaves_polling(v2, monkeypatch, number):
     refuse(monkeypatch, waking_module, number)
     made = Watched(monkeypatch, v2.root, {})
-    assert made.sensor.bell.waker is None
+    assert made.sensor.sleeper.waker is None
     assert made.sensor.read().source == str(v2.root / OWN)
     assert 0.05 <= lasted_s(lambda: made.sensor.wait(0.05)) < 5.0
     refused = find_waker(v2.root, {}).considered[1:]

@@ -91,7 +91,7 @@ def test_a_dead_fifo_never_blocks_and_never_wakes(v2, monkeypatch, tmp_path):
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     made = Watched(monkeypatch, v2.root, watch(fifo))
-    assert made.sensor.bell.waker.name == f"FIFO {fifo}"
+    assert made.sensor.sleeper.waker.name == f"FIFO {fifo}"
     assert lasted_s(lambda: made.sensor.wait(0.1)) >= 0.1
     fifo.unlink()
     assert lasted_s(lambda: made.sensor.wait(0.1)) >= 0.1
@@ -109,7 +109,7 @@ def test_a_socket_that_is_closed_is_left_and_polling_goes_on(v2, monkeypatch, tm
         assert peer.recv(100) == b"hello"
         peer.send(b"x")
         assert lasted_s(lambda: made.sensor.wait(20.0)) < 10.0
-        assert made.sensor.bell.lost == ""
+        assert made.sensor.sleeper.lost == ""
         peer.close()
         assert lasted_s(lambda: made.sensor.wait(20.0)) < 10.0
     assert made.sensor.read().source == str(v2.root / OWN)
@@ -133,7 +133,7 @@ def test_dev_null_turns_it_off(v2, monkeypatch):
     made = Watched(monkeypatch, v2.root, watch("/dev/null"))
     assert made.sensor.read() is None
     assert made.sensor.name == "none"
-    assert made.sensor.bell.waker is None
+    assert made.sensor.sleeper.waker is None
     assert lasted_s(lambda: made.sensor.wait(0.05)) >= 0.05
     made.sensor.close()
 
@@ -145,6 +145,6 @@ def test_the_kernel_s_file_by_the_service_manager_s_word(monkeypatch):
         path = folder / "memory.pressure"
         made = Watched(monkeypatch, Path("/"), watch(path, b"some 150000 2000000\0"))
         assert made.sensor.name == str(path)
-        assert made.sensor.bell.waker.name == f"trigger on {path}"
+        assert made.sensor.sleeper.waker.name == f"trigger on {path}"
         assert made.sensor.read() is not None
         made.sensor.close()

@@ -16,8 +16,8 @@ from fakes import FakeSource
 from psi_kv_governor import sensor as sensor_module
 from psi_kv_governor.bus import Bus
 from psi_kv_governor.events import Degraded
-from psi_kv_governor.pressure.bell import Bell
 from psi_kv_governor.pressure.psi import PsiFile
+from psi_kv_governor.pressure.sleeper import Sleeper
 from psi_kv_governor.pressure.waker import arm
 from psi_kv_governor.pressure.waking import Waking
 from psi_kv_governor.sandbox.sandbox import Sandbox
@@ -45,7 +45,7 @@ def test_a_source_that_was_given_is_read_alone_and_not_closed():
     sensor = Sensor(source, Bus())
     assert sensor.read().some == 0.5
     assert sensor.name == source.name
-    assert sensor.bell.waker is None  # nothing of the machine wakes the loop for it
+    assert sensor.sleeper.waker is None  # nothing of the machine wakes the loop for it
     sensor.close()
     assert source.closed == 0
 
@@ -74,16 +74,16 @@ def test_a_trigger_of_the_kernel_ends_the_sleep_when_there_is_stall():
     with Sandbox(48 << 20, swap="zram", swap_bytes=128 << 20) as pen:
         if pen.pressure_file is None or not pen.pressure_file.exists():
             pytest.skip("this kernel keeps no PSI for cgroups: boot with psi=1")
-        bell = Bell()
-        bell.watch(arm(pen.pressure_file))
-        assert lasted_s(lambda: bell.wait(0.1)) >= 0.1
+        sleeper = Sleeper()
+        sleeper.watch(arm(pen.pressure_file))
+        assert lasted_s(lambda: sleeper.wait(0.1)) >= 0.1
         pen.popen([sys.executable, "-c", LOAD])
-        assert lasted_s(lambda: bell.wait(30.0)) < 15.0
-        assert bell.lost == ""
+        assert lasted_s(lambda: sleeper.wait(30.0)) < 15.0
+        assert sleeper.lost == ""
         totals = PsiFile(pen.pressure_file)
         assert totals.read().some_us > 0
         totals.close()
-        bell.close()
+        sleeper.close()
 
 
 def test_a_failing_rung_is_left_alone_for_longer_each_time(v2, monkeypatch):
@@ -126,14 +126,14 @@ def test_a_waker_that_was_lost_is_armed_again_when_it_can_be_had_again(v2, monke
         server.accept()[0].close()
         made.sensor.wait(20.0)
         made.sensor.read()
-        assert made.sensor.bell.waker is None
+        assert made.sensor.sleeper.waker is None
         made.later()
         made.sensor.read()
-        assert made.sensor.bell.waker is None  # it failed just now
-        made.sensor._bars._bars.clear()
+        assert made.sensor.sleeper.waker is None  # it failed just now
+        made.sensor._backoff._until_s.clear()
         made.later()
         made.sensor.read()
-        assert made.sensor.bell.waker.name == f"socket {path}"
+        assert made.sensor.sleeper.waker.name == f"socket {path}"
         assert made.changes() == [
             (made.sensor.name, f"socket {path} was closed at its other end: it is only polled now")
         ]
@@ -173,7 +173,7 @@ def test_a_hundred_losses_leave_nothing_open(v2, monkeypatch):
         made.sensor.read()
         made.sensor.read()
         (v2.root / OWN).write_bytes(good)
-        made.sensor._bars._bars.clear()
+        made.sensor._backoff._until_s.clear()
         made.later()
         assert made.sensor.read().source == str(v2.root / OWN)
     assert open_descriptors() <= before

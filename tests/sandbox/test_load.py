@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from psi_kv_governor.sandbox import guardian, load
 from psi_kv_governor.sandbox.process_memory import sample
+from waiting import until
 
 MIB = 1 << 20
 ENV = {**os.environ, "PYTHONPATH": guardian.package_path()}
@@ -105,19 +106,10 @@ def bytes_being_made(pid: int, folder: Path) -> int:
     return made
 
 
-def wait_until(condition, timeout_s: float = 30.0) -> bool:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline_s:
-            return False
-        time.sleep(0.01)
-    return True
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_interrupted_while_it_makes_files_it_leaves_none(tmp_path, number):
     process = start("--kind", "files", "--mib", "2000", "--folder", str(tmp_path))
-    assert wait_until(lambda: bytes_being_made(process.pid, tmp_path) > MIB), "it made nothing"
+    until(lambda: bytes_being_made(process.pid, tmp_path) > MIB, "it made nothing")
     assert process.poll() is None
     process.send_signal(number)
     process.communicate(timeout=10)

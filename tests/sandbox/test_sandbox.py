@@ -16,6 +16,7 @@ from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.pressure.psi import PsiFile
 from psi_kv_governor.sandbox import guardian, zram
 from psi_kv_governor.sandbox.sandbox import LEAST_BYTES, Sandbox
+from waiting import until
 
 MIB = 1 << 20
 
@@ -56,15 +57,6 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_until(condition, timeout_s: float = 20.0) -> bool:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline_s:
-            return False
-        time.sleep(0.02)
-    return True
-
-
 def gone(made: dict) -> bool:
     """Whether nothing is left of the sandbox that PARENT described."""
     return (
@@ -90,7 +82,7 @@ def parent():
     process.kill()
     process.wait()
     process.stdout.close()
-    assert wait_until(lambda: gone(made)), f"left behind: {made}"
+    until(lambda: gone(made), f"left behind: {made}")
 
 
 class TestLimit:
@@ -121,7 +113,7 @@ class TestLimit:
         with Sandbox(64 * MIB) as sandbox:
             folders = sandbox.group.folders
             child = sandbox.popen(["sh", "-c", "trap '' TERM INT; sleep 300 & sleep 300"])
-            assert wait_until(lambda: len(sandbox.group.pids()) >= 2)
+            until(lambda: len(sandbox.group.pids()) >= 2)
             pids = sandbox.group.pids()
         assert child.returncode == -signal.SIGKILL
         assert not any(alive(pid) for pid in pids)
@@ -138,7 +130,7 @@ class TestLimit:
     def test_two_pens_are_apart(self):
         with Sandbox(64 * MIB) as one, Sandbox(64 * MIB) as two:
             child = one.popen(["sleep", "300"])
-            assert wait_until(lambda: one.group.pids() == [child.pid])
+            until(lambda: one.group.pids() == [child.pid])
             assert two.group.pids() == []
 
     def test_a_guardian_that_was_killed_is_stood_in_for(self):
@@ -227,7 +219,7 @@ class TestSwap:
         process, made = parent
         process.send_signal(number)
         assert process.wait(10) == -number
-        assert wait_until(lambda: gone(made))
+        until(lambda: gone(made))
 
     def test_a_parent_killed_with_its_guardian_signalled_leaves_nothing(self, parent):
         """What a terminal or a service manager sends to everything; only SIGKILL would stop the guardian."""
@@ -236,7 +228,7 @@ class TestSwap:
             os.kill(made["guardian"], number)
         assert not gone(made)
         process.kill()
-        assert wait_until(lambda: gone(made))
+        until(lambda: gone(made))
 
 
 def test_sizes_that_make_no_sense_are_refused():

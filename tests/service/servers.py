@@ -13,7 +13,7 @@ import sysconfig
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -236,11 +236,3 @@ def with_agent(name: str, place: Path | str, backing: str, agent: Path | None = 
         "PSIKV_PLACE": str(place),
         "PSIKV_BACKING": backing,
     }
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    """Wait for another process to bring it about."""
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
 from fakes import FakeSource
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.engines.simulated import SimulatedEngine
@@ -24,11 +21,3 @@ def paper() -> tuple[Governor, SimulatedEngine, FakeSource]:
     source.headroom_bytes, source.limit_bytes = 6000 * MIB, 8000 * MIB
     config = GovernorConfig(cooldown_s=0.0, quiet_s=2.0, status_socket=False)
     return Governor(engine, source=source, config=config, name="llama-server"), engine, source
-
-
-def until(condition: Callable[[], object]) -> None:
-    """Wait for another thread to bring it about."""
-    end_s = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end_s
-        time.sleep(0.01)

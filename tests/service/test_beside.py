@@ -15,7 +15,8 @@ from contextlib import contextmanager
 
 import pytest
 from servers import PSI_KV
-from service_help import until
+
+from waiting import until
 
 pytestmark = pytest.mark.timeout(120)
 

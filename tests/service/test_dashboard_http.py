@@ -11,7 +11,6 @@ from functools import partial
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from service_help import until
 
 from psi_kv_governor import socket_place
 from psi_kv_governor.cache import CacheState, Range, SequenceState
@@ -23,6 +22,7 @@ from psi_kv_governor.service.dashboard.view import blocks_of
 from psi_kv_governor.status_client import ask as ask_by_socket
 from psi_kv_governor.status_client import messages
 from psi_kv_governor.status_socket import StatusSocket
+from waiting import until
 
 pytestmark = pytest.mark.timeout(60)
 ANY = Address("127.0.0.1", 0)

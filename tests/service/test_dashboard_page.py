@@ -10,10 +10,11 @@ from axe_selenium_python import Axe
 from browser import CHROMIUM, DRIVER, chromium, look, picture
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from service_help import MIB, until
+from service_help import MIB
 
 from psi_kv_governor.service.address import Address
 from psi_kv_governor.service.dashboard import DashboardServer, Governed
+from waiting import until
 
 pytestmark = [
     pytest.mark.timeout(240),

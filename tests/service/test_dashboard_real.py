@@ -19,6 +19,7 @@ from servers import PSI_KV, debian_server, free_port
 
 from packages_help import Unavailable
 from psi_kv_governor.sandbox.sandbox import Sandbox
+from waiting import until
 
 pytestmark = [
     pytest.mark.llama,
@@ -49,13 +50,6 @@ def complete(port: int, prompt: str) -> None:
     )
     with urllib.request.urlopen(asked, timeout=200) as answer:
         assert answer.status == 200
-
-
-def until(condition, what: str, wait_s: float = 90) -> None:
-    deadline = time.monotonic() + wait_s
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.2)
 
 
 def mib(words: str) -> float:

@@ -8,11 +8,12 @@ import json
 from pathlib import Path
 
 import pytest
-from servers import Server, debian_server, free_port, resident_bytes, until, with_agent
+from servers import Server, debian_server, free_port, resident_bytes, with_agent
 
 from packages_help import Unavailable
 from psi_kv_governor.engines.llama.fleet import Fleet
 from psi_kv_governor.governor import Governor
+from waiting import until
 
 # A token takes half a second there, and more on a busy machine.
 pytestmark = [pytest.mark.llama, pytest.mark.slow, pytest.mark.timeout(1800)]

@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from servers import until, with_agent
+from servers import with_agent
 
 from psi_kv_governor.cache import Plan, Step, Verb
 from psi_kv_governor.engines.llama.fleet import Fleet
 from psi_kv_governor.governor import Governor
+from waiting import until
 
 pytestmark = pytest.mark.llama
 

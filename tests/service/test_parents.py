@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from servers import PSI_KV, Server, children_of, debian_program, free_port, resident_bytes, until
+from servers import PSI_KV, Server, children_of, debian_program, free_port, resident_bytes
 from servers import with_agent as environment
 
 from packages_help import Unavailable
 from psi_kv_governor.cache import SequenceState
 from psi_kv_governor.engines.llama.fleet import Fleet
 from psi_kv_governor.governor import Governor
+from waiting import until
 
 pytestmark = [pytest.mark.llama, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from servers import PSI_KV, WAIT_S, Server, children_of, free_port, resident_bytes, until, with_agent
+from servers import PSI_KV, WAIT_S, Server, children_of, free_port, resident_bytes, with_agent
 
 from psi_kv_governor.engines.llama.fleet import Fleet
 from psi_kv_governor.native.building import agent_path
+from waiting import until
 
 pytestmark = [pytest.mark.llama, pytest.mark.slow]
 

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from servers import PSI_KV, WAIT_S, Answer, Server, children_of, free_port, resident_bytes, until, with_agent
+from servers import PSI_KV, WAIT_S, Answer, Server, children_of, free_port, resident_bytes, with_agent
 
 from psi_kv_governor.cache import Plan, Range, Snapshot, Step, Verb
 from psi_kv_governor.engines.llama.fleet import Fleet
 from psi_kv_governor.events import AnsweredMasked, Event
 from psi_kv_governor.governor import Governor
+from waiting import until
 
 pytestmark = [pytest.mark.llama, pytest.mark.slow, pytest.mark.timeout(600)]
 

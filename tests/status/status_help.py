@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from pathlib import Path
 
 from fakes import FakeSource
@@ -12,13 +11,6 @@ from psi_kv_governor import socket_place
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.engines.simulated import SimulatedEngine
 from psi_kv_governor.governor import Governor
-
-
-def until(condition) -> None:
-    end_s = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end_s
-        time.sleep(0.005)
 
 
 def threads() -> int:

@@ -10,13 +10,14 @@ import weakref
 from pathlib import Path
 
 import pytest
-from status_help import threads, until
+from status_help import threads
 
 from fakes import FakeSource
 from psi_kv_governor import socket_place
 from psi_kv_governor.engines.simulated import SimulatedEngine
 from psi_kv_governor.governor import Governor
 from psi_kv_governor.status_socket import StatusSocket
+from waiting import until
 
 pytestmark = [
     pytest.mark.timeout(60),

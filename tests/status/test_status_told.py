@@ -8,10 +8,11 @@ import socket
 import time
 
 import pytest
-from status_help import Lines, until
+from status_help import Lines
 
 from psi_kv_governor import socket_place, status_messages, status_server
 from psi_kv_governor.status_socket import StatusSocket
+from waiting import until
 
 pytestmark = [
     pytest.mark.timeout(60),

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from psi_kv_governor.errors import SourceLostError
-from psi_kv_governor.pressure import bell as bell_module
-from psi_kv_governor.pressure.bell import REST_S, Bell
+from psi_kv_governor.pressure import sleeper as sleeper_module
+from psi_kv_governor.pressure.sleeper import REST_S, Sleeper
 from psi_kv_governor.pressure.waker import StreamWaker
 
 
@@ -22,80 +22,80 @@ def open_descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def lasted_s(bell: Bell, timeout_s: float) -> float:
+def lasted_s(sleeper: Sleeper, timeout_s: float) -> float:
     before_s = time.monotonic()
-    bell.wait(timeout_s)
+    sleeper.wait(timeout_s)
     return time.monotonic() - before_s
 
 
 @pytest.fixture(params=["poll", "no poll"])
-def bell(request, monkeypatch):
-    """A bell where there is poll, and one where there is not."""
+def sleeper(request, monkeypatch):
+    """A sleeper where there is poll, and one where there is not."""
     if request.param == "no poll":
         monkeypatch.delattr(select, "poll")
-    made = Bell()
+    made = Sleeper()
     yield made
     made.close()
 
 
 @pytest.fixture
 def piped():
-    """A bell with a waker, and the descriptor to wake it by."""
+    """A sleeper with a waker, and the descriptor to wake it by."""
     reading, writing = os.pipe()
-    made = Bell()
+    made = Sleeper()
     made.watch(StreamWaker("a pipe", reading))
     yield made, writing
     made.close()
     os.close(writing)
 
 
-def test_it_sleeps_its_time(bell):
-    assert 0.05 <= lasted_s(bell, 0.05) < 1.0
+def test_it_sleeps_its_time(sleeper):
+    assert 0.05 <= lasted_s(sleeper, 0.05) < 1.0
 
 
 @pytest.mark.parametrize("timeout_s", [0.0, -1.0])
-def test_no_time_is_no_sleep(bell, timeout_s):
-    assert lasted_s(bell, timeout_s) < 0.05
+def test_no_time_is_no_sleep(sleeper, timeout_s):
+    assert lasted_s(sleeper, timeout_s) < 0.05
 
 
-def test_another_thread_ends_the_sleep(bell):
-    timer = threading.Timer(0.05, bell.ring)
+def test_another_thread_ends_the_sleep(sleeper):
+    timer = threading.Timer(0.05, sleeper.wake)
     timer.start()
-    assert lasted_s(bell, 20.0) < 10.0
+    assert lasted_s(sleeper, 20.0) < 10.0
     timer.join()
 
 
-def test_a_ring_before_the_sleep_ends_it_and_only_one(bell):
+def test_a_ring_before_the_sleep_ends_it_and_only_one(sleeper):
     for _ in range(3):
-        bell.ring()
-    assert lasted_s(bell, 20.0) < 10.0
-    assert lasted_s(bell, 0.05) >= 0.05
+        sleeper.wake()
+    assert lasted_s(sleeper, 20.0) < 10.0
+    assert lasted_s(sleeper, 0.05) >= 0.05
 
 
-def test_a_hundred_thousand_rings_block_nobody(bell):
+def test_a_hundred_thousand_wakes_block_nobody(sleeper):
     for _ in range(100_000):
-        bell.ring()
-    assert lasted_s(bell, 20.0) < 10.0
+        sleeper.wake()
+    assert lasted_s(sleeper, 20.0) < 10.0
 
 
 @pytest.mark.parametrize("timeout_s", [1e9, float("inf")])
-def test_a_sleep_without_an_end_can_be_ended(bell, timeout_s):
-    bell.ring()
-    assert lasted_s(bell, timeout_s) < 10.0
+def test_a_sleep_without_an_end_can_be_ended(sleeper, timeout_s):
+    sleeper.wake()
+    assert lasted_s(sleeper, timeout_s) < 10.0
 
 
 def test_a_waker_ends_the_sleep(piped):
-    bell, writing = piped
+    sleeper, writing = piped
     timer = threading.Timer(0.05, lambda: os.write(writing, b"x"))
     timer.start()
-    assert lasted_s(bell, 20.0) < 10.0
+    assert lasted_s(sleeper, 20.0) < 10.0
     timer.join()
-    assert bell.lost == ""
+    assert sleeper.lost == ""
 
 
 def test_a_waker_that_never_stops_wakes_ten_times_a_second(piped):
     """Somebody who writes on and on: at most one reading in REST_S, and the processor stays free."""
-    bell, writing = piped
+    sleeper, writing = piped
     end = threading.Event()
 
     def flood() -> None:
@@ -106,7 +106,7 @@ def test_a_waker_that_never_stops_wakes_ten_times_a_second(piped):
     writer.start()
     began_s, wakes = time.monotonic(), 0
     while time.monotonic() < began_s + 1.0:
-        bell.wait(1.0)
+        sleeper.wait(1.0)
         wakes += 1
     end.set()
     writer.join()
@@ -114,11 +114,11 @@ def test_a_waker_that_never_stops_wakes_ten_times_a_second(piped):
 
 
 def test_short_sleeps_stay_short_while_a_waker_rests(piped):
-    bell, writing = piped
+    sleeper, writing = piped
     os.write(writing, b"x")
-    bell.wait(1.0)
+    sleeper.wait(1.0)
     os.write(writing, b"x")
-    assert 0.02 <= lasted_s(bell, 0.02) < REST_S
+    assert 0.02 <= lasted_s(sleeper, 0.02) < REST_S
 
 
 class Restless:
@@ -146,64 +146,64 @@ class Restless:
 
 
 def test_an_event_that_is_none_does_not_end_the_sleep_nor_spin(monkeypatch):
-    bell, waker = Bell(), Restless(pressure=False)
-    bell.watch(waker)
+    sleeper, waker = Sleeper(), Restless(pressure=False)
+    sleeper.watch(waker)
     before_s = time.process_time()
-    assert lasted_s(bell, 0.5) >= 0.5
+    assert lasted_s(sleeper, 0.5) >= 0.5
     assert waker.answers <= 0.5 / REST_S + 2
     assert time.process_time() - before_s < 0.2
-    bell.close()
+    sleeper.close()
 
 
 def test_a_dead_waker_is_said_dropped_and_wakes_once():
     reading, writing = os.pipe()
-    bell = Bell()
+    sleeper = Sleeper()
     before = open_descriptors()
-    bell.watch(StreamWaker("a pipe", reading))
+    sleeper.watch(StreamWaker("a pipe", reading))
     os.close(writing)
-    assert lasted_s(bell, 20.0) < 10.0
-    assert (bell.lost, bell.lost_name) == ("a pipe was closed at its other end", "a pipe")
-    assert bell.waker is None
+    assert lasted_s(sleeper, 20.0) < 10.0
+    assert (sleeper.lost, sleeper.lost_name) == ("a pipe was closed at its other end", "a pipe")
+    assert sleeper.waker is None
     assert open_descriptors() == before - 2
-    assert lasted_s(bell, 0.05) >= 0.05
-    bell.close()
+    assert lasted_s(sleeper, 0.05) >= 0.05
+    sleeper.close()
 
 
 def test_another_waker_takes_the_place_of_the_first(piped):
-    bell, writing = piped
+    sleeper, writing = piped
     reading, other = os.pipe()
-    bell.watch(StreamWaker("another", reading))
+    sleeper.watch(StreamWaker("another", reading))
     with pytest.raises(BrokenPipeError):
         os.write(writing, b"x")  # it was closed
     os.write(other, b"x")
-    assert lasted_s(bell, 20.0) < 10.0
+    assert lasted_s(sleeper, 20.0) < 10.0
     os.close(other)
 
 
-def test_a_closed_bell_wakes_who_sleeps_and_leaves_nothing_open(bell):
+def test_a_closed_sleeper_wakes_who_sleeps_and_leaves_nothing_open(sleeper):
     before = open_descriptors()
-    sleeper = threading.Thread(target=bell.wait, args=(20.0,))
-    sleeper.start()
+    asleep = threading.Thread(target=sleeper.wait, args=(20.0,))
+    asleep.start()
     time.sleep(0.05)
-    bell.close()
-    sleeper.join(10.0)
-    assert not sleeper.is_alive()
-    bell.close()
-    bell.ring()
+    sleeper.close()
+    asleep.join(10.0)
+    assert not asleep.is_alive()
+    sleeper.close()
+    sleeper.wake()
     assert open_descriptors() <= before - (2 if hasattr(select, "poll") else 0)
-    assert lasted_s(bell, 20.0) < 10.0  # the ring
-    assert lasted_s(bell, 0.05) >= 0.05  # and no busy loop after it
+    assert lasted_s(sleeper, 20.0) < 10.0  # woken once
+    assert lasted_s(sleeper, 0.05) >= 0.05  # and no busy loop after it
 
 
-def test_a_waker_given_to_a_closed_bell_is_closed():
-    bell = Bell()
-    bell.close()
+def test_a_waker_given_to_a_closed_sleeper_is_closed():
+    sleeper = Sleeper()
+    sleeper.close()
     before = open_descriptors()
     reading, writing = os.pipe()
-    bell.watch(StreamWaker("a pipe", reading))
+    sleeper.watch(StreamWaker("a pipe", reading))
     os.close(writing)
     assert open_descriptors() == before
-    assert bell.waker is None
+    assert sleeper.waker is None
 
 
 def test_a_waker_that_refuses_to_answer_is_as_good_as_dead():
@@ -211,31 +211,31 @@ def test_a_waker_that_refuses_to_answer_is_as_good_as_dead():
         def answer(self, events: int) -> bool:
             raise SourceLostError("not today")
 
-    bell = Bell()
-    bell.watch(Refuses(pressure=True))
-    bell.wait(20.0)
-    assert bell.lost == "not today"
-    bell.close()
+    sleeper = Sleeper()
+    sleeper.watch(Refuses(pressure=True))
+    sleeper.wait(20.0)
+    assert sleeper.lost == "not today"
+    sleeper.close()
 
 
-def test_a_thousand_bells_leave_no_descriptor():
+def test_a_thousand_sleepers_leave_no_descriptor():
     gc.collect()  # what earlier tests left behind
     before = open_descriptors()
     for _ in range(1000):
-        bell = Bell()
-        bell.wait(0.0)
-        bell.close()
+        sleeper = Sleeper()
+        sleeper.wait(0.0)
+        sleeper.close()
     assert open_descriptors() == before
 
 
 def test_who_sleeps_on_it_keeps_nobody_else_alive():
     class Owner:
         def __init__(self) -> None:
-            self.bell = Bell()
-            weakref.finalize(self, self.bell.close)
+            self.sleeper = Sleeper()
+            weakref.finalize(self, self.sleeper.close)
 
     owner = Owner()
-    sleeper = threading.Thread(target=owner.bell.wait, args=(20.0,))
+    sleeper = threading.Thread(target=owner.sleeper.wait, args=(20.0,))
     sleeper.start()
     left = weakref.ref(owner)
     del owner
@@ -246,4 +246,4 @@ def test_who_sleeps_on_it_keeps_nobody_else_alive():
 
 
 def test_the_longest_sleep_fits_what_poll_takes():
-    assert bell_module._LONGEST_S * 1000 < 2**31
+    assert sleeper_module._LONGEST_S * 1000 < 2**31
