@@ -28,9 +28,28 @@ def test_evidence_of_keys_is_that_of_the_keys(engine, model, place):
     assert np.isfinite(known[30:]).all()
 
 
-def test_attention_is_what_the_model_itself_attends_to(engine, place):
+def capped_config():
+    """A scale and a cap of its own, such that neither can be left out."""
+    from transformers import Gemma2Config
+
+    return Gemma2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        query_pre_attn_scalar=1,
+        attn_logit_softcapping=0.5,
+        layer_types=["full_attention"] * 3,
+    )
+
+
+@pytest.mark.parametrize("config", [None, capped_config], ids=["Llama", "Gemma 2"])
+def test_attention_is_what_the_model_itself_attends_to(engine, place, config):
     """Against the attention weights that eager attention gives out."""
-    model = tiny_model("eager")
+    model = tiny_model("eager", config=config and config())
     cache = filled(model, place, prompt(60))
     engine.add(cache)
     engine.collect(frozenset({"attention"}))

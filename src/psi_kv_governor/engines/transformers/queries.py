@@ -134,7 +134,8 @@ def attention_of(module: Any, late: Late, keys: torch.Tensor) -> torch.Tensor | 
     with torch.no_grad():
         queries = project(module, "q", late).float()
     groups, n_queries, rows = queries.shape[1] // keys.shape[1], queries.shape[2], keys.shape[2]
-    scores = queries @ keys.repeat_interleave(groups, dim=1).transpose(-1, -2) / keys.shape[-1] ** 0.5
+    queries = queries * scale_of(module, keys.shape[-1])
+    scores = _capped(queries @ keys.repeat_interleave(groups, dim=1).transpose(-1, -2), cap_of(module))
     seen = torch.arange(rows)[None, :] <= torch.arange(rows - n_queries, rows)[:, None]
     seen = seen.to(scores.device)
     return scores.masked_fill(~seen, float("-inf")).softmax(dim=-1).mean(dim=(0, 1)) * rows
@@ -194,12 +195,15 @@ def makes_these_keys(module: Any, late: Late, keys: torch.Tensor) -> bool:
 def logits_of(queries: torch.Tensor, keys: torch.Tensor, cap: float) -> torch.Tensor:
     """Of the last tokens' queries [group, tokens, width], scaled, to the live keys [rows, width], each token
     seeing those before it: (group * tokens, rows)."""
-    logits = queries @ keys.T
-    if cap:
-        logits = cap * torch.tanh(logits / cap)
+    logits = _capped(queries @ keys.T, cap)
     tokens, rows = logits.shape[1:]
     ahead = torch.arange(rows)[None, :] > torch.arange(rows - tokens, rows)[:, None]
     return logits.masked_fill(ahead, float("-inf")).flatten(0, 1)
+
+
+def _capped(logits: torch.Tensor, cap: float) -> torch.Tensor:
+    """Within `cap` on both sides; as they are where it is 0."""
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 def scale_of(module: Any, width: int) -> float:
