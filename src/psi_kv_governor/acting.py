@@ -78,7 +78,8 @@ class Acting:
             result = self._apply(plan)
             if result.bytes_returned:
                 self._bus.tell(Released(time_s=self._clock(), bytes_returned=result.bytes_returned))
-        if (plan := self._planner.park_blobs(snapshot)) is not None and self._may_write():
+        plan = self._planner.park_blobs(snapshot, kept=not decision.write_behind)
+        if plan is not None and self._may_write():
             self._tell_trimmed(self._apply(plan), "saved states are parked as soon as they are whole")
         now_s = self._clock()
         if decision.write_behind and now_s - self._behind_s >= _BEHIND_S and self._may_write():

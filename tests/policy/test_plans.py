@@ -229,6 +229,9 @@ def test_saved_states_are_parked_and_nothing_else():
     plan = planner_of().park_blobs(now)
     assert plan is not None
     assert plan.steps == (Step(verb=Verb.PARK, cache=1, blob=7),)
+    kept = planner_of().park_blobs(now, kept=True)
+    assert kept is not None
+    assert kept.steps == (Step(verb=Verb.WRITE_BEHIND, cache=1, blob=7),)
     assert planner_of(engine=Described(CAN_EVICT)).park_blobs(now) is None
 
 

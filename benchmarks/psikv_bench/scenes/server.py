@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Annotated
 
@@ -44,6 +44,7 @@ NO_KILLS = Asked("<=", 0, "max")
 SOONER = Asked(">=", 20)
 AS_FAST = Asked(">=", 0.99)
 _CALM_TOKENS = 200
+_CALM_TALKS = 6  # more than the server's four slots: each that returns is loaded from the prompt cache
 
 
 class ServerOptions(Options, frozen=True, kw_only=True):
@@ -65,13 +66,13 @@ def run(recorder: Recorder[ServerOptions]) -> Report:
     options = recorder.options
     words = shlex.split(options.server) or default_command(options.model)
     journal = recorder.journal(Run, msgspec.structs.replace(options, model="", repeats=0, calm_pairs=0))
-    interrupted, ratios = False, list[float]()
+    interrupted, ratios = False, dict[str, list[float]]()
     try:
         for number, governed in _order(options)[len(journal.parts) :]:
             recorder.say(f"run {number} of {options.repeats}, {'governed' if governed else 'ungoverned'}")
             journal.add(_play(words, options, governed=governed))
-        for ratio in _calm(words, options, recorder) if options.calm_pairs else ():
-            ratios.append(ratio)
+        for kind, ratio in _calm(words, options, recorder) if options.calm_pairs else ():
+            ratios.setdefault(kind, []).append(ratio)
     except KeyboardInterrupt:
         interrupted = True
     runs: list[Run] = journal.parts
@@ -145,20 +146,26 @@ def _play(words: Sequence[str], options: ServerOptions, *, governed: bool) -> Ru
     return done
 
 
-def _calm(words: Sequence[str], options: ServerOptions, recorder: Recorder[ServerOptions]) -> Iterator[float]:
-    """Of each pair, the ungoverned server's seconds over the governed one's. Who comes first alternates."""
+def _calm(
+    words: Sequence[str], options: ServerOptions, recorder: Recorder[ServerOptions]
+) -> Iterator[tuple[str, float]]:
+    """Kinds of requests, and of each pair the ungoverned server's seconds over the governed one's. Who comes
+    first alternates."""
     with contextlib.ExitStack() as ending:
         clients = [
             ending.enter_context(_standing(words, options, governed=governed)) for governed in (False, True)
         ]
-        for number in range(options.calm_pairs + 1):
-            recorder.say(f"calm, request {number} of {options.calm_pairs}")
-            took_s = {}
-            for which in (0, 1) if number % 2 else (1, 0):
-                clients[which].ask("one-shot", number, prompts("Calm", number, _CALM_TOKENS))
-                took_s[which] = clients[which].run.requests[-1].seconds
-            if number:  # the first finds cold pages
-                yield took_s[0] / took_s[1]
+        for kind in ("one-shot", "first", "return"):
+            for number in range(_CALM_TALKS if kind == "first" else options.calm_pairs + 1):
+                recorder.say(f"calm, {kind}, request {number} of {options.calm_pairs}")
+                which = number % _CALM_TALKS if kind == "return" else number
+                prompt = prompts("Calm" if kind == "one-shot" else "Talk", which, _CALM_TOKENS)
+                took_s = {}
+                for side in (0, 1) if number % 2 else (1, 0):
+                    clients[side].ask(kind, number, prompt + (" And then" if kind == "return" else ""))
+                    took_s[side] = clients[side].run.requests[-1].seconds
+                if number and kind != "first":  # the first finds cold pages
+                    yield kind, took_s[0] / took_s[1]
 
 
 @contextlib.contextmanager
@@ -180,7 +187,7 @@ def _standing(words: Sequence[str], options: ServerOptions, *, governed: bool) -
         process.wait()
 
 
-def _figures(runs: Sequence[Run], ratios: Sequence[float]) -> Iterator[Figure]:
+def _figures(runs: Sequence[Run], ratios: Mapping[str, Sequence[float]]) -> Iterator[Figure]:
     for governed, case in ((False, "ungoverned"), (True, "governed")) if runs else ():
         these = [one for one in runs if one.governed is governed]
         kills = [float(one.kills) for one in these]
@@ -195,8 +202,8 @@ def _figures(runs: Sequence[Run], ratios: Sequence[float]) -> Iterator[Figure]:
     if alive:
         sooner = [one.first_token_s("first") / one.first_token_s("return") for one in alive]
         yield figure("first token: computed over returning", "x", sooner, SOONER, case="governed")
-    if ratios:
-        yield figure("throughput, governed over plain", "x", list(ratios), AS_FAST, case="with room")
+    for kind, these_ratios in ratios.items():
+        yield figure("throughput, governed over plain", "x", these_ratios, AS_FAST, case=f"with room, {kind}")
 
 
 SCENE = Scene(

@@ -164,9 +164,17 @@ class Planner:
         )
         return Plan(steps=steps) if steps else None
 
-    def park_blobs(self, snapshot: Snapshot) -> Plan | None:
-        """Park saved states as soon as they are whole: they are read again only when they are loaded."""
-        return _all(rung for rung in self.ladder(snapshot).lossless if rung.blob is not None)
+    def park_blobs(self, snapshot: Snapshot, *, kept: bool = False) -> Plan | None:
+        """Park saved states as soon as they are whole: they are read again only when they are loaded.
+
+        Those that are `kept` are only written, and their clean pages are the kernel's to take: what is loaded
+        soon on a calm machine is not read from the disk.
+        """
+        return _all(
+            rung._replace(verb=Verb.WRITE_BEHIND) if kept else rung
+            for rung in self.ladder(snapshot).lossless
+            if rung.blob is not None
+        )
 
     def write_behind(self, snapshot: Snapshot) -> Plan | None:
         """Write what is dirty and may go, while the machine is merely busy."""

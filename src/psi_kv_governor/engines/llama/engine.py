@@ -192,8 +192,9 @@ class LlamaEngine:
     def _step(self, step: Step, left_s: float, left_bytes: float) -> Result:
         if step.blob is not None and step.blob >= FIRST_ID and self.states is not None:
             return self.states.park(step.blob)
-        if step.blob is not None and step.verb is Verb.PARK:
-            return _result(self.client.ask(Op.PARK_BLOB, step.blob), step.verb)
+        if step.blob is not None and step.verb in {Verb.PARK, Verb.WRITE_BEHIND}:
+            kept = int(step.verb is Verb.WRITE_BEHIND)
+            return _result(self.client.ask(Op.PARK_BLOB, step.blob, flags=kept), step.verb)
         if step.verb is Verb.EVICT and self._place:
             return Result(problem=_NOTHING_THROWN_AWAY.why)
         op = _OPS.get(step.verb)

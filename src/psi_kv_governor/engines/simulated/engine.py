@@ -246,7 +246,7 @@ class SimulatedEngine:
             back = blob.n_bytes if blob.parked else 0
             blob.parked = False
             return Result(bytes_back=back, seconds=_seconds(0, 0, back))
-        if step.verb is not Verb.PARK or blob.parked:
+        if step.verb not in {Verb.PARK, Verb.WRITE_BEHIND} or blob.parked:
             return Result()
         if blob.n_bytes > self._place_limit_bytes - self._parked_bytes():
             return Result(problem="the place for parked bytes is full")

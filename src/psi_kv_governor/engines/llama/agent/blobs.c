@@ -18,6 +18,7 @@ static int         n_blobs;  // slots used so far
 static uint32_t    next_id;
 static bool        refusing;
 pthread_mutex_t    blob_lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t written = PTHREAD_COND_INITIALIZER;  // some blob is busy no more
 
 // The state that this thread is about to make room for.
 static __thread struct { size_t bytes; uint32_t flags; } expected;
@@ -72,28 +73,25 @@ static void * take(size_t bytes) {
     return fits ? at : NULL;
 }
 
-static bool is_blob(const void * address) {
-    pthread_mutex_lock(&blob_lock);
-    const bool is = blob_at(address) != NULL;
-    pthread_mutex_unlock(&blob_lock);
-    return is;
+static void unmap(struct blob * blob) {
+    munmap((void *) blob->base, blob->mapped);
+    blob->bytes = 0;
 }
 
-// `serving` is locked for blobs alone, whose owner is here: llama.cpp frees memory of its own also while it answers us, in
-// the thread that holds that lock. One address in 256 of small ones lies at the start of a page.
+// One address in 256 of small ones lies at the start of a page. Nobody waits here for a disk: what is being written goes
+// when that is done.
 static bool gone(void * address) {
-    if (((uintptr_t) address & (page_bytes() - 1)) || !is_blob(address)) {
+    if ((uintptr_t) address & (page_bytes() - 1)) {
         return false;
     }
-    pthread_mutex_lock(&serving);  // not while it is being parked
     pthread_mutex_lock(&blob_lock);
     struct blob * blob = blob_at(address);
-    if (blob) {
-        munmap((void *) blob->base, blob->mapped);
-        blob->bytes = 0;
+    if (blob && blob->busy) {
+        blob->doomed = true;
+    } else if (blob) {
+        unmap(blob);
     }
     pthread_mutex_unlock(&blob_lock);
-    pthread_mutex_unlock(&serving);
     return blob != NULL;
 }
 
@@ -143,12 +141,13 @@ EXPORT void _ZdlPvm(void * address, __attribute__((unused)) size_t bytes) { _Zdl
 void blob_begun(const void * address) {
     pthread_mutex_lock(&blob_lock);
     struct blob * blob = blob_at(address);
-    pthread_mutex_unlock(&blob_lock);
-    if (blob && blob->whole) {
-        pthread_mutex_lock(&serving);  // not while it is being parked; only its owner frees it
-        blob->whole = blob->parked = false;
-        pthread_mutex_unlock(&serving);
+    while (blob && blob->busy) {  // only its owner frees it, and is here
+        pthread_cond_wait(&written, &blob_lock);
     }
+    if (blob) {
+        blob->whole = blob->parked = false;
+    }
+    pthread_mutex_unlock(&blob_lock);
 }
 
 // A state was written to `address`: if that is one of ours, it is whole.
@@ -172,8 +171,9 @@ void blob_used(const void * address) {
     const struct blob * blob = n_blobs ? blob_at(address) : NULL;
     const struct blob   one  = blob ? *blob : (struct blob){0};
     pthread_mutex_unlock(&blob_lock);
-    if (one.parked) {
-        (void) madvise((void *) one.base, one.mapped, MADV_WILLNEED);  // only its owner frees it, and is here
+    // Only its owner frees it, and is here.
+    for (uint64_t at = 0; one.parked && at < one.mapped; at += AHEAD_BYTES) {
+        (void) madvise((void *) (one.base + at), one.mapped - at < AHEAD_BYTES ? one.mapped - at : AHEAD_BYTES, MADV_WILLNEED);
     }
     blob_whole(address, 1);
 }
@@ -182,7 +182,7 @@ int blobs_tell(struct blob * to, int most) {
     int n = 0;
     pthread_mutex_lock(&blob_lock);
     for (int i = 0; i < n_blobs && n < most; i++) {
-        if (blobs[i].bytes && blobs[i].whole) {
+        if (blobs[i].bytes && blobs[i].whole && !blobs[i].doomed) {
             to[n++] = blobs[i];
         }
     }
@@ -190,30 +190,52 @@ int blobs_tell(struct blob * to, int most) {
     return n;
 }
 
-// Moves a whole blob to a file. `serving` is held, so it can't be freed meanwhile. Gives the resident bytes that went.
-uint64_t blob_park(uint32_t id, uint64_t * written) {
+// Moves a whole blob to a file; where it is `kept`, its pages stay in the page cache, clean, for the kernel to take. Nobody
+// waits for the disk but this thread: it is not written while it is busy, and goes at the end if it was freed meanwhile.
+// Gives the resident bytes that went.
+uint64_t blob_park(uint32_t id, bool kept, uint64_t * bytes_written) {
     pthread_mutex_lock(&blob_lock);
     struct blob * blob = NULL;
     for (int i = 0; i < n_blobs && !blob; i++) {
         blob = blobs[i].bytes && blobs[i].whole && blobs[i].id == id ? &blobs[i] : NULL;
     }
-    const struct blob one = blob ? *blob : (struct blob){0};
-    pthread_mutex_unlock(&blob_lock);
-    if (!blob) {
+    if (!blob || blob->busy) {
+        pthread_mutex_unlock(&blob_lock);
         return 0;
     }
+    blob->busy            = true;
+    const struct blob one = *blob;
+    pthread_mutex_unlock(&blob_lock);
+
+    const uint64_t before = resident_in(one.base, one.base + one.mapped);
+    bool           moved  = false;
     if (one.parked) {  // loaded since, and so back in memory: clean, and dropped as it is
-        const uint64_t before = resident_in(one.base, one.base + one.mapped);
         (void) madvise((void *) one.base, one.mapped, MADV_DONTNEED);
-        const uint64_t after = resident_in(one.base, one.base + one.mapped);
-        return before - after;
+    } else {
+        moved = move_to_file(one.base, one.base + one.mapped, kept);
+        *bytes_written += moved ? one.mapped : 0;
     }
-    const uint64_t bytes = move_to_file(one.base, one.base + one.mapped);
-    if (bytes) {
-        *written += one.mapped;
-        pthread_mutex_lock(&blob_lock);
-        blob->parked = true;
-        pthread_mutex_unlock(&blob_lock);
+    const uint64_t after = resident_in(one.base, one.base + one.mapped);
+
+    pthread_mutex_lock(&blob_lock);
+    blob->busy   = false;
+    blob->parked = one.parked || moved;
+    if (blob->doomed) {
+        unmap(blob);
     }
-    return bytes;
+    pthread_cond_broadcast(&written);
+    pthread_mutex_unlock(&blob_lock);
+    return before > after ? before - after : 0;
+}
+
+// The writer is the parent's.
+void blobs_after_fork(void) {
+    pthread_mutex_init(&blob_lock, NULL);
+    pthread_cond_init(&written, NULL);
+    for (int i = 0; i < n_blobs; i++) {
+        blobs[i].busy = false;
+        if (blobs[i].bytes && blobs[i].doomed) {
+            unmap(&blobs[i]);
+        }
+    }
 }

@@ -208,8 +208,9 @@ void write_pages(struct region * region, uint64_t first, uint64_t last) {
 }
 
 void expect_pages(struct region * region, uint64_t first, uint64_t last) {
-    if (region->fd >= 0) {
-        (void) posix_fadvise(region->fd, (off_t) (first - region->first), (off_t) (last - first), POSIX_FADV_WILLNEED);
+    for (; region->fd >= 0 && first < last; first += AHEAD_BYTES) {
+        const uint64_t bytes = last - first < AHEAD_BYTES ? last - first : AHEAD_BYTES;
+        (void) posix_fadvise(region->fd, (off_t) (first - region->first), (off_t) bytes, POSIX_FADV_WILLNEED);
     }
 }
 
@@ -225,24 +226,26 @@ uint64_t unpark_pages(struct region * region, uint64_t first, uint64_t last) {
     return after > before ? after - before : 0;
 }
 
-// A saved state: its own unlinked file, which vanishes with the mapping.
-uint64_t move_to_file(uint64_t first, uint64_t last) {
+// A saved state: its own unlinked file, which vanishes with the mapping. It is on the disk when this returns; pages that
+// are `kept` stay in the page cache besides.
+bool move_to_file(uint64_t first, uint64_t last, bool kept) {
     if (!agent.place[0] || !space_for(last - first)) {
-        return 0;
+        return false;
     }
-    const uint64_t before = resident_in(first, last);
-    struct region  one    = {.first = first, .last = last, .fd = open_unlinked(0), .direct_fd = -1};
-    one.in_file           = calloc((last - first) / page_bytes(), 1);
+    struct region one   = {.first = first, .last = last, .fd = open_unlinked(0), .direct_fd = -1};
+    bool          moved = false;
+    one.in_file         = calloc((last - first) / page_bytes(), 1);
     if (one.fd < 0 || !one.in_file) {
         refused("no file can be made for a saved state");
-    } else if (move_out(&one, first, last, true)) {
-        (void) posix_fadvise(one.fd, 0, (off_t) (last - first), POSIX_FADV_DONTNEED);
+    } else if ((moved = move_out(&one, first, last, true))) {
+        if (!kept) {
+            (void) posix_fadvise(one.fd, 0, (off_t) (last - first), POSIX_FADV_DONTNEED);
+        }
         agent.written_bytes += last - first;
     }
     close(one.fd);
     free(one.in_file);
-    const uint64_t after = resident_in(first, last);
-    return before > after ? before - after : 0;
+    return moved;
 }
 
 uint64_t drop_pages(struct region * region, uint64_t first, uint64_t last) {

@@ -55,7 +55,7 @@ static char * answer(const struct request * request, size_t n_message, char * to
         return put(to, end, told, reply->count * sizeof(told[0]));
     }
     if (request->op == PARK_BLOB) {
-        reply->bytes = blob_park(request->region, &reply->written);
+        reply->bytes = blob_park(request->region, request->flags & 1, &reply->written);
         return to;
     }
     if (request->op == REFUSE) {

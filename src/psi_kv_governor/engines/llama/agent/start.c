@@ -50,7 +50,7 @@ static void after_fork_in_child(void) {
     regions_after_fork(true);
     pthread_mutex_init(&agent.lock, NULL);
     pthread_mutex_init(&serving, NULL);
-    pthread_mutex_init(&blob_lock, NULL);
+    blobs_after_fork();
     pthread_mutex_init(&lib_lock, NULL);
     socket_after_fork();
     gate_after_fork();
