@@ -2,19 +2,24 @@
 
     .venv-vllm/bin/python benchmarks/vllm_calm.py --rounds 200 --record data/bench-vllm/calm.json
 
-Both engines are there all the time, one works. Only a quiet machine says anything: see the load it records.
+Both engines are there all the time, one works. Of times only a quiet machine says anything: see the load it
+records. What the engines' threads worked and how often a page had to be brought in is told apart from that.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
+from psi_kv_governor.engines.vllm.http import descendants
 from psi_kv_governor.quantile import quantile
 from psi_kv_governor.sandbox.sandbox import Sandbox
 from psikv_bench.machine import Machine, command_line, machine
@@ -41,11 +46,38 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     ratio_low: float
     """The same of the pairs that stood beside each other: a twentieth is below."""
     ratio_high: float
+    processor_s: dict[str, float]
+    """By kind, what all threads of the engine worked in a round (the median)."""
+    processor_ratio: float
+    """Of these, stock over governed."""
+    faults: dict[str, float]
+    """By kind, page faults in a round (the mean)."""
 
 
-def rounds(count: int) -> tuple[dict[str, list[float]], int]:
-    """Seconds of each, in turn, and the tokens of one."""
-    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+class Used(NamedTuple):
+    """What the processes of an engine have used so far."""
+
+    seconds: float
+    processor_s: float
+    faults: int
+
+
+def used(pid: int) -> Used:
+    """By schedstat and stat of each process below `pid`: proc_pid_schedstat(5), proc_pid_stat(5)."""
+    ran_ns, faults = 0, 0
+    for one in descendants(pid):
+        with contextlib.suppress(OSError, ValueError):
+            ran_ns += sum(
+                int((task / "schedstat").read_text().split()[0])
+                for task in Path(f"/proc/{one}/task").iterdir()
+            )
+            faults += int(Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()[7])
+    return Used(time.monotonic(), ran_ns / 1e9, faults)
+
+
+def rounds(count: int) -> tuple[dict[str, list[Used]], int]:
+    """What each round of each took, in turn, and the tokens of one."""
+    found: dict[str, list[Used]] = {kind: [] for kind in KINDS}
     tokens = 0
     with Sandbox(LIMIT_BYTES) as one, Sandbox(LIMIT_BYTES) as other:
         folder = Path(sys.prefix)
@@ -55,12 +87,15 @@ def rounds(count: int) -> tuple[dict[str, list[float]], int]:
             engine.say("calm")
         for number in range(WARM_ROUNDS + count):
             for kind in KINDS if number % 2 else KINDS[::-1]:
+                before = used(engines[kind].child.pid)
                 engines[kind].say("one")
                 told = engines[kind].hear("round")
+                after = used(engines[kind].child.pid)
                 tokens = told["tokens"]
                 if number >= WARM_ROUNDS:
-                    seconds[kind].append(told["seconds"])
-    return seconds, tokens
+                    worked_s = after.processor_s - before.processor_s
+                    found[kind].append(Used(told["seconds"], worked_s, after.faults - before.faults))
+    return found, tokens
 
 
 def main() -> None:
@@ -70,7 +105,9 @@ def main() -> None:
     parser.add_argument("--record", type=Path, help="JSON file")
     options = parser.parse_args()
     load = os.getloadavg()[0]
-    seconds, tokens = rounds(options.rounds)
+    found, tokens = rounds(options.rounds)
+    seconds = {kind: [one.seconds for one in some] for kind, some in found.items()}
+    worked = {kind: quantile([one.processor_s for one in some], 0.5) for kind, some in found.items()}
     pairs = [a / b for a, b in zip(seconds["stock"], seconds["governed"], strict=True)]
     record = Record(
         command=command_line(),
@@ -82,8 +119,13 @@ def main() -> None:
         ratio=round(quantile(seconds["stock"], 0.5) / quantile(seconds["governed"], 0.5), 4),
         ratio_low=round(quantile(pairs, 0.05), 4),
         ratio_high=round(quantile(pairs, 0.95), 4),
+        processor_s={kind: round(one, 5) for kind, one in worked.items()},
+        processor_ratio=round(worked["stock"] / worked["governed"], 4),
+        faults={k: round(sum(one.faults for one in some) / len(some), 1) for k, some in found.items()},
     )
     print(f"throughput governed / stock: {record.ratio} (pairs: {record.ratio_low} to {record.ratio_high})")
+    print(f"processor time stock / governed: {record.processor_ratio} {record.processor_s}")
+    print(f"page faults in a round: {record.faults}")
     keep(record, options.record)
 
 

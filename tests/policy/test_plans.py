@@ -223,6 +223,11 @@ def test_pages_of_free_cells_are_asked_for_when_there_are_some():
     assert plan.steps == (Step(verb=Verb.RELEASE, cache=1),)
 
 
+def test_pages_of_free_cells_that_are_used_next_are_left_alone():
+    used_soon = cache(free_resident_bytes=3 << 20, free_soon_used_bytes=(2 << 20) + 1)
+    assert planner_of().release(snapshot(used_soon)) is None
+
+
 def test_saved_states_are_parked_and_nothing_else():
     blobs = (BlobState(id=7, n_bytes=500, parked=False), BlobState(id=8, n_bytes=500, parked=True))
     now = snapshot(cache(sequence(running=False), blobs=blobs))

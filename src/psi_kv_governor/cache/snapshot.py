@@ -138,6 +138,8 @@ class CacheState(msgspec.Struct, frozen=True, kw_only=True):
     """Whether content of its sequences can be dropped, where the engine can do that at all (EVICT)."""
     free_resident_bytes: int = 0
     """Resident bytes of cells nobody uses: what RELEASE would return."""
+    free_soon_used_bytes: int = 0
+    """Of these, what the engine gives away next while it works: not released for tidiness alone."""
     frees_swap: bool = False
     """Cells nobody uses take a MiB or more of swap, where RELEASE frees them without reading them: in zram
     that is memory."""

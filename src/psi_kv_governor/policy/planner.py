@@ -160,7 +160,11 @@ class Planner:
         steps = tuple(
             Step(verb=Verb.RELEASE, cache=cache.id)
             for cache in snapshot.caches
-            if (cache.free_resident_bytes >= LEAST_RELEASE_BYTES or cache.frees_swap) and not cache.rebuilt
+            if (
+                cache.free_resident_bytes - cache.free_soon_used_bytes >= LEAST_RELEASE_BYTES
+                or cache.frees_swap
+            )
+            and not cache.rebuilt
         )
         return Plan(steps=steps) if steps else None
 

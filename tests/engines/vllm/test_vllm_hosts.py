@@ -82,13 +82,12 @@ def test_an_idle_engine_looks_at_far_hosts_once_a_second_and_ten_times_where_hea
 
 
 def test_answers_of_ranks_are_added_up():
-    one = Report({1: Finished(10, 0, 5)}, {0: About("a", 1, 1)}, busy=False)
-    two = Report({1: Finished(7, 0, 1, "full"), 2: Finished(1)}, {1: About("b", 2, 1)}, busy=True)
+    one = Report({1: Finished(10, 0, 5)}, {0: About("a", 1, 1)})
+    two = Report({1: Finished(7, 0, 1, "full"), 2: Finished(1)}, {1: About("b", 2, 1)})
     both = one.merged(two)
     assert both.finished[1] == Finished(17, 0, 6, "full", ranks=2)
     assert both.finished[2].ranks == 1
     assert set(both.about) == {0, 1}
-    assert both.busy
 
 
 def config(**given):

@@ -1,11 +1,13 @@
 """What the governor wishes, and what becomes of it step by step."""
 
+import threading
 import time
 
 from vllm_help import BLOCK_BYTES, TOKENS, SchedulerOnPaper, asked, engine_of, sequences
 
 from psi_kv_governor.cache import Plan, Range, Step, Verb
 from psi_kv_governor.config import GovernorConfig
+from psi_kv_governor.engines.vllm.engine import WORKS_S
 from psi_kv_governor.engines.vllm.figures import added
 from psi_kv_governor.engines.vllm.messages import About, Kind, Report
 from psi_kv_governor.engines.vllm.wishes import Wish
@@ -220,6 +222,43 @@ def test_a_plan_that_no_step_comes_for_says_that_it_is_not_done():
     assert not engine_of(one).apply(plan).done
 
 
+def test_what_came_after_a_plan_had_to_end_counts_with_the_next():
+    one = SchedulerOnPaper()
+    one.begin("a", 2 * TOKENS)
+    one.end("a")
+    plan = Plan(steps=(Step(verb=Verb.PARK, cache=0, sequence=0),), deadline_s=0.1)
+    engine = engine_of(one)
+    assert engine.apply(plan).bytes_returned == 0
+    one.until_idle()  # a step takes longer than the plan had
+    assert engine.apply(Plan(steps=())).bytes_returned == 2 * BLOCK_BYTES
+    assert engine.apply(Plan(steps=())).bytes_returned == 0
+
+
+def test_what_the_workers_are_doing_is_waited_for():
+    one = SchedulerOnPaper()
+    one.begin("a", 2 * TOKENS)
+    one.end("a")
+    orders = []
+    one.side.wake = lambda: orders.append(one.step())
+    plan = Plan(steps=(Step(verb=Verb.PARK, cache=0, sequence=0),), deadline_s=0.1)
+    late = threading.Timer(1.0, lambda: one.answer(orders[0]))
+    late.start()
+    assert engine_of(one).apply(plan).bytes_returned == 2 * BLOCK_BYTES
+    late.join()
+
+
+def test_blocks_that_a_working_engine_gives_away_next_are_left_to_it():
+    one = SchedulerOnPaper()
+    one.begin("a", TOKENS - 1)
+    one.step()
+    one.end("a")
+    (cache,) = engine_of(one).snapshot().caches
+    assert cache.free_resident_bytes == cache.free_soon_used_bytes == BLOCK_BYTES
+    one.side.last_used_s -= WORKS_S
+    (cache,) = engine_of(one).snapshot().caches
+    assert (cache.free_resident_bytes, cache.free_soon_used_bytes) == (BLOCK_BYTES, 0)
+
+
 def test_closing_lets_everybody_go_on():
     one = SchedulerOnPaper()
     for name in "ab":
@@ -238,11 +277,9 @@ def test_figures_are_told_once_a_second_and_amounts_once():
     one.until_idle()
     told = one.side.told()
     assert told["returned_bytes"] == told["parked_bytes"] == 2 * BLOCK_BYTES
-    assert one.side.told() == {}
-    one.side._told_s = 0.0
+    assert not one.side.figures.due
     assert one.side.told() == {}  # nothing is new
     one.begin("b", TOKENS)
-    one.side._told_s = 0.0
     assert "returned_bytes" not in one.side.told()
 
 
@@ -252,3 +289,33 @@ def test_figures_of_two_tellings_are_one():
         {"returned_bytes": 2, "parked_bytes": 3, "preemptions": 1},
     )
     assert added(one, two) == {"returned_bytes": 7, "parked_bytes": 3, "preemptions": 1}
+
+
+def test_a_step_of_those_who_run_already_is_passed_over():
+    one = SchedulerOnPaper()
+    one.begin("a", TOKENS)
+    assert not one.passes_over()  # it has got blocks
+    assert one.passes_over()
+    one.side._wishes.append(Wish(Verb.RELEASE))
+    assert not one.passes_over()
+    one.side.far = True
+    one.side.looked_s = time.monotonic()
+    assert one.passes_over()
+    one.side.looked_s = 0.0
+    assert not one.passes_over()  # the other host has to be looked at
+    one.side.far = False
+    one.end("a")
+    assert not one.passes_over()  # its blocks are free
+    assert not one.passes_over()  # without a forward pass, what is open is worked on
+
+
+def test_while_somebody_stands_still_no_step_is_passed_over():
+    one = SchedulerOnPaper()
+    one.begin("a", TOKENS)
+    one.begin("b", TOKENS)
+    one.step()
+    assert one.passes_over()
+    asked(one, Wish(Verb.MASK, 2))
+    one.until_idle()
+    assert one.side.requests.still
+    assert not one.passes_over()

@@ -23,6 +23,7 @@ from psi_kv_governor.cache import (
     cells_in,
     merged,
 )
+from psi_kv_governor.engines.vllm.messages import Finished
 from psi_kv_governor.engines.vllm.requests import Running, positions_of
 from psi_kv_governor.engines.vllm.scheduling import Scheduling
 from psi_kv_governor.engines.vllm.wishes import PREFIXES, Wish
@@ -32,6 +33,10 @@ PATIENCE_S = 5.0
 """Longest that a step of the engine is waited for: a forward pass can't be interrupted."""
 SLICE_S = 0.5
 """Longest that is waited for where the plan has no deadline of its own that is shorter."""
+WORKS_S = 10.0
+"""After its last step an engine counts as working for so long. Its free blocks without a hash are the next
+that it gives away: released between two rounds of a benchmark, they cost each round 3,600 page faults, and a
+step of the idle engine."""
 
 _NO_BLOBS = "vLLM keeps no saved states: its prompt cache are the blocks themselves"
 
@@ -44,6 +49,8 @@ class VllmEngine:
         self._name = name
         self._version = version
         self._closed = False
+        self._late: list[Wish] = []
+        """What was asked for, and not over when its plan had to end."""
 
     def describe(self) -> Description:
         """See Engine."""
@@ -95,6 +102,7 @@ class VllmEngine:
             maskable=False,
             why_not_maskable="attention of vLLM passes over no block: requests stand still whole",
             free_resident_bytes=len(free.bare) * block_bytes,
+            free_soon_used_bytes=len(free.bare) * block_bytes if self._works() else 0,
             sequences=tuple(sequences),
         )
         return Snapshot(
@@ -103,6 +111,9 @@ class VllmEngine:
             written_bytes=every.written_bytes,
             store_bytes=sum(rank.stored_bytes for rank in ranks),
         )
+
+    def _works(self) -> bool:
+        return time.monotonic() - self._all.last_used_s < WORKS_S
 
     def _prefixes(self, n_here: int, n_parked: int) -> SequenceState | None:
         """All cached blocks that nobody uses as one sequence, the least recently used first."""
@@ -143,16 +154,17 @@ class VllmEngine:
         return tuple(merged([Range(*part) for part in found]))
 
     def apply(self, plan: Plan) -> Result:
-        """See Engine. What a busy engine does not get to in time it does with its next step all the same."""
+        """See Engine. What a busy engine does not get to in time it does with its next step all the same, and
+        its bytes count with the next plan."""
         started = time.monotonic()
-        total, cells, masked, problems, done = Wish(Verb.PARK).done, 0, 0, list[str](), True
+        total, cells, masked, problems, done = self._came_late(), 0, 0, list[str](), True
         left = math.inf if plan.max_bytes is None else plan.max_bytes
         for step in plan.steps:
             spent_s = time.monotonic() - started
             if left <= 0 or spent_s >= plan.deadline_s:
                 done = False
                 break
-            wish = self._all.ask(
+            wish = self._asked(
                 self._wish(step, left), max(SLICE_S, min(PATIENCE_S, plan.deadline_s - spent_s))
             )
             done = done and wish.over.is_set()
@@ -173,6 +185,21 @@ class VllmEngine:
             seconds=time.monotonic() - started,
             problem="; ".join(dict.fromkeys(problems)),
         )
+
+    def _asked(self, wish: Wish, timeout_s: float) -> Wish:
+        """Waits beyond its time for what the workers are doing already: the law would ask for it twice."""
+        self._all.ask(wish, timeout_s)
+        if wish.blocks:
+            wish.over.wait(PATIENCE_S)
+        if not wish.over.is_set():
+            self._late.append(wish)
+        return wish
+
+    def _came_late(self) -> Finished:
+        """What came of earlier plans after they had ended."""
+        over = [wish for wish in self._late if wish.over.is_set()]
+        self._late = [wish for wish in self._late if wish not in over]
+        return sum((wish.done for wish in over), Finished(ranks=0))
 
     def _wish(self, step: Step, left: float) -> Wish:
         cell_bytes = max(1, self._all.block_bytes // self._all.block_tokens)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+
+EVERY_S = 1.0
+"""Time between two tellings."""
 
 GAUGES = {
     "resident_bytes": "Bytes of the KV cache in memory, over all ranks",
@@ -29,6 +33,12 @@ class Figures:
     def __init__(self) -> None:
         self._counts: dict[str, float] = {}
         self._last: dict[str, float] = {}
+        self._told_s = 0.0
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for the next telling."""
+        return time.monotonic() - self._told_s >= EVERY_S
 
     def count(self, **amounts: float) -> None:
         """So much more of these."""
@@ -38,6 +48,7 @@ class Figures:
 
     def told(self, **standing: float) -> dict[str, float]:
         """What is new since the last call; empty where nothing is."""
+        self._told_s = time.monotonic()
         counts, self._counts = self._counts, {}
         if not counts and standing == self._last:
             return {}

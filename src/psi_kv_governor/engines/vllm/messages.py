@@ -91,12 +91,10 @@ class Report:
     """By the number of the order."""
     about: dict[int, About] = field(default_factory=dict)
     """By rank; of those that were asked, or that are new."""
-    busy: bool = False
-    """Some rank has not finished what it was ordered."""
 
     def merged(self, other: Report) -> Report:
         """Two reports as one."""
         finished = dict(self.finished)
         for number, one in other.finished.items():
             finished[number] = finished[number] + one if number in finished else one
-        return Report(finished, {**self.about, **other.about}, self.busy or other.busy)
+        return Report(finished, {**self.about, **other.about})

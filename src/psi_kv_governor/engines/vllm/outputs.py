@@ -7,6 +7,19 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 
+def unchanged(output: Any) -> bool:
+    """Whether all who run ran before, and nobody got a block or lost one: most steps."""
+    cached = output.scheduled_cached_reqs
+    return bool(
+        output.num_scheduled_tokens
+        and not output.scheduled_new_reqs
+        and not output.finished_req_ids
+        and not getattr(output, "preempted_req_ids", None)
+        and not getattr(cached, "resumed_req_ids", None)
+        and not any(cached.new_block_ids)
+    )
+
+
 def left(output: Any, still: Iterable[Any]) -> set[str]:
     """The requests that hold no blocks any more; of those that stand `still` vLLM may have preempted some."""
     preempted = set(getattr(output, "preempted_req_ids", None) or ())

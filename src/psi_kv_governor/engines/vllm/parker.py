@@ -48,6 +48,11 @@ class Parker:
         with self._lock:
             return bool(self._open)
 
+    @property
+    def has_finished(self) -> bool:
+        """Whether `finished` has something to say."""
+        return bool(self._finished)
+
     def start(self) -> None:
         """Work in a thread of its own from now on, too."""
         self._thread = threading.Thread(target=self._run, name="psi-kv-parker", daemon=True)

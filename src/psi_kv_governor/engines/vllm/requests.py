@@ -43,6 +43,7 @@ class Requests:
         """`hold(request, still)` makes a request stand still, or lets it go on."""
         self._hold = hold
         self._all: dict[str, Running] = {}
+        self._still: set[Running] = set()
         self._numbers = itertools.count(1)
 
     def __iter__(self) -> Iterator[Running]:
@@ -63,6 +64,7 @@ class Requests:
         for request_id in ids:
             gone = self._all.pop(request_id, None)
             if gone is not None and gone.still:
+                self._still.discard(gone)
                 self._hold(gone.request, False)
 
     def find(self, number: int) -> Running | None:
@@ -72,7 +74,7 @@ class Requests:
     @property
     def still(self) -> list[Running]:
         """Those that stand still, the first to go on first."""
-        return sorted((one for one in self if one.still), key=lambda one: one.rank)
+        return sorted(self._still.copy(), key=lambda one: one.rank)
 
     @property
     def moving(self) -> list[Running]:
@@ -90,6 +92,7 @@ class Requests:
         if not aside or one not in self.may_stand_still:
             return False
         one.aside = aside
+        self._still.add(one)
         self._hold(one.request, True)
         return True
 
@@ -103,6 +106,7 @@ class Requests:
     def go_on(self, one: Running) -> None:
         """It runs again with the next step; what is still parked is read as it is needed."""
         one.aside = None
+        self._still.discard(one)
         self._hold(one.request, False)
 
     def somebody_moves(self) -> Running | None:

@@ -17,7 +17,7 @@ from psi_kv_governor.engines.vllm import unpublished
 from psi_kv_governor.engines.vllm.blocks import Free, Ledger, first_bytes
 from psi_kv_governor.engines.vllm.figures import Figures
 from psi_kv_governor.engines.vllm.messages import About, Kind, Order, Report, Step
-from psi_kv_governor.engines.vllm.outputs import got, left
+from psi_kv_governor.engines.vllm.outputs import got, left, unchanged
 from psi_kv_governor.engines.vllm.requests import Requests, Running, blocks_at
 from psi_kv_governor.engines.vllm.wishes import PREFIXES, Wish
 
@@ -27,8 +27,6 @@ _LOOK_S = 0.1
 """Time between two readings of a far host while steps are made anyway, or headroom is low somewhere."""
 _IDLE_LOOK_S = 1.0
 """The same while the engine is idle: an empty step takes about a millisecond."""
-_FIGURES_S = 1.0
-"""Time between two tellings of figures."""
 _WRITE_BLOCKS_BYTES = 64 << 20
 """Most that is written behind in one go."""
 
@@ -65,11 +63,9 @@ class Scheduling:
         self._aside: list[tuple[Running, Wish]] = []
         self._open: dict[int, Wish] = {}
         self._numbers = itertools.count(1)
-        self._fresh: list[int] = []
-        self._blank: list[int] = []
+        self._fresh, self._blank = list[int](), list[int]()
         self._stored: set[int] = set()
         self._ready = False
-        self._told_s = 0.0
 
     # -- what it knows ----------------------------------------------------------------------------------
 
@@ -133,6 +129,14 @@ class Scheduling:
             bool(self._wishes or self._aside or self._open) or not self._ready or self._look_due(_IDLE_LOOK_S)
         )
 
+    def passes_over(self, output: Any) -> bool:
+        """Whether nothing of a scheduling concerns the workers, and so `step` has nothing to say."""
+        waits = self._wishes or self._aside or self._fresh or self.requests.still or not self._ready
+        if not waits and unchanged(output) and not self._look_due(_LOOK_S):
+            self.last_used_s = time.monotonic()
+            return True
+        return False
+
     def step(self, output: Any) -> Step:
         """At the end of a scheduling: what the workers have to know and do."""
         scheduled = output.num_scheduled_tokens
@@ -165,10 +169,7 @@ class Scheduling:
             self.on_ready()
 
     def told(self) -> dict[str, float]:
-        """Figures for vLLM's own metrics, once a second; empty where nothing is new."""
-        if time.monotonic() - self._told_s < _FIGURES_S:
-            return {}
-        self._told_s = time.monotonic()
+        """Figures for vLLM's own metrics; empty where nothing is new."""
         return self.figures.told(
             resident_bytes=self.resident_bytes,
             parked_bytes=len(self.free().parked) * self.block_bytes,

@@ -76,20 +76,24 @@ class Working:
         if self._parker is not None:
             self._parker.claim(step.used)
             self._parker.blank(step.blank)
-            self._parker.order(step.orders)
+            if step.orders:
+                self._parker.order(step.orders)
 
     def end(self, step: Step) -> None:
         """Nothing is computed in this step: the work is done at once."""
         if step.idle and self._parker is not None:
             self._parker.work(time.monotonic() + IDLE_SLICE_S)
 
+    @property
+    def silent(self) -> bool:
+        """Whether there is nothing to send back with the step."""
+        return not self._look and (self._parker is None or not self._parker.has_finished)
+
     def report(self) -> Report:
         """What is sent back with the step."""
-        if self._parker is None:
-            return Report({}, {self._rank: self._about()} if self._look else {})
-        finished = self._parker.finished()
-        about = {self._rank: self._about()} if self._look or finished else {}
-        return Report(finished, about, self._parker.busy)
+        look, self._look = self._look, False
+        finished = {} if self._parker is None else self._parker.finished()
+        return Report(finished, {self._rank: self._about()} if look or finished else {})
 
     def _about(self) -> About:
         mappings = self._memory.mappings
