@@ -3,6 +3,7 @@
 import os
 import shutil
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,18 @@ def test_a_stuck_disk_is_not_waited_for(place, monkeypatch):
     forever.set()
     assert (tmpfile, speed) == (place.tmpfile, 0.0)
     assert PROBE_S < 1
+
+
+def test_a_disk_that_others_keep_busy_is_as_fast_as_most_of_what_it_takes(place, monkeypatch):
+    import itertools
+
+    from psi_kv_governor.residence import files
+
+    number = itertools.count()
+    monkeypatch.setattr(files, "_speeds", {})
+    monkeypatch.setattr(os, "fdatasync", lambda descriptor: time.sleep(0.05 if next(number) % 4 == 3 else 0))
+    _, speed = files.try_out(place.folder)
+    assert speed > files._CHUNK_BYTES / 0.05 * 4
 
 
 @pytest.mark.parametrize(
