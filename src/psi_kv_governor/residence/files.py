@@ -102,7 +102,6 @@ def _write_speed(descriptor: int) -> float:
     A piece that waited for somebody else's writing says nothing of the disk: a mean took a busy one of 1 GB/s
     for one of 30 MB/s.
 
-
     A stuck disk holds a writing thread for as long as it likes, so another one is sent, and waited for only
     so long.
     """
