@@ -244,7 +244,7 @@ def test_beams_change_places_and_recall_goes_on(place, anything_goes):
 
 def test_the_numbers_are_those_of_the_agent():
     sources = "".join((SOURCE_DIR / name).read_text() for name in ("recall.h", "recall.c", "exchange.c"))
-    for name in ("BLOCK_CELLS", "REST", "LEFT", "TIMES_BETTER", "LEAST_SHARE"):
+    for name in ("BLOCK_CELLS", "REST", "LEFT", "TIMES_BETTER", "LEAST_SHARE", "LAYER_DEPTH"):
         found = re.search(rf"#define {name}\s+([\d.]+)", sources)
         assert found is not None, name
         assert float(found[1]) == getattr(exchange, name), name

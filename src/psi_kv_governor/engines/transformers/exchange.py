@@ -19,6 +19,7 @@ REST = 3
 LEFT = 0.8
 TIMES_BETTER = 1.5
 LEAST_SHARE = 0.02
+LAYER_DEPTH = 0.6
 
 Shares = npt.NDArray[np.float32]
 

@@ -1,7 +1,7 @@
 """Recall: what was taken out of a cache comes back when newer queries look for it (docs/how-it-works.md).
 
-The queries of one layer in the middle of the depth are made again, as for the policies, and held against the
-live keys and the summaries of those that are parked. It all happens at the end of a forward pass, in its
+The queries of one layer at three fifths of the depth are made again, as for the policies, and held against
+the live keys and the summaries of those that are parked. It all happens at the end of a forward pass, in its
 thread, before anybody else can move rows.
 """
 
@@ -17,7 +17,14 @@ import torch
 
 from psi_kv_governor.cache import Range, cells_in
 from psi_kv_governor.engines.transformers.cache import GovernedCache
-from psi_kv_governor.engines.transformers.exchange import BLOCK_CELLS, Demand, Exchange, Shares, raise_to
+from psi_kv_governor.engines.transformers.exchange import (
+    BLOCK_CELLS,
+    LAYER_DEPTH,
+    Demand,
+    Exchange,
+    Shares,
+    raise_to,
+)
 from psi_kv_governor.engines.transformers.hooks import module_of
 from psi_kv_governor.engines.transformers.ledger import Ledger
 from psi_kv_governor.engines.transformers.places import numbers_in
@@ -70,7 +77,7 @@ class Recaller:
         if not indices:
             self.why_not = "this model's attention has no projections that can be repeated"
             return
-        self._layer = indices[len(indices) // 2]
+        self._layer = indices[int(LAYER_DEPTH * len(indices))]
         hook = self._modules[self._layer].register_forward_pre_hook(self._keep, with_kwargs=True)
         self.close = weakref.finalize(cache, hook.remove)
         """Observe no more; by itself when the cache is gone."""

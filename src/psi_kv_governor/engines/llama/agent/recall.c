@@ -15,6 +15,9 @@
 // A batch of so many tokens is decoded again at the most: a quarter of a second of prefill on the demo model.
 #define MOST_AGAIN 256
 #define LEAST_AGAIN 3
+// Where in the depth the layer lies whose keys are summarised. Of SmolLM2-135M's layers 0 to 29, the 18th puts the block of a
+// hidden fact among the first four of 476 for 29 of 29 questions in four texts, the 15th between the first and the 64th.
+#define LAYER_DEPTH 0.6
 // Of a block's bytes that its summary may take.
 #define MOST_SUMMARY 0.02
 
@@ -23,8 +26,6 @@ struct recall_told recall_told;
 
 // ---- summaries --------------------------------------------------------------------------------------------------
 
-// In the middle of the depth attention finds what a question is about. Of SmolLM2-135M's 90 heads of keys the one that
-// finds hidden facts best is in layer 15 of 30 (93 %); with 14, 17 and 18 in addition it is 89 %.
 static int32_t choose(const struct region * region, int32_t * layers) {
     int32_t keys[MAX_TENSORS], n = 0;
     for (int32_t i = 0; i < region->n_tensors; i++) {
@@ -33,7 +34,7 @@ static int32_t choose(const struct region * region, int32_t * layers) {
             keys[n++] = i;
         }
     }
-    const struct tensor * first = n ? &region->tensors[keys[n / 2]] : NULL;
+    const struct tensor * first = n ? &region->tensors[keys[(int32_t) (LAYER_DEPTH * n)]] : NULL;
     if (!first || first->head_dim % 2) {
         return 0;
     }
@@ -41,7 +42,7 @@ static int32_t choose(const struct region * region, int32_t * layers) {
     int32_t count = (int32_t) (MOST_SUMMARY * (double) region->cell_bytes / (double) (heads * HEAD_BYTES(first->head_dim)));
     count         = count < recall_settings.layers ? count : recall_settings.layers;
     int32_t found = 0;
-    for (int32_t i = n / 2; i < n && found < count && found < MAX_RECALL_LAYERS; i += n / 10 > 0 ? n / 10 : 1) {
+    for (int32_t i = (int32_t) (LAYER_DEPTH * n); i < n && found < count && found < MAX_RECALL_LAYERS; i += n / 10 > 0 ? n / 10 : 1) {
         const struct tensor * t = &region->tensors[keys[i]];
         if (t->type == first->type && t->row_bytes == first->row_bytes && t->head_dim == first->head_dim) {
             layers[found++] = keys[i];
