@@ -50,6 +50,20 @@ def light(script: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.llama
+def test_beside_a_model_nothing_is_loaded_that_only_messages_and_commands_need():
+    """They were 1.7 MB: as much as a small machine may have left beside the model."""
+    script = (
+        "import sys, llama_cpp; before = set(sys.modules)\n"
+        "import psi_kv_governor.llama\n"
+        "print(*sorted({'difflib', 'email', 'importlib.metadata', 'zipfile'} & (set(sys.modules) - before)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert (done.stdout.strip(), done.returncode) == ("", 0), done.stderr
+
+
 def test_all_that_is_public_can_be_had_and_says_what_it_is():
     assert psi_kv_governor.__all__ == sorted(psi_kv_governor.__all__)
     assert set(psi_kv_governor.__all__) <= set(dir(psi_kv_governor))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that is most like `name`; None when none is like it."""
+    import difflib  # 0.2 MB, for messages alone
+
     return next(iter(difflib.get_close_matches(name.lower(), list(known), n=1)), None)
 
 

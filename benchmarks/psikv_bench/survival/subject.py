@@ -11,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -81,14 +82,15 @@ def main() -> None:
     if order.locks:
         ctypes.CDLL(None).mlockall(1)  # MCL_CURRENT
     sys.stdin.readline()
-    with _beside(order.beside):
-        began_s, tokens, masked = time.monotonic(), [], 0
-        for _ in range(order.tokens):
-            tokens.append(models.greedy(llm))
-            if governed:
-                masked = max(masked, models.cells_of(llm, order.variant).masked)
-            llm.eval(tokens[-1:])
-        seconds = time.monotonic() - began_s
+    with _beside(order.beside) as all_taken:
+        last, masked = False, 0
+        while not last:
+            last = all_taken()
+            began_s, tokens, most = time.monotonic(), *_decoded(llm, order, governed)
+            seconds, masked = time.monotonic() - began_s, max(masked, most)
+            if not last:
+                models.cut(llm, len(order.context) - 1)
+                llm.eval(order.context[-1:])
     _say(
         Said(
             event="decoded",
@@ -105,15 +107,38 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def _beside(argv: list[str]) -> Iterator[None]:
+def _beside(argv: list[str]) -> Iterator[Callable[[], bool]]:
+    """The neighbour; gives whether it holds all that it takes.
+
+    Where memory is short that takes it longer than the tokens take: who is done before has not lived beside
+    it. So they are decoded over and over until then."""
     if not argv:
-        yield
+        yield lambda: True
         return
     with subprocess.Popen(argv, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         child.stdout.readline()  # it begins
-        yield
+        os.set_blocking(child.stdout.fileno(), False)
+        said = [b""]
+
+        def all_taken() -> bool:
+            assert child.stdout is not None
+            said[0] += child.stdout.read() or b""
+            return b'"taken"' in said[0] or child.poll() is not None
+
+        yield all_taken
         child.kill()
+
+
+def _decoded(llm: Any, order: Order, governed: bool) -> tuple[list[int], int]:
+    """The tokens, and the most cells that were masked meanwhile."""
+    tokens, masked = [], 0
+    for _ in range(order.tokens):
+        tokens.append(models.greedy(llm))
+        if governed:
+            masked = max(masked, models.cells_of(llm, order.variant).masked)
+        llm.eval(tokens[-1:])
+    return tokens, masked
 
 
 def _again(llm: Any, order: Order, governed: bool) -> list[int]:

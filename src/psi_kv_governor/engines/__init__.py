@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import metadata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 __all__ = ["ENTRY_POINTS", "engines"]
 
@@ -12,6 +15,8 @@ ENTRY_POINTS = "psi_kv_governor.engines"
 The package's own are there too."""
 
 
-def engines() -> Mapping[str, metadata.EntryPoint]:
+def engines() -> Mapping[str, EntryPoint]:
     """Every engine by its name. None is imported."""
+    from importlib import metadata  # 1.7 MB with what it imports: not for whoever opens a model
+
     return {point.name: point for point in metadata.entry_points(group=ENTRY_POINTS)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -22,9 +21,11 @@ INSTALL_HINT = "pip install 'psi-kv-governor[llama]'"
 
 def llama_cpp_version() -> str:
     """The version of llama-cpp-python. Raises EngineError where it is not installed."""
+    from importlib import metadata  # 1.7 MB with what it imports, for doctor alone
+
     try:
-        return importlib.metadata.version("llama-cpp-python")
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.version("llama-cpp-python")
+    except metadata.PackageNotFoundError:
         raise EngineError(f"llama-cpp-python is not installed: {INSTALL_HINT}") from None
 
 
