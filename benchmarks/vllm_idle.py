@@ -2,7 +2,8 @@
 
     .venv-vllm/bin/python benchmarks/vllm_idle.py --repeats 5 --record data/bench-vllm/idle.json
 
-It parks by the status socket, as `psi-kv park` does, and reads all back before the next time.
+It parks by the status socket, as `psi-kv park` does. Before the next time all comes back: as requests ask for
+it, or read back by the governor, whose small reads make pages that take the kernel longer to drop.
 """
 
 from __future__ import annotations
@@ -26,10 +27,14 @@ from psi_kv_governor.status_client import ask
 from psikv_bench.machine import Machine, command_line, machine
 from vllm_scene import LIMIT_BYTES, Engine, keep
 
+FILLED, ASKED, READ = "filled by requests", "asked for by requests", "read back by the governor"
+
 
 class Parked(msgspec.Struct, frozen=True, kw_only=True):
     """One time."""
 
+    before: str
+    """How the bytes had come into memory: filled, or back."""
     written_bytes: int
     """Of these bytes, the ones that had to be written first."""
     returned_bytes: int
@@ -41,7 +46,8 @@ class Parked(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """All times of one engine; the first is dirty, the others were written already."""
+    """All times of one engine; the first is dirty, the others were written before, as the kernel does it by
+    itself half a minute after a page was written to."""
 
     command: str
     machine: Machine
@@ -51,7 +57,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     times: list[Parked]
 
 
-def park(governed: Found) -> Parked:
+def park(governed: Found, how: str) -> Parked:
     """Ask, and wait for the answer."""
     before, started = _scheduled(governed.pid), time.monotonic()
     result = ask(governed, Park()).result
@@ -59,6 +65,7 @@ def park(governed: Found) -> Parked:
     assert result is not None, "a Park is answered by a result"
     threads = before.keys() & after.keys()
     return Parked(
+        before=how,
         written_bytes=result.written_bytes,
         returned_bytes=result.bytes_returned,
         seconds=round(seconds, 4),
@@ -88,14 +95,16 @@ def main() -> None:
         engine = Engine(sandbox, Path(sys.prefix), "governed", processes=2)
         engine.hear("filled")
         (governed,) = [it for it in socket_place.find() if it.pid in descendants(engine.child.pid)]
-        times = [park(governed)]
+        times, same = [park(governed, FILLED)], True
+        engine.say("calm")
         for _ in range(options.repeats):
+            engine.say("again")
+            same = engine.hear("again")["same"] and same
+            os.sync()
+            times.append(park(governed, ASKED))
             while (back := ask(governed, Unpark()).result) is not None and back.bytes_back:
                 pass
-            times.append(park(governed))
-        engine.say("idle")
-        engine.say("on")
-        same = engine.hear("again")["same"]
+            times.append(park(governed, READ))
     record = Record(
         command=command_line(),
         machine=machine(),

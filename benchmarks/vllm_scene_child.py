@@ -107,8 +107,11 @@ def main() -> None:
     if wanted == "idle":
         sys.stdin.readline()
     elif wanted == "calm":
-        while sys.stdin.readline().strip() == "one":
-            work(engine, number=0)
+        while (line := sys.stdin.readline().strip()) in {"one", "again"}:
+            if line == "one":
+                work(engine, number=0)
+            else:
+                say(event="again", same=engine.generate(kept, 8) == first)
     else:
         number = 0
         while not select.select([sys.stdin], [], [], 0)[0]:
