@@ -3,6 +3,9 @@
 import os
 import shutil
 import stat
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -171,6 +174,32 @@ def test_a_disk_that_others_keep_busy_is_as_fast_as_most_of_what_it_takes(place,
     monkeypatch.setattr(os, "fdatasync", lambda descriptor: time.sleep(0.05 if next(number) % 4 == 3 else 0))
     _, speed = files.try_out(place.folder)
     assert speed > files._CHUNK_BYTES / 0.05 * 4
+
+
+def test_waiting_for_a_processor_is_no_slowness_of_a_disk():
+    """Beside fifteen busy programs a disk of 1 GB/s was taken for one of 20 MB/s."""
+    from psi_kv_governor.residence import files
+
+    if not os.path.exists("/proc/self/schedstat"):  # noqa: PTH110
+        pytest.skip("this kernel does not count how long a thread waits for a processor (CONFIG_SCHED_INFO)")
+    everywhere = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(everywhere)})  # of this thread, and of what it starts
+    busy = [subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=-1)
+            for _ in range(3)]  # fmt: skip
+    try:
+        for one in busy:
+            assert one.stdout.readline()
+        thread = threading.get_native_id()
+        began_s, worked_s = time.monotonic(), files._working_s(thread)
+        while time.monotonic() - began_s < 0.5:
+            pass
+        assert files._working_s(thread) - worked_s < 0.7 * (time.monotonic() - began_s)
+    finally:
+        os.sched_setaffinity(0, everywhere)
+        for one in busy:
+            one.kill()
+            one.wait()
+            one.stdout.close()
 
 
 @pytest.mark.parametrize(
