@@ -97,6 +97,17 @@ def zram(around: Around) -> None:
     around.ramp(100, 100.0)
 
 
+def just_fits(around: Around) -> None:
+    """A limit without swap, PSI hidden: plain llama.cpp and all that the neighbour takes just fit."""
+    around.limited(around.need_bytes + 110 * MIB)
+    around.ramp(100, 100.0)
+    around.beside, around.neighbour = around.neighbour or [], None
+    if Path("/proc/pressure").exists():
+        nothing = around.folder / "nothing"
+        nothing.mkdir()
+        around.mounts(f"mount --bind {nothing} /proc/pressure")
+
+
 _ALL_ELSE_READ_ONLY = "mount -o remount,ro,bind /"
 
 
@@ -246,7 +257,8 @@ SURROUNDINGS: dict[str, Callable[[Around], None]] = {
     for one in (
         calm, hardened, random_user, read_only, noexec, no_compiler, no_threads, no_files, no_swap, zram,
         tmpfs, overlay, loop, full_disk, slow_disk, slow_disk_and_room, slowest_disk_and_room, huge_pages,
-        mapped_files, mapped_index, other_container, locked, frozen, boards.earlyoom,
+        mapped_files, mapped_index, other_container, locked, frozen, just_fits,
+        boards.earlyoom,
     )
 }  # fmt: skip
 """By name; the docstring says what it is."""
