@@ -143,6 +143,22 @@ def test_a_disk_stays_a_place_whatever_others_do_in_memory_at_the_same_moment(di
             thread.join()
 
 
+def test_a_disk_stays_a_place_while_shared_memory_fills_as_fast_as_the_disk_takes_ours(disk, monkeypatch):
+    """A longer write gives the other more time, so that it fits at every size."""
+    began_s = time.monotonic()
+    real = os.pwrite
+
+    def slow(descriptor, content, offset):
+        time.sleep(len(content) / (100 * MIB))
+        return real(descriptor, content, offset)
+
+    monkeypatch.setattr(witness, "_found", {})
+    monkeypatch.setattr(os, "pwrite", slow)
+    monkeypatch.setattr(os, "fdatasync", lambda descriptor: None)
+    monkeypatch.setattr(witness, "held_bytes", lambda: int((time.monotonic() - began_s) * 100 * MIB))
+    assert witness.memory_behind(str(disk)) == ""
+
+
 def test_what_memory_files_hold_is_counted_without_proc(mounted, monkeypatch):
     for name in ("_SWAPS", "_BLOCKS"):
         monkeypatch.setattr(witness, name, Path("/nonexistent"))

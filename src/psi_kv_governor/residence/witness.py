@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import time
 from pathlib import Path
 
 from psi_kv_governor.residence.files import open_unlinked
@@ -87,13 +88,20 @@ def memory_behind(folder: str) -> str:
 
 
 def _rise(folder: str, n_bytes: int, ending: contextlib.ExitStack) -> int:
+    """By how much writing so much made it rise, less what others made it rise in as long a time just after.
+
+    Whoever fills shared memory about as fast as the disk takes ours would otherwise be taken for it, whatever
+    the size: a longer write gives him more time.
+    """
     descriptor = open_unlinked(folder)
     ending.callback(os.close, descriptor)
     content = os.urandom(n_bytes)  # zram would compress anything else
-    before = held_bytes()
+    began_s, before = time.monotonic(), held_bytes()
     os.pwrite(descriptor, content, 0)
     os.fdatasync(descriptor)
-    return held_bytes() - before
+    written_s, written = time.monotonic(), held_bytes()
+    time.sleep(written_s - began_s)
+    return written - before - (held_bytes() - written)
 
 
 def found_before(folder: str) -> str:
