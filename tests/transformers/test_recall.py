@@ -170,9 +170,8 @@ def test_one_token_in_eight_is_observed_and_what_it_wants_comes(story):
     before = story.engine.recalled()
     story.engine.recall(Recall(**{**RECALL_AHEAD, "mode": "follow"}))
     looks = story.cache.recaller.demand.observed
-    token = story.question[:, -1:]
-    for _ in range(16):
-        story.model(token, **with_cache(story.cache))
+    for token in story.question.repeat(1, 16)[0, -16:]:  # so that one that is observed ends the question
+        story.model(token.reshape(1, 1), **with_cache(story.cache))
     assert story.cache.recaller.demand.observed == looks + 2
     assert since(story.engine, before).blocks > 0
 
