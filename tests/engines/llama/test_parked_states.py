@@ -165,6 +165,8 @@ def test_without_a_place_states_are_saved_all_the_same(tiny_model, monkeypatch):
         source=FakeSource(),
         **SMALL,
     )
+    park = llm.governor.engine.describe().capabilities.park
+    assert park.why == "there is no place to park"  # also before any cache was looked at
     llm.eval(llm.tokenize(PROMPT.encode()))
     state = llm.save_state()
     text = text_of(llm(PROMPT, **GREEDY))

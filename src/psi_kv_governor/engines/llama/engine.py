@@ -104,7 +104,7 @@ class LlamaEngine:
             engine="llama",
             capabilities=Capabilities(
                 release=of_cells,
-                park=(able if self._place else placeless) if parks else none_yet,
+                park=placeless if not self._place else able if parks else none_yet,
                 mask=(mask if self._place else placeless) if by_cell or not regions else state,
                 evict=_NOTHING_THROWN_AWAY if self._place else of_cells,
                 blobs=placeless if not self._place else able if self._knows_blobs else no_blobs,
