@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import subprocess
 import sys
 
@@ -160,10 +161,13 @@ def test_one_that_is_only_written_is_loaded_without_the_disk(demo_model, folder)
 def test_one_that_is_freed_while_it_is_written_goes_and_nothing_else(demo_model, folder):
     with program_of(FREES_WHILE_WRITTEN, demo_model, folder, "memory") as (program, fleet):
         program.stdout.readline()
-        written = [do_all(fleet, verb)[1].written_bytes for verb in (Verb.PARK, Verb.WRITE_BEHIND) * 100]
+        written = 0
+        for verb in itertools.cycle((Verb.PARK, Verb.WRITE_BEHIND)):
+            written += do_all(fleet, verb)[1].written_bytes > 0
+            if written > 10:
+                break
         print(file=program.stdin, flush=True)
         number, different, mapped = map(int, program.stdout.readline().split())
-    assert sum(map(bool, written)) > 10
     assert number > 10
     assert (different, mapped) == (1, 0)
 
