@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
@@ -118,17 +119,19 @@ def _figures(pairs: Sequence[Pair]) -> Iterator[Figure]:
 
 
 def table(pairs: Sequence[Pair]) -> Table:
-    """Who lives in what."""
+    """Who lives in what. Of a surrounding that was played more often, the numbers are of the last time."""
     rows = []
-    for pair in pairs:
+    for _, played in groupby(pairs, lambda pair: pair.surrounding):
+        times = list(played)
+        pair = times[-1]
         plain, governed = pair.plain, pair.governed
         ratio = f"{governed.tokens_per_s / plain.tokens_per_s:.2f}" if plain.tokens_per_s else "-"
         rows.append(
             [
                 pair.surrounding,
                 pair.about,
-                plain.outcome,
-                governed.outcome,
+                _outcome([one.plain.outcome for one in times]),
+                _outcome([one.governed.outcome for one in times]),
                 pair.answers,
                 ratio if governed.tokens_per_s else "-",
                 f"{governed.returned_bytes / 1e6:.0f}",
@@ -143,6 +146,12 @@ def table(pairs: Sequence[Pair]) -> Table:
         ],
         rows=rows,
     )  # fmt: skip
+
+
+def _outcome(outcomes: Sequence[str]) -> str:
+    """In a word; of several that differ, how many live."""
+    alive = f"{outcomes.count('lives')} of {len(outcomes)} live"
+    return outcomes[0] if len(set(outcomes)) == 1 else alive
 
 
 def _short(why: str) -> str:

@@ -21,11 +21,15 @@ class _Record(msgspec.Struct):
 
 def rows() -> list[Pair]:
     """All surroundings: of the whole run, and of later runs (a folder each), which replace them."""
-    found: dict[str, Pair] = {}
+    found: dict[str, list[Pair]] = {}
     for record in (RECORDS / "result.json", *sorted(RECORDS.glob("*/result.json"))):
         pairs = msgspec.json.decode(record.read_bytes(), type=_Record).rows
-        found |= {pair.surrounding: pair for pair in pairs if pair.surrounding in SURROUNDINGS}
-    return list(found.values())
+        known = [pair for pair in pairs if pair.surrounding in SURROUNDINGS]
+        found |= {
+            name: [pair for pair in known if pair.surrounding == name]
+            for name in dict.fromkeys(pair.surrounding for pair in known)
+        }
+    return [pair for pairs in found.values() for pair in pairs]
 
 
 def filled(page: str, pairs: list[Pair]) -> str:
