@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import msgspec
 import pytest
 
 from psi_kv_governor.errors import BadInputError
@@ -38,6 +39,13 @@ def test_answers_differ_where_nothing_was_masked_or_the_context_is_not_whole_aga
     assert pair("lives", "lives", tokens=((1, 2), (1, 3))).answers == "differ"
     assert pair("lives", "lives", tokens=((1, 2), (1, 3)), masked=7).answers == "told: 7 masked"
     assert pair("lives", "lives", again=((1,), (2,)), masked=7).answers == "differ"
+
+
+def test_a_surrounding_that_was_played_more_often_has_one_row_whatever_came_between():
+    other = msgspec.structs.replace(pair("killed", "killed"), surrounding="other")
+    rows = survival.table([pair("lives", "lives"), other, pair("lives", "killed"), other]).rows
+    shown = [(name, plain, governed) for name, _, plain, governed, *_ in rows]
+    assert shown == [("any", "lives", "1 of 2 live"), ("other", "killed", "killed")]
 
 
 def test_each_surrounding_says_what_it_is_and_only_known_ones_are_asked_for():

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import VOCABULARY, filled, next_logits, prompt, tiny_config, tiny_model, with_cache
+from tiny import filled, next_logits, prompt, tiny_config, tiny_model, with_cache
 
 from psi_kv_governor.engines.transformers import versions
 from psi_kv_governor.engines.transformers.cache import GovernedCache
@@ -69,15 +69,7 @@ def test_a_model_on_a_device_altogether(model, place):
 def test_a_model_with_nothing_but_sliding_windows(place):
     from transformers import MistralConfig
 
-    config = MistralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=32,
-    )
+    config = tiny_config(MistralConfig, num_hidden_layers=2, sliding_window=32)
     assert "DynamicSlidingWindowLayer" in refused(
         lambda: GovernedCache(tiny_model(config=config), place=place)
     )

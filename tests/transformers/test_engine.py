@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from tiny import COUNT, VOCABULARY, do, filled, next_logits, prompt, tiny_config, tiny_model, with_cache
+from tiny import COUNT, do, filled, next_logits, prompt, tiny_config, tiny_model, with_cache
 
 from psi_kv_governor.cache import Plan, Range, Step, Verb
 from psi_kv_governor.engines.transformers.engine import TransformersEngine
@@ -128,16 +128,8 @@ def test_hooks_of_a_cache_go_with_it(engine, model, place):
 def test_sliding_layers_stay_stock_while_the_others_are_governed(engine, place):
     from transformers import Gemma2Config
 
-    config = Gemma2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        sliding_window=16,
-        max_position_embeddings=512,
+    config = tiny_config(
+        Gemma2Config, num_hidden_layers=4, head_dim=16, sliding_window=16, max_position_embeddings=512
     )
     model = tiny_model("eager", config=config)
     ids, mask = prompt(50), {"attention_mask": torch.ones(1, 50, dtype=torch.long)}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny import VOCABULARY, filled, prompt, tiny_model, with_cache
+from tiny import VOCABULARY, filled, prompt, tiny_config, tiny_model, with_cache
 
 from psi_kv_governor.cache import Plan, Range, Step, Verb
 from psi_kv_governor.policy import get_policy
@@ -32,13 +32,8 @@ def capped_config():
     """A scale and a cap of its own, such that neither can be left out."""
     from transformers import Gemma2Config
 
-    return Gemma2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+    return tiny_config(
+        Gemma2Config,
         head_dim=16,
         query_pre_attn_scalar=1,
         attn_logit_softcapping=0.5,

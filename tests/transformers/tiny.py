@@ -13,8 +13,8 @@ COUNT = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token
 RECALL_AHEAD = {"mode": "ahead", "sink_cells": 32, "window_cells": 64, "bytes_per_s": 1e9}
 
 
-def tiny_config(**changes) -> PretrainedConfig:
-    return LlamaConfig(
+def tiny_config(kind: type[PretrainedConfig] = LlamaConfig, **changes) -> PretrainedConfig:
+    return kind(
         **{
             "vocab_size": VOCABULARY,
             "hidden_size": 64,

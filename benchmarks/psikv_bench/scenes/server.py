@@ -155,17 +155,26 @@ def _calm(
         clients = [
             ending.enter_context(_standing(words, options, governed=governed)) for governed in (False, True)
         ]
-        for kind in ("one-shot", "first", "return"):
-            for number in range(_CALM_TALKS if kind == "first" else options.calm_pairs + 1):
-                recorder.say(f"calm, {kind}, request {number} of {options.calm_pairs}")
-                which = number % _CALM_TALKS if kind == "return" else number
-                prompt = prompts("Calm" if kind == "one-shot" else "Talk", which, _CALM_TOKENS)
-                took_s = {}
-                for side in (0, 1) if number % 2 else (1, 0):
-                    clients[side].ask(kind, number, prompt + (" And then" if kind == "return" else ""))
-                    took_s[side] = clients[side].run.requests[-1].seconds
-                if number and kind != "first":  # the first finds cold pages
-                    yield kind, took_s[0] / took_s[1]
+
+        def ratio(kind: str, number: int, prompt: str) -> float:
+            recorder.say(f"calm, {kind}, request {number} of {options.calm_pairs}")
+            took_s = {}
+            for side in (0, 1) if number % 2 else (1, 0):
+                clients[side].ask(kind, number, prompt)
+                took_s[side] = clients[side].run.requests[-1].seconds
+            return took_s[0] / took_s[1]
+
+        talks = [prompts("Talk", number, _CALM_TOKENS) for number in range(_CALM_TALKS)]
+        for number in range(options.calm_pairs + 1):
+            found = ratio("one-shot", number, prompts("Calm", number, _CALM_TOKENS))
+            if number:  # the first finds cold pages
+                yield "one-shot", found
+        for number, talk in enumerate(talks):
+            ratio("first", number, talk)
+        for number in range(options.calm_pairs + 1):
+            found = ratio("return", number, talks[number % _CALM_TALKS] + " And then")
+            if number:
+                yield "return", found
 
 
 @contextlib.contextmanager

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -118,11 +117,18 @@ def _figures(pairs: Sequence[Pair]) -> Iterator[Figure]:
             yield figure("tokens/s over plain", "x", [ratio], case=pair.surrounding)
 
 
+def by_surrounding(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
+    """Those of each surrounding, in order, however they were played."""
+    found: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        found.setdefault(pair.surrounding, []).append(pair)
+    return found
+
+
 def table(pairs: Sequence[Pair]) -> Table:
     """Who lives in what. Of a surrounding that was played more often, the numbers are of the last time."""
     rows = []
-    for _, played in groupby(pairs, lambda pair: pair.surrounding):
-        times = list(played)
+    for times in by_surrounding(pairs).values():
         pair = times[-1]
         plain, governed = pair.plain, pair.governed
         ratio = f"{governed.tokens_per_s / plain.tokens_per_s:.2f}" if plain.tokens_per_s else "-"

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from psikv_bench.record import as_table
-from psikv_bench.scenes.survival import Pair, table
+from psikv_bench.scenes.survival import Pair, by_surrounding, table
 from psikv_bench.survival.surroundings import SURROUNDINGS
 
 ROOT = Path(__file__).parents[3]
@@ -24,11 +24,7 @@ def rows() -> list[Pair]:
     found: dict[str, list[Pair]] = {}
     for record in (RECORDS / "result.json", *sorted(RECORDS.glob("*/result.json"))):
         pairs = msgspec.json.decode(record.read_bytes(), type=_Record).rows
-        known = [pair for pair in pairs if pair.surrounding in SURROUNDINGS]
-        found |= {
-            name: [pair for pair in known if pair.surrounding == name]
-            for name in dict.fromkeys(pair.surrounding for pair in known)
-        }
+        found |= by_surrounding(pair for pair in pairs if pair.surrounding in SURROUNDINGS)
     return [pair for pairs in found.values() for pair in pairs]
 
 
