@@ -125,6 +125,28 @@ def test_what_a_check_raises_is_a_line_of_it():
         assert found.detail == "it can't be looked at: RuntimeError: two lines"
 
 
+@pytest.mark.llama
+def test_a_program_that_has_decoded_is_not_forked_to_be_looked_at(shallow_model):
+    """The child would wait for ever for the decoding threads, which a fork does not take along."""
+    program = (
+        "import sys, pathlib\n"
+        "from psi_kv_governor import doctor, llama\n"
+        "from psi_kv_governor.config import GovernorConfig\n"
+        "llm = llama.GovernedLlama(sys.argv[1], n_ctx=256, n_threads=2, verbose=False, auto=False)\n"
+        "llm.eval([1] * 64)\n"
+        "for check in doctor.run_checks(GovernorConfig(), pathlib.Path(sys.argv[1]), isolated=True):\n"
+        "    print(check.name, check.state, sep=': ')\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program, str(shallow_model)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert "can release: ok" in ran.stdout.splitlines(), ran.stdout + ran.stderr
+
+
 def test_what_stands_still_is_not_waited_for():
     with pytest.raises(EndedError, match="longer than 0 s"):
         looked(lambda: time.sleep(60), int, longest_s=0.3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -39,8 +40,10 @@ def run_checks(
     """All checks in the order of the ladder, each as soon as it is known; `model` None is the demo model.
 
     `isolated`: each in a child process, so that what kills it (a seccomp filter, a library that is broken, a
-    disk that answers no more) is told and ends nothing else. Not where llama.cpp is loaded already.
+    disk that answers no more) is told and ends nothing else. Where llama.cpp is loaded already, they are made
+    here: a forked child has its locks, as they were held, without the threads that would give them up.
     """
+    isolated = isolated and "llama_cpp" not in sys.modules
     looks: list[tuple[str, Callable[[], Iterable[Check]]]] = [
         ("pressure", lambda: [preflight.check_pressure(root)]),
         ("cgroup", lambda: [preflight.check_cgroup(root)]),
