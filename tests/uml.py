@@ -5,8 +5,11 @@ It has no PSI. `apt install user-mode-linux` has it; it boots in two seconds.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -45,16 +48,21 @@ def run(script: str, folder: Path, *, memory_mib: int = 400, options: tuple[str,
     init.chmod(0o755)
     command = ["linux.uml", f"mem={memory_mib}M", "rootfstype=hostfs", "root=/dev/root", "rootflags=/", "ro"]
     command += [f"init={init}", "con=null", "con0=fd:0,fd:1", "quiet", f"umid=psi-kv-{folder.name}", *options]
-    done = subprocess.run(
+    with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        timeout=150,
-        check=False,
+        start_new_session=True,
         env={"HOME": str(folder), "PATH": "/usr/bin:/bin", "TMPDIR": str(folder)},
-    )
-    out = done.stdout.partition("<<<")[2].partition(">>>")[0].strip()
-    assert out.startswith("{"), done.stdout[-3000:] + done.stderr[-2000:]
+    ) as machine:
+        try:
+            printed, errors = machine.communicate(timeout=150)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # processes of its own hold its output open
+                os.killpg(machine.pid, signal.SIGKILL)
+    out = printed.partition("<<<")[2].partition(">>>")[0].strip()
+    assert out.startswith("{"), printed[-3000:] + errors[-2000:]
     return json.loads(out)

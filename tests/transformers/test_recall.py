@@ -105,6 +105,10 @@ def test_a_fact_that_was_given_up_comes_back_for_its_question(story):
     assert 0 < told.read_bytes <= story.gone.cells * story.cache.cell_bytes
     wanted = story.engine.evidence(story.cache.id, 0).demand(story.fact)  # to a policy it is one more score
     assert np.nanmax(wanted) >= exchange.LEAST_SHARE
+    story.whole()
+    story.model(story.question, **with_cache(story.cache))
+    wanted = story.engine.evidence(story.cache.id, 0).demand(story.fact)
+    assert np.isnan(wanted).all()  # and nothing to the next pressure
 
 
 def test_as_many_positions_are_live_as_before_and_a_summary_is_small(story):

@@ -24,6 +24,29 @@ def _machine(around: Around, memory_bytes: int, *before: str) -> None:
     )
 
 
+def board(around: Around) -> None:
+    """A board without PSI, swap or cgroups, that lacks half of the cache beside a neighbour of 100 MB/s."""
+    _machine(around, around.short_bytes + whole.KERNEL_BYTES)
+
+
+def board_with_room(around: Around) -> None:
+    """The same board, with 20 MiB more than both programs take."""
+    _machine(around, around.need_bytes + 130 * MIB + whole.KERNEL_BYTES)
+
+
+def memory_high(around: Around) -> None:
+    """A cgroup of v2 whose memory.high (no limit beside it) lacks half of the cache, without PSI or swap."""
+    high = around.short_bytes
+    _machine(
+        around,
+        high + 256 * MIB,
+        "echo +memory > /sys/fs/cgroup/cgroup.subtree_control",
+        "mkdir /sys/fs/cgroup/box",
+        f"echo {high} > /sys/fs/cgroup/box/memory.high",
+        "echo $$ > /sys/fs/cgroup/box/cgroup.procs",
+    )
+
+
 def earlyoom(around: Around) -> None:
     """Debian's earlyoom at 10 % on a machine without PSI or swap: the neighbour leaves less."""
     program = whole.earlyoom(around.folder.parent)

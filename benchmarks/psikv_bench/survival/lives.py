@@ -20,7 +20,7 @@ from psi_kv_governor.sandbox import llm as models
 from psi_kv_governor.sandbox.messages import Setup, Variant
 from psi_kv_governor.sandbox.process_memory import glance
 from psi_kv_governor.sandbox.text import prompt_tokens
-from psikv_bench.survival import subject
+from psikv_bench.survival import subject, whole
 from psikv_bench.survival.around import Around
 from psikv_bench.survival.surroundings import SURROUNDINGS
 
@@ -184,8 +184,7 @@ def _started(order: subject.Order, around: Around) -> Iterator[subprocess.Popen[
     try:
         yield child
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            child.kill()
+        whole.kill(child)
         child.wait()
         for pipe in (child.stdin, child.stdout, child.stderr):
             if pipe is not None:
@@ -232,7 +231,7 @@ def _hear(child: subprocess.Popen[bytes], event: str, limit_s: float) -> subject
 def _end(child: subprocess.Popen[bytes], *, kill: bool) -> str:
     """Wait for its end; gives the last that it said on stderr, which is a pipe: it may be allowed no file."""
     if kill:
-        child.kill()
+        whole.kill(child)
     assert child.stderr is not None
     lines = child.stderr.read().decode(errors="replace").strip().splitlines()
     child.wait()

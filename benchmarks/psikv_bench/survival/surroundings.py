@@ -258,7 +258,7 @@ SURROUNDINGS: dict[str, Callable[[Around], None]] = {
         calm, hardened, random_user, read_only, noexec, no_compiler, no_threads, no_files, no_swap, zram,
         tmpfs, overlay, loop, full_disk, slow_disk, slow_disk_and_room, slowest_disk_and_room, huge_pages,
         mapped_files, mapped_index, other_container, locked, frozen, just_fits,
-        boards.earlyoom,
+        boards.earlyoom, boards.board, boards.board_with_room, boards.memory_high,
     )
 }  # fmt: skip
 """By name; the docstring says what it is."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from psi_kv_governor.errors import PsiKvError
 
@@ -67,6 +71,16 @@ def command(
         "linux.uml", f"mem={memory_bytes >> 20}M", "rootfstype=hostfs", "root=/dev/root", "rootflags=/", "ro",
         f"init={init}", "con=null", "con0=fd:0,fd:1", "quiet", f"umid={folder.name[:48]}", f"ubd0={image}",
     ]  # fmt: skip
+
+
+def kill(child: subprocess.Popen[Any]) -> None:
+    """End `child` at once. A machine is several processes in a group that it makes, and those that are left
+    hold its output open, so that its reader would wait for ever."""
+    with contextlib.suppress(ProcessLookupError):
+        if os.getpgid(child.pid) == child.pid:
+            os.killpg(child.pid, signal.SIGKILL)
+        else:
+            child.kill()
 
 
 def native_folder(folder: Path) -> str:

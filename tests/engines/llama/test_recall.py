@@ -121,6 +121,18 @@ def test_a_fact_that_was_given_up_comes_back_for_its_question(story):
     assert np.nanmax(wanted) >= WANTED
 
 
+def test_what_was_asked_for_is_no_news_to_the_next_pressure(story):
+    """A trim would keep what questions of long ago wanted, and give up what is looked at now."""
+    story.read()
+    do(story.engine, Verb.UNMASK)
+    story.llm.eval(story.question)  # nobody looks for anything while all is there
+    (cache,) = story.engine.snapshot().caches
+    evidence = story.engine.evidence(cache.id, 0)
+    assert np.isnan(evidence.demand(Range(0, len(story.tokens)))).all()
+    do(story.engine, Verb.MASK, story.gone)
+    assert np.isnan(evidence.demand(story.fact)).all()
+
+
 def test_as_many_cells_are_live_after_an_exchange_as_before(story):
     told = story.read()
     masked = sequence(story.engine).masked

@@ -157,6 +157,8 @@ class Recaller:
             return
         self._late = None
         if self.why_not or self._ledger.settings.mode == "off" or not cache.places.masked:
+            if self.demand.observed:  # when pressure returns, other questions count
+                self.demand = Demand()
             return
         hidden = kwargs.get("hidden_states", args[0] if args else None)
         angles = kwargs.get("position_embeddings")

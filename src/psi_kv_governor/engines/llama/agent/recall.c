@@ -134,6 +134,18 @@ static int32_t only_sequence(const struct llama_batch * batch, int32_t i) {
     return batch->n_seq_id && batch->seq_id ? (batch->n_seq_id[i] == 1 ? batch->seq_id[i][0] : -1) : 0;
 }
 
+// Once all is back nobody asks: when pressure returns, other questions count. And other tokens in a row were not asked for.
+static void forget_stale(const struct region * region, struct recall * r, const int64_t * rows, int64_t n) {
+    if (region->n_masked == 0 && r->observed > REST) {
+        r->observed = REST;
+        memset(r->score, 0, (size_t) r->n_blocks * sizeof(float));
+        memset(r->moved, 0, (size_t) r->n_blocks * sizeof(uint32_t));
+    }
+    for (int64_t i = 0; i < n; i++) {
+        r->score[rows[i] / BLOCK_CELLS] = 0.0f;
+    }
+}
+
 // Before a graph that decodes `n` tokens into `rows`, the tokens `next` and on of the batch: whether it is observed.
 // The lock is held.
 bool recall_before(struct region * region, const struct llama_batch * batch, int32_t next, const int64_t * rows, int64_t n) {
@@ -142,6 +154,7 @@ bool recall_before(struct region * region, const struct llama_batch * batch, int
         return false;
     }
     r->due = false;
+    forget_stale(region, r, rows, n);
     if (recall_settings.mode == 0 || region->n_masked == 0 || !batch || n < 1 || next + n > batch->n_tokens) {
         return false;
     }
@@ -163,8 +176,7 @@ bool recall_before(struct region * region, const struct llama_batch * batch, int
     }
     const int64_t row = rows[r->last_token];
     struct sequence * sequence = r->sequence >= 0 ? map_sequence(region, r->sequence, false) : NULL;
-    if (!sequence || row < 0 || row >= region->n_rows ||
-        (batch->pos && batch->pos[next + r->last_token] != region->pos[row])) {
+    if (!sequence || row < 0 || row >= region->n_rows || (batch->pos && batch->pos[next + r->last_token] != region->pos[row])) {
         return false;  // the graph's tokens may come in another order than the batch's
     }
     memset(r->parked, 0, (size_t) r->n_rows);
@@ -174,11 +186,10 @@ bool recall_before(struct region * region, const struct llama_batch * batch, int
             r->parked[cell] = r->any = true;
         }
     }
-    r->due = r->any;
-    for (int64_t b = 0; r->due && b < r->n_blocks; b++) {
+    for (int64_t b = 0; r->any && b < r->n_blocks; b++) {
         r->now[b] = -INFINITY;
     }
-    r->any = false;
+    r->due = r->any, r->any = false;
     return r->due;
 }
 
@@ -213,7 +224,7 @@ void recall_observe(struct region * region, const struct tensor * keys, const st
 }
 
 float recall_wanted(const struct recall * r, int64_t row) {
-    return r && r->observed > REST ? r->score[row / BLOCK_CELLS] : NAN;  // it begins at REST
+    return r && recall_settings.mode > 0 && r->observed > REST ? r->score[row / BLOCK_CELLS] : NAN;  // it begins at REST
 }
 
 // ---- around a call ------------------------------------------------------------------------------------------------------
