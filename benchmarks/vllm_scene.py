@@ -59,6 +59,7 @@ class Engine:
         folder: Path,
         kind: str,
         *,
+        model: str = "wide",
         processes: int = 1,
         prefix: Sequence[str] = (),
         environ: Mapping[str, str] | None = None,
@@ -68,7 +69,7 @@ class Engine:
         environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(processes > 1))
         with (folder / f"{kind}.log").open("wb") as log:
             self.child = sandbox.popen(
-                [*prefix, sys.executable, str(CHILD), kind, str(folder / "wide"), json.dumps(options)],
+                [*prefix, sys.executable, str(CHILD), kind, str(folder / model), json.dumps(options)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
