@@ -133,6 +133,17 @@ def test_what_was_asked_for_is_no_news_to_the_next_pressure(story):
     assert np.isnan(evidence.demand(story.fact)).all()
 
 
+def test_who_goes_back_to_what_was_sampled_knows_of_no_later_question(story):
+    story.engine.collect(frozenset({"attention"}))
+    story.read(mode="off")
+    evidence = story.engine.evidence(story.engine.snapshot().caches[0].id, 0)
+    sampled = evidence.sampled()
+    story.read()
+    assert not np.isnan(evidence.demand(story.fact)).all()
+    evidence.rewind(sampled)
+    assert np.isnan(evidence.demand(story.fact)).all()
+
+
 def test_as_many_cells_are_live_after_an_exchange_as_before(story):
     told = story.read()
     masked = sequence(story.engine).masked

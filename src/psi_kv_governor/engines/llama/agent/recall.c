@@ -96,8 +96,7 @@ static struct recall * recall_new(const struct region * region) {
     r->moved      = calloc(blocks, sizeof(uint32_t));
     r->logits     = calloc(rows, MAX_QUERIES * sizeof(float));
     r->highest    = calloc(blocks, MAX_QUERIES * sizeof(float));
-    if (!r->n_layers || !r->summaries || !r->summarised || !r->parked || !r->score || !r->now || !r->moved || !r->logits ||
-        !r->highest) {
+    if (!r->n_layers || !r->summaries || !r->summarised || !r->parked || !r->score || !r->now || !r->moved || !r->logits || !r->highest) {
         recall_free(r);
         return NULL;
     }
@@ -134,15 +133,11 @@ static int32_t only_sequence(const struct llama_batch * batch, int32_t i) {
     return batch->n_seq_id && batch->seq_id ? (batch->n_seq_id[i] == 1 ? batch->seq_id[i][0] : -1) : 0;
 }
 
-// Once all is back nobody asks: when pressure returns, other questions count. And other tokens in a row were not asked for.
-static void forget_stale(const struct region * region, struct recall * r, const int64_t * rows, int64_t n) {
-    if (region->n_masked == 0 && r->observed > REST) {
+void recall_forget(struct recall * r) {
+    if (r && r->observed > REST) {
         r->observed = REST;
         memset(r->score, 0, (size_t) r->n_blocks * sizeof(float));
         memset(r->moved, 0, (size_t) r->n_blocks * sizeof(uint32_t));
-    }
-    for (int64_t i = 0; i < n; i++) {
-        r->score[rows[i] / BLOCK_CELLS] = 0.0f;
     }
 }
 
@@ -154,7 +149,12 @@ bool recall_before(struct region * region, const struct llama_batch * batch, int
         return false;
     }
     r->due = false;
-    forget_stale(region, r, rows, n);
+    if (region->n_masked == 0) {
+        recall_forget(r);  // all is back: when pressure returns, other questions count
+    }
+    for (int64_t i = 0; i < n; i++) {
+        r->score[rows[i] / BLOCK_CELLS] = 0.0f;  // nobody asked for what is there now
+    }
     if (recall_settings.mode == 0 || region->n_masked == 0 || !batch || n < 1 || next + n > batch->n_tokens) {
         return false;
     }

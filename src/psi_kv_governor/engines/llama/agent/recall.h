@@ -53,6 +53,7 @@ extern struct recall_told recall_told;
 void recall_summarise(struct region * region, const uint8_t * rows);   // those that are 3 are about to be parked
 char * recall_tell(struct region * region, char * to, char * end);
 float recall_wanted(const struct recall * recall, int64_t row);            // share of attention of late; NaN: not observed
+void recall_forget(struct recall * recall);                                // what was wanted so far
 void recall_free(struct recall * recall);
 const char * recall_why_not(const struct region * region);             // NULL: it works
 bool recall_before(struct region * region, const struct llama_batch * batch, int32_t next, const int64_t * rows, int64_t n);

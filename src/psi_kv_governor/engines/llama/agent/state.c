@@ -153,6 +153,9 @@ char * tell_sampled(struct region * region, const char * from, size_t n_from, ch
     void * parts[3];
     pthread_mutex_lock(&agent.lock);
     const size_t bytes = region->sampler ? sampler_memory(region->sampler, parts) : 0;
+    if (bytes && n_from == 3 * bytes) {
+        recall_forget(region->recall);
+    }
     for (int i = 0; i < 3 && bytes && to; i++) {
         if (n_from == 3 * bytes) {
             memcpy(parts[i], from + (size_t) i * bytes, bytes);
