@@ -152,7 +152,7 @@ bool recall_before(struct region * region, const struct llama_batch * batch, int
     if (region->n_masked == 0) {
         recall_forget(r);  // all is back: when pressure returns, other questions count
     }
-    for (int64_t i = 0; i < n; i++) {
+    for (int64_t i = 0; i < n && rows[i] >= 0 && rows[i] < r->n_rows; i++) {
         r->score[rows[i] / BLOCK_CELLS] = 0.0f;  // nobody asked for what is there now
     }
     if (recall_settings.mode == 0 || region->n_masked == 0 || !batch || n < 1 || next + n > batch->n_tokens) {
