@@ -5,11 +5,8 @@ It has no PSI. `apt install user-mode-linux` has it; it boots in two seconds.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +38,8 @@ def why_not() -> str:
 
 def run(script: str, folder: Path, *, memory_mib: int = 400, options: tuple[str, ...] = ()) -> Any:
     """The JSON that `script` (Python) prints on a machine of so much memory with this package."""
+    from psikv_bench.survival import whole  # not in each environment in which conftest.py is read
+
     (folder / "script.py").write_text(script)
     sources = Path(psi_kv_governor.__file__).parents[1]
     init = folder / "init.sh"
@@ -55,14 +54,12 @@ def run(script: str, folder: Path, *, memory_mib: int = 400, options: tuple[str,
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        start_new_session=True,
         env={"HOME": str(folder), "PATH": "/usr/bin:/bin", "TMPDIR": str(folder)},
     ) as machine:
         try:
             printed, errors = machine.communicate(timeout=150)
         finally:
-            with contextlib.suppress(ProcessLookupError):  # processes of its own hold its output open
-                os.killpg(machine.pid, signal.SIGKILL)
+            whole.kill(machine)
     out = printed.partition("<<<")[2].partition(">>>")[0].strip()
     assert out.startswith("{"), printed[-3000:] + errors[-2000:]
     return json.loads(out)

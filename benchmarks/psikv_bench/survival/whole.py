@@ -75,7 +75,10 @@ def command(
 
 def kill(child: subprocess.Popen[Any]) -> None:
     """End `child` at once. A machine is several processes in a group that it makes, and those that are left
-    hold its output open, so that its reader would wait for ever."""
+    hold its output open, so that its reader would wait for ever. Nothing is done once it was waited for: its
+    number may be another's by then."""
+    if child.returncode is not None:
+        return
     with contextlib.suppress(ProcessLookupError):
         if os.getpgid(child.pid) == child.pid:
             os.killpg(child.pid, signal.SIGKILL)
