@@ -55,7 +55,7 @@ def test_it_sleeps_its_time(sleeper):
 
 @pytest.mark.parametrize("timeout_s", [0.0, -1.0])
 def test_no_time_is_no_sleep(sleeper, timeout_s):
-    assert lasted_s(sleeper, timeout_s) < 0.05
+    assert min(lasted_s(sleeper, timeout_s) for _ in range(20)) < 0.01  # any one may wait for a processor
 
 
 def test_another_thread_ends_the_sleep(sleeper):
@@ -115,10 +115,13 @@ def test_a_waker_that_never_stops_wakes_ten_times_a_second(piped):
 
 def test_short_sleeps_stay_short_while_a_waker_rests(piped):
     sleeper, writing = piped
-    os.write(writing, b"x")
-    sleeper.wait(1.0)
-    os.write(writing, b"x")
-    assert 0.02 <= lasted_s(sleeper, 0.02) < REST_S
+    lasts_s = []
+    for _ in range(10):  # any one may wait for a processor
+        os.write(writing, b"x")
+        sleeper.wait(1.0)
+        os.write(writing, b"x")
+        lasts_s.append(lasted_s(sleeper, 0.02))
+    assert 0.02 <= min(lasts_s) < REST_S
 
 
 class Restless:
