@@ -189,13 +189,13 @@ uint64_t held_in(uint64_t first, uint64_t last, uint64_t * swapped);
 uint64_t park_pages(struct region * region, uint64_t first, uint64_t last, uint64_t * written);
 // Writes them while they stay resident.
 void write_pages(struct region * region, uint64_t first, uint64_t last);
-// Reads them back; gives the bytes that became resident.
-uint64_t unpark_pages(struct region * region, uint64_t first, uint64_t last);
 // The kernel reads no more for one call than it would by itself (128 KiB on most machines), and forgets the rest of a
 // greater wish without a word: that came page by page, 0.3 s and more for a conversation of 600 tokens.
 #define AHEAD_BYTES (128u << 10)
 // Starts reading them, without waiting.
 void expect_pages(struct region * region, uint64_t first, uint64_t last);
+// Has them back.
+void read_pages(uint64_t first, uint64_t last);
 // Drops their content. Gives the resident bytes that went.
 uint64_t drop_pages(struct region * region, uint64_t first, uint64_t last);
 // Whether the graph that runs may write into these pages.

@@ -214,16 +214,12 @@ void expect_pages(struct region * region, uint64_t first, uint64_t last) {
     }
 }
 
-uint64_t unpark_pages(struct region * region, uint64_t first, uint64_t last) {
-    const uint64_t before = resident_in(first, last);
+void read_pages(uint64_t first, uint64_t last) {
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22
 #endif
-    expect_pages(region, first, last);
     // Read, never written: what comes back comes back clean, and the kernel can take it again.
     (void) madvise((void *) first, last - first, MADV_POPULATE_READ);
-    const uint64_t after = resident_in(first, last);
-    return after > before ? after - before : 0;
 }
 
 // A saved state: its own unlinked file, which vanishes with the mapping. It is on the disk when this returns; pages that
