@@ -183,13 +183,13 @@ bool recall_before(struct region * region, const struct llama_batch * batch, int
     for (int32_t i = 0; i < sequence->n; i++) {
         const int32_t cell = sequence->rows[i];
         if ((region->flags[cell] & ROW_MASKED) && r->summarised[cell]) {
-            r->parked[cell] = r->any = true;
+            r->parked[cell] = r->due = true;
         }
     }
-    for (int64_t b = 0; r->any && b < r->n_blocks; b++) {
+    for (int64_t b = 0; r->due && b < r->n_blocks; b++) {
         r->now[b] = -INFINITY;
     }
-    r->due = r->any, r->any = false;
+    r->any = false;
     return r->due;
 }
 
