@@ -19,11 +19,11 @@ CHUNK = 256
 WARM = 256
 
 
-def anonymous_and_cached_bytes() -> int:
-    """Resident bytes of this process: anonymous, and of files."""
+def anonymous_bytes() -> int:
+    """Resident bytes of this process, less those of files: the code of libraries comes and goes."""
     with open("/proc/self/status") as status:
         fields = dict(line.split(":", 1) for line in status)
-    return sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssFile", "RssShmem")) * 1024
+    return sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem")) * 1024
 
 
 def make(kind: str, model):
@@ -40,7 +40,7 @@ def main(kind: str, layers: int, tokens: int, steps: int) -> None:
     ids = prompt(tokens)
     model(prompt(WARM), **with_cache(make("stock", model)))  # what libraries take for themselves
     gc.collect()
-    before = anonymous_and_cached_bytes()
+    before = anonymous_bytes()
     cache = make(kind, model)
     for start in range(0, tokens, CHUNK):
         logits = model(ids[:, start : start + CHUNK], **with_cache(cache), logits_to_keep=1).logits
@@ -54,7 +54,7 @@ def main(kind: str, layers: int, tokens: int, steps: int) -> None:
         started = time.perf_counter()
         logits = model(token, **with_cache(cache)).logits
         times.append(time.perf_counter() - started)
-    print("resident", anonymous_and_cached_bytes() - before, flush=True)
+    print("resident", anonymous_bytes() - before, flush=True)
     print("step_s", sorted(times)[len(times) // 2], flush=True)
     print("tokens", *chosen, flush=True)
 

@@ -174,7 +174,7 @@ def _play(onset: Onset, mode: Mode, governed: bool, sizes: Sizes, asked: Latency
 
     onset.press(sizes.load_bytes, asked.rate, is_over, asked.hold_max_s)
     began_s = time.monotonic()
-    # What was idle is parked and not masked: it comes back when it is used, and nobody says that it was restored.
+    # What was idle is parked and not masked: it comes back when it is used, and nobody says so.
     if governed and mode != "idle" and not (onset.killed or onset.neighbour_killed):
         _restore(onset.host, onset, began_s)
     return began_s

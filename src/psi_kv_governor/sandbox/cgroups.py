@@ -144,7 +144,7 @@ def make_group(place: Place, name: str, limit_bytes: int, swap_bytes: int) -> Gr
             Path(place.memory, "cgroup.subtree_control").write_text("+memory")
         for folder in group.folders:
             folder.mkdir()
-        _limit(group, limit_bytes, swap_bytes)
+        set_limit(group, limit_bytes, swap_bytes)
     except OSError as error:
         remove_group(group)
         raise PsiKvError(
@@ -154,7 +154,8 @@ def make_group(place: Place, name: str, limit_bytes: int, swap_bytes: int) -> Gr
     return group
 
 
-def _limit(group: Group, limit_bytes: int, swap_bytes: int) -> None:
+def set_limit(group: Group, limit_bytes: int, swap_bytes: int) -> None:
+    """Limit what may be charged to the group; `swap_bytes` 0 keeps it out of swap. Raises OSError."""
     if group.place.version == 2:
         (group.memory / "memory.max").write_text(str(limit_bytes))
         _write_if_there(group.memory / "memory.swap.max", swap_bytes)
