@@ -79,35 +79,57 @@ static void act_on(struct region * region, enum act act, uint64_t first, uint64_
     }
 }
 
-// Runs of rows with all of `set` and none of `clear`, page by page over all tensors; at most a slice at a time.
-void act_on_rows(struct region * region, const struct request * request, double begin_s, enum act act, const uint8_t * rows, struct reply * reply) {
-    const uint64_t slice = slice_of(region, request);
-    for (int32_t i = 0; i < region->n_tensors && region->alive; i++) {
-        const struct tensor * tensor = &region->tensors[i];
-        if (!tensor->whole_rows) {
+// Where a walk is over the pages of rows, tensor by tensor.
+struct walk {
+    const struct region * region;
+    const uint8_t *       rows;
+    uint64_t              slice, at, last;
+    int64_t               from;
+    int32_t               tensor;
+};
+
+// The next pages that hold nothing but rows that are not 0, one of them asked for at least; a slice at the most.
+static bool walk_on(struct walk * w, uint64_t * first, uint64_t * last) {
+    while (w->at >= w->last) {
+        if (w->tensor >= w->region->n_tensors || !w->region->alive) {
+            return false;
+        }
+        const struct tensor * tensor = &w->region->tensors[w->tensor];
+        if (w->from >= w->region->n_rows || !tensor->whole_rows) {
+            w->from = 0;
+            w->tensor++;
             continue;
         }
-        for (int64_t from = 0; from < region->n_rows;) {
-            if (!rows[from]) {
-                from++;
-                continue;
-            }
-            int64_t to = from, wanted = 0;
-            for (; to < region->n_rows && rows[to]; to++) {
-                wanted += rows[to] > 1;  // 2 and 3: asked for; 1: cold neighbours, which only round the pages
-            }
-            uint64_t first, last;
-            if (wanted && pages_of(region, tensor, from, to, false, &first, &last)) {
-                for (uint64_t at = first; at < last; at += slice) {
-                    if (late(request, begin_s)) {
-                        reply->done = 0;
-                        return;
-                    }
-                    act_on(region, act, at, at + slice < last ? at + slice : last, reply);
-                }
-            }
-            from = to;
+        int64_t to = w->from, wanted = 0;
+        for (; to < w->region->n_rows && w->rows[to]; to++) {
+            wanted += w->rows[to] > 1;  // 2 and 3: asked for; 1: cold neighbours, which only round the pages
         }
+        if (!wanted || !pages_of(w->region, tensor, w->from, to, false, &w->at, &w->last)) {
+            w->at = w->last = 0;
+        }
+        w->from = to + 1;
+    }
+    *first = w->at;
+    *last = w->at = w->at + w->slice < w->last ? w->at + w->slice : w->last;
+    return true;
+}
+
+// Acts on rows that are asked for, page by page over all tensors. What has to be on the disk first is on its way there a
+// slice ahead: a row is a few hundred bytes in each of many tensors, and one piece after the other the disk stands still.
+void act_on_rows(struct region * region, const struct request * request, double begin_s, enum act act, const uint8_t * rows, struct reply * reply) {
+    const bool  writes = region->backing == BACKING_FILE && (act == ACT_PARK || act == ACT_PARK_HERE);
+    struct walk now = {.region = region, .rows = rows, .slice = slice_of(region, request)}, ahead = now;
+    uint64_t    first, last, on_its_way = 0;
+    while (walk_on(&now, &first, &last)) {
+        if (late(request, begin_s)) {
+            reply->done = 0;
+            return;
+        }
+        for (uint64_t a, b; writes && on_its_way < SLICE_BYTES && walk_on(&ahead, &a, &b); on_its_way += b - a) {
+            write_pages(region, a, b);
+        }
+        act_on(region, act, first, last, reply);
+        on_its_way -= writes ? last - first : 0;
     }
 }
 
