@@ -33,10 +33,10 @@ def test_a_mapping_is_memory(place, backing, steps):
             first, last = -(-start // PAGE_BYTES) * PAGE_BYTES, stop // PAGE_BYTES * PAGE_BYTES
             plain[first : max(first, last)] = 0
         if verb == "park":
-            assert done.bytes_returned == before - mapping.resident_bytes()
+            assert 0 <= done.bytes_returned <= before - mapping.resident_bytes()
         if value % 3 == 0:
             np.testing.assert_array_equal(view, plain)
-    # Before, some may stay: what the kernel keeps as one (a large folio) it drops together or not at all.
+    # Not so of a part: what the kernel keeps as one (a large folio) it drops together or not at all.
     assert mapping.park([(0, PAGES * PAGE_BYTES)]).problem == ""
     assert mapping.resident_bytes() == 0
     np.testing.assert_array_equal(view, plain)
