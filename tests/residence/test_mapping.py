@@ -53,6 +53,18 @@ def test_parked_bytes_leave_memory_and_read_as_before(mapping):
     assert mapping.resident_bytes() == 8 * MIB
 
 
+@pytest.mark.parametrize("behind", [False, True], ids=["dirty", "written behind"])
+def test_parts_go_from_between_parts_that_stay(mapping, behind):
+    """Kernels since 6.16 keep what comes at once in large folios, and drop no part of one."""
+    before = filled(mapping)
+    if behind:
+        mapping.write_behind([(0, 8 * MIB)])
+    done = mapping.park([(at, at + 16 * PAGE) for at in range(0, 8 * MIB, 32 * PAGE)])
+    assert done.bytes_returned == 4 * MIB
+    assert mapping.resident_bytes() == 4 * MIB
+    np.testing.assert_array_equal(now(mapping), before)
+
+
 def test_what_was_parked_can_be_written_and_parked_again(mapping):
     expected = filled(mapping)
     for step in range(4):

@@ -26,7 +26,6 @@ PRIVATE = 0x02 | 0x4000
 SHARED = 0x01  # MAP_SHARED
 FIXED = 0x10  # MAP_FIXED, <asm-generic/mman-common.h>
 
-NORMAL = 0  # MADV_NORMAL
 RANDOM = 1  # MADV_RANDOM: faults read no more than their page
 DONTNEED = 4  # MADV_DONTNEED
 DONTFORK = 10  # MADV_DONTFORK

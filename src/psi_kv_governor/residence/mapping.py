@@ -24,12 +24,11 @@ from psi_kv_governor.residence import forks, paging
 from psi_kv_governor.residence.backing import Backing
 from psi_kv_governor.residence.counting import dirty_bytes, in_memory, went
 from psi_kv_governor.residence.parked_file import ParkedFile
-from psi_kv_governor.residence.parts import Done, Part, bytes_of, inward, runs_of, slices
+from psi_kv_governor.residence.parts import Done, Part, batches, bytes_of, inward, runs_of, slices
 from psi_kv_governor.residence.place import Place
 
 SLICE_BYTES = 1 << 20  # unit of work: between two of them time and bytes are looked at
 _SYNC_BYTES = 16 << 20  # unit of writing back: the disk gets enough at once to work at its full speed
-
 MOST_PIECES = 16_384
 """Mappings that parking may make in a process: beyond 65,530 (vm.max_map_count) nobody gets any more."""
 
@@ -80,6 +79,8 @@ class Mapping:
         except OSError as error:
             self.why_not_file = f"{place.folder}: {error.strerror}"
             return
+        with contextlib.suppress(OSError):  # else pages may come in large folios, and no part of one can go
+            memory.advise(self.address, self.n_bytes, memory.RANDOM)
         self.backing, self._shared = "file", True
         self._files.append(file)
         self._of[:] = 1
@@ -132,8 +133,7 @@ class Mapping:
                     break
             if finished and not stay:
                 self._drop_stragglers(runs)
-            if not self._shared:
-                self.pieces = 1 + int(np.count_nonzero(np.diff(self._of)))
+            self.pieces = 1 if self._shared else 1 + int(np.count_nonzero(np.diff(self._of)))
             gone, how = went(self.address, runs, before)
         return Done(bytes_returned=gone, written_bytes=written, finished=finished, problem=why, counted=how)
 
@@ -215,29 +215,30 @@ class Mapping:
         self, parts: Iterable[Part], max_bytes: int | None = None, deadline_s: float = math.inf
     ) -> Done:
         """Read `parts` into memory, clean, so that the kernel can take them again; `max_bytes` at most."""
-        until, back, how = time.monotonic() + deadline_s, 0, "mincore"
+        until, back, how, whole = time.monotonic() + deadline_s, 0, "mincore", True
         most = self.n_bytes if max_bytes is None else max_bytes
         with self._lock:
-            for start, stop in slices(inward(parts, self.n_bytes), SLICE_BYTES):
-                here, how = in_memory(self.address, (start, stop))
-                missing = self._of[start // PAGE_BYTES : stop // PAGE_BYTES] != 0  # what a file holds
-                missing &= True if here is None else ~here
-                if not missing.any():
-                    continue
-                allowed = np.flatnonzero(np.cumsum(missing) * PAGE_BYTES <= most - back)
-                if not len(allowed) or time.monotonic() > until:
+            for batch in batches(inward(parts, self.n_bytes), SLICE_BYTES):
+                coming, n_bytes = [], 0
+                for start, stop in batch:
+                    missing, how = paging.missing(self.address, (start, stop), self._of)
+                    allowed = np.flatnonzero(np.cumsum(missing) * PAGE_BYTES <= most - back - n_bytes)
+                    end = start + (int(allowed[-1]) + 1) * PAGE_BYTES if len(allowed) else start
+                    coming += self._of_files(start, end) if missing.any() else []
+                    n_bytes += bytes_of(missing[: (end - start) // PAGE_BYTES])
+                    if not (whole := end == stop):
+                        break
+                if n_bytes and time.monotonic() > until:
                     return Done(bytes_back=back, finished=False, counted=how)
-                end = start + (int(allowed[-1]) + 1) * PAGE_BYTES
                 try:
-                    for part, file in self._of_files(start, end):
-                        paging.read_in(self.address, file, part, self.buffer)
+                    paging.read_in(self.address, coming, self.buffer)
                 except OSError as error:
                     why = f"it can't be read: {error.strerror}"
                     return Done(bytes_back=back, finished=False, problem=why)
-                back += bytes_of(missing[: (end - start) // PAGE_BYTES])
-                if end < stop:
-                    return Done(bytes_back=back, finished=False, counted=how)
-        return Done(bytes_back=back, counted=how)
+                back += n_bytes
+                if not whole:
+                    break
+            return Done(bytes_back=back, finished=whole, counted=how)
 
     def release(self, parts: Iterable[Part]) -> Done:
         """The content of `parts` is no longer needed: it reads as zeros, or as before where that can't be."""

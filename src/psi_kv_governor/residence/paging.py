@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from psi_kv_governor.kernel import memory
-from psi_kv_governor.kernel.memory import PAGE_BYTES
+from psi_kv_governor.kernel.memory import PAGE_BYTES, Mask
 from psi_kv_governor.residence.counting import in_memory
 from psi_kv_governor.residence.parked_file import ParkedFile
 from psi_kv_governor.residence.parts import Part, runs_of
@@ -24,19 +25,23 @@ def drop(address: int, file: ParkedFile, part: Part) -> None:
     file.drop(*part)
 
 
-def read_in(address: int, file: ParkedFile, part: Part, buffer: ctypes.Array[ctypes.c_char]) -> None:
-    """Read exactly the pages of `part`: readahead by fault brought 8 MiB where 1 was asked for."""
-    start, n_bytes = address + part[0], part[1] - part[0]
-    file.read_in(*part)
-    memory.advise(start, n_bytes, memory.RANDOM)
-    try:
-        memory.advise(start, n_bytes, memory.POPULATE_READ)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        bytes(memoryview(buffer).cast("B")[part[0] : part[1] : PAGE_BYTES])  # before Linux 5.14
-    finally:
-        memory.advise(start, n_bytes, memory.NORMAL)
+def read_in(
+    address: int, parts: Sequence[tuple[Part, ParkedFile]], buffer: ctypes.Array[ctypes.c_char]
+) -> None:
+    """Read exactly the pages of `parts`: readahead by fault brought 8 MiB where 1 was asked for.
+
+    All are asked for before the first is waited for: in between the disk stood still.
+    """
+    for part, file in parts:
+        file.read_in(*part)
+    for (start, stop), _ in parts:
+        memory.advise(address + start, stop - start, memory.RANDOM)
+        try:
+            memory.advise(address + start, stop - start, memory.POPULATE_READ)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            bytes(memoryview(buffer).cast("B")[start:stop:PAGE_BYTES])  # before Linux 5.14
 
 
 def resident(address: int, run: Part, of: npt.NDArray[np.uint8]) -> list[Part]:
@@ -45,3 +50,10 @@ def resident(address: int, run: Part, of: npt.NDArray[np.uint8]) -> list[Part]:
     if mask is None or how != "mincore" or not mask.any():
         return []
     return runs_of(mask & (of[run[0] // PAGE_BYTES : run[1] // PAGE_BYTES] != 0), run[0])
+
+
+def missing(address: int, run: Part, of: npt.NDArray[np.uint8]) -> tuple[Mask, str]:
+    """By page, what of `run` a file holds and memory does not; and by what that was counted."""
+    mask, how = in_memory(address, run)
+    held: Mask = of[run[0] // PAGE_BYTES : run[1] // PAGE_BYTES] != 0
+    return (held if mask is None else held & ~mask), how

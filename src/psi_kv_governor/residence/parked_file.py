@@ -68,7 +68,8 @@ class ParkedFile:
         self.reserved_bytes += missing
 
     def write(self, start: int, source: memoryview, *, cached: bool) -> None:
-        """Write `source` at `start`: past the page cache where the filesystem can, or, `cached`, into it.
+        """Write `source` at `start`: past the page cache where the filesystem can, or, `cached`, into it:
+        page by page, since what comes in one piece the kernel keeps as one (a large folio) and drops whole.
 
         Raises OSError; the bytes at `start` are then old or new.
         """
@@ -76,7 +77,7 @@ class ParkedFile:
         if self._direct:
             self._set_direct(direct)
         try:
-            self._write(start, source)
+            self._write(start, source, memory.PAGE_BYTES if cached else BOUNCE_BYTES)
         except OSError as error:
             if not direct or error.errno != errno.EINVAL:
                 raise
@@ -86,7 +87,7 @@ class ParkedFile:
         if not direct and not cached:
             memory.write_back(self.descriptor, start, len(source))
 
-    def _write(self, start: int, source: memoryview) -> None:
+    def _write(self, start: int, source: memoryview, at_once: int = BOUNCE_BYTES) -> None:
         with _bounce_lock:
             for done in range(0, len(source), BOUNCE_BYTES):
                 n_bytes = min(BOUNCE_BYTES, len(source) - done)
@@ -94,7 +95,7 @@ class ParkedFile:
                 view = memoryview(_bounce)[:n_bytes]
                 sent = 0
                 while sent < n_bytes:
-                    wrote = os.pwrite(self.descriptor, view[sent:], start + done + sent)
+                    wrote = os.pwrite(self.descriptor, view[sent : sent + at_once], start + done + sent)
                     if wrote == 0:
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                     sent += wrote

@@ -46,6 +46,20 @@ def slices(runs: Iterable[Part], n_bytes: int) -> Iterator[Part]:
             yield first, min(stop, first + n_bytes)
 
 
+def batches(runs: Iterable[Part], n_bytes: int) -> Iterator[list[Part]]:
+    """The same bytes in pieces, as many at a time as have `n_bytes` in all, at most."""
+    batch: list[Part] = []
+    room = n_bytes
+    for start, stop in slices(runs, n_bytes):
+        if stop - start > room:
+            yield batch
+            batch, room = [], n_bytes
+        batch.append((start, stop))
+        room -= stop - start
+    if batch:
+        yield batch
+
+
 def runs_of(mask: Mask, start: int) -> list[Part]:
     """The bytes of the pages where `mask` is true, when its first page is at `start`."""
     edges = np.flatnonzero(np.diff(np.concatenate(([False], mask, [False])).astype(np.int8)))

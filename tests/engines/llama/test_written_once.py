@@ -48,6 +48,24 @@ def test_a_context_that_did_not_change_is_written_once_however_often_it_is_parke
         assert engine.snapshot().written_bytes >= written[0]
 
 
+@pytest.mark.parametrize("backing", ["file", "memory"])
+def test_parts_of_what_was_written_behind_go_from_between_parts_that_stay(tiny_model, folder, backing):
+    """As much as without; kernels since 6.16 keep what is written at once as one, and drop no part of it."""
+    config = GovernorConfig(place=str(folder), place_reserve_bytes=0, backing=backing)
+    comb = tuple(Range(at, at + 64) for at in range(64, 1000, 128))
+    returned = {}
+    for behind in (False, True):
+        with filled(tiny_model(LARGE), config) as llm:
+            engine = llm.governor.engine
+            cache = engine.snapshot().caches[0]
+            if behind:
+                engine.apply(Plan(steps=(Step(verb=Verb.WRITE_BEHIND, cache=cache.id, sequence=0),)))
+            mask = Step(verb=Verb.MASK, cache=cache.id, sequence=0, ranges=comb)
+            returned[behind] = engine.apply(Plan(steps=(mask,))).bytes_returned
+    assert returned[False] > 0.5 * 64 * len(comb) * cache.cell_bytes
+    assert returned[True] >= 0.95 * returned[False]
+
+
 def test_with_nothing_left_to_give_a_governor_takes_a_five_hundredth_of_a_core(tiny_model, folder):
     """By processor time and not by the clock: the machine is this one, and always short by its lines."""
     config = GovernorConfig(

@@ -95,12 +95,14 @@ static uint64_t park_shared(struct region * region, uint64_t first, uint64_t las
     return before > after ? before - after : 0;
 }
 
-// Writes [first, last) to the region's file; past the page cache where `direct`.
+// Writes [first, last) to the region's file; past the page cache where `direct`. Into it page by page: the kernel keeps what
+// comes in one piece as one (a large folio) and drops a part of it never, so that of a comb of 64 cells 1 % was returned.
 static bool copy_out(struct region * region, uint64_t first, uint64_t last, bool direct) {
+    const uint64_t most = direct ? last - first : page_bytes();
     while (first < last) {
         const off_t offset = (off_t) (first - region->first);
         const int   fd     = direct && region->direct_fd >= 0 ? region->direct_fd : region->fd;
-        ssize_t     n      = pwrite(fd, (void *) first, last - first, offset);
+        ssize_t     n      = pwrite(fd, (void *) first, last - first < most ? last - first : most, offset);
         if (n < 0 && fd == region->direct_fd && (errno == EINVAL || errno == EFAULT)) {
             close(region->direct_fd);
             region->direct_fd = -1;
