@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 
 def sandboxes_of(pid: int) -> list[Path]:
     """Folders of the sandboxes that process `pid` has made."""
-    return list(Path("/sys/fs/cgroup").glob(f"**/psi-kv-sandbox-{pid}-*"))
+    folders = os.walk("/sys/fs/cgroup")  # unlike glob it passes over what vanishes meanwhile
+    return [
+        Path(top, name)
+        for top, names, _ in folders
+        for name in names
+        if name.startswith(f"psi-kv-sandbox-{pid}-")
+    ]
 
 
 def pids_in(sandboxes: list[Path]) -> set[int]:
-    """Processes in `sandboxes`."""
-    return {int(word) for sandbox in sandboxes for word in (sandbox / "cgroup.procs").read_text().split()}
+    """Processes in `sandboxes`; none in one that is gone by now."""
+    found: set[int] = set()
+    for sandbox in sandboxes:
+        with contextlib.suppress(OSError):
+            found.update(map(int, (sandbox / "cgroup.procs").read_text().split()))
+    return found
 
 
 def swap_devices() -> set[str]:

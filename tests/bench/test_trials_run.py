@@ -141,11 +141,15 @@ def test_a_killed_benchmark_leaves_nothing(demo_model):
             time.sleep(0.05)
         return bool(met())
 
+    started: set[int] = set()
+
+    def both_run() -> bool:
+        found = pids_in(sandboxes_of(process.pid))
+        started.update(found)
+        return len(found) >= 2
+
     try:
-        assert wait_for(lambda: len(pids_in(sandboxes_of(process.pid))) >= 2), (
-            "the model and its neighbour run in the sandbox"
-        )
-        started = pids_in(sandboxes_of(process.pid))
+        assert wait_for(both_run), "the model and its neighbour run in the sandbox"
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
