@@ -133,6 +133,20 @@ def test_what_is_parked_twice_is_written_once(open_llm, backing):
         assert first.written_bytes >= 0.98 * 3000 * CELL_BYTES
 
 
+def test_what_is_parked_is_what_was_asked_for_and_not_all_the_free_cells_beside_it(open_llm):
+    """In a cache of 131,072 cells each trim looked at all of them, 16 GB, for a conversation of 1,024."""
+    import llama_cpp
+
+    llm, engine = open_llm()
+    llm.eval(TOKENS[:3000])
+    llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(llm.ctx), 0, 1000, -1)
+    before = resident(llm, engine)
+    result = do(engine, Verb.MASK, (500, 1000))
+    assert result.masked == 500
+    assert 480 * CELL_BYTES < result.bytes_returned < 520 * CELL_BYTES
+    assert before - resident(llm, engine) == result.bytes_returned  # the free ones are there still
+
+
 def test_cells_that_nobody_uses_are_released(open_llm):
     llm, engine = open_llm()
     llm.eval(TOKENS[:3000])

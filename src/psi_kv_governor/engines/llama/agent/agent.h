@@ -163,6 +163,8 @@ struct region * region_of_buffer(ggml_backend_buffer_t buffer);
 struct region * region_of_id(uint32_t id);
 struct region * region_of_memory(llama_memory_t memory, const struct region * after);  // the next one with cells of it
 struct tensor * region_tensor(struct region * region, uint64_t address);
+// Pages of rows [from, to) of a tensor, within the region: those that hold nothing else, or outward all that hold some of them.
+bool pages_of(const struct region * region, const struct tensor * tensor, int64_t from, int64_t to, bool outward, uint64_t * first, uint64_t * last);
 void regions_after_fork(bool child);
 
 // ---- place.c: the folder where parked bytes live --------------------------------------------------------------
@@ -193,7 +195,7 @@ void write_pages(struct region * region, uint64_t first, uint64_t last);
 // greater wish without a word: that came page by page, 0.3 s and more for a conversation of 600 tokens.
 #define AHEAD_BYTES (128u << 10)
 // Starts reading them, without waiting.
-void expect_pages(struct region * region, uint64_t first, uint64_t last);
+void expect_rows(struct region * region, int64_t from, int64_t to);
 // Has them back.
 void read_pages(uint64_t first, uint64_t last);
 // Drops their content. Gives the resident bytes that went.

@@ -9,33 +9,42 @@
 #define MOST_ROWS 512
 #define LEAST_ROWS 16
 
-// Reads rows back, in runs of neighbours; gives the bytes that were not there. All of them are asked for before the first is
-// waited for: a row is a few hundred bytes in each of many tensors, and one piece after the other the disk stands still
-// between them.
-static uint64_t read_rows(struct region * region, const int32_t * rows, int32_t n) {
-    uint64_t here[2] = {0, 0};
-    for (int round = 0; round < 2; round++) {
-        for (int32_t t = 0; t < region->n_tensors; t++) {
-            const struct tensor * tensor = &region->tensors[t];
-            for (int32_t a = 0, b; a < n; a = b) {
-                for (b = a + 1; b < n && rows[b] == rows[b - 1] + 1;) {
-                    b++;
-                }
-                uint64_t first, last;
-                if (!tensor->whole_rows || !pages_of(region, tensor, rows[a], rows[b - 1] + 1, true, &first, &last)) {
-                    continue;
-                }
-                if (round > 0) {
-                    read_pages(first, last);
-                }
-                here[round] += resident_in(first, last);
-                if (round == 0) {
-                    expect_pages(region, first, last);
-                }
+// Bytes of rows [from, to) in memory, over all tensors; read back first, where that is asked for.
+static uint64_t rows_here(const struct region * region, int32_t from, int32_t to, bool read) {
+    uint64_t here = 0, first, last;
+    for (int32_t t = 0; t < region->n_tensors; t++) {
+        if (pages_of(region, &region->tensors[t], from, to, true, &first, &last)) {
+            if (read) {
+                read_pages(first, last);
             }
+            here += resident_in(first, last);
         }
     }
-    return here[1] > here[0] ? here[1] - here[0] : 0;
+    return here;
+}
+
+// Where the run of neighbours ends that begins with the i-th row.
+static int32_t run_end(const int32_t * rows, int32_t n, int32_t i) {
+    for (i++; i < n && rows[i] == rows[i - 1] + 1;) {
+        i++;
+    }
+    return i;
+}
+
+// Reads rows back; gives the bytes that were not there. All of them are asked for before the first is waited for: a row is
+// a few hundred bytes in each of many tensors, and one piece after the other the disk stands still between them.
+static uint64_t read_rows(struct region * region, const int32_t * rows, int32_t n) {
+    uint64_t before = 0, after = 0;
+    for (int32_t i = 0, end; i < n; i = end) {
+        end = run_end(rows, n, i);
+        before += rows_here(region, rows[i], rows[end - 1] + 1, false);
+        expect_rows(region, rows[i], rows[end - 1] + 1);
+    }
+    for (int32_t i = 0, end; i < n; i = end) {
+        end = run_end(rows, n, i);
+        after += rows_here(region, rows[i], rows[end - 1] + 1, true);
+    }
+    return after > before ? after - before : 0;
 }
 
 // Rows that are 3 are masked and parked, and in their place those that are 1 come back. In the thread whose graph has just

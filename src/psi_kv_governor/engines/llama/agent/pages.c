@@ -209,10 +209,16 @@ void write_pages(struct region * region, uint64_t first, uint64_t last) {
     }
 }
 
-void expect_pages(struct region * region, uint64_t first, uint64_t last) {
-    for (; region->fd >= 0 && first < last; first += AHEAD_BYTES) {
-        const uint64_t bytes = last - first < AHEAD_BYTES ? last - first : AHEAD_BYTES;
-        (void) posix_fadvise(region->fd, (off_t) (first - region->first), (off_t) bytes, POSIX_FADV_WILLNEED);
+void expect_rows(struct region * region, int64_t from, int64_t to) {
+    uint64_t at, last;
+    for (int32_t t = 0; t < region->n_tensors && region->fd >= 0; t++) {
+        if (!pages_of(region, &region->tensors[t], from, to, true, &at, &last)) {
+            continue;
+        }
+        for (; at < last; at += AHEAD_BYTES) {
+            const uint64_t bytes = last - at < AHEAD_BYTES ? last - at : AHEAD_BYTES;
+            (void) posix_fadvise(region->fd, (off_t) (at - region->first), (off_t) bytes, POSIX_FADV_WILLNEED);
+        }
     }
 }
 

@@ -53,7 +53,6 @@ void drop_free(struct region * region, const struct request * request, double be
 bool asked_for(const struct request * request, int32_t pos);
 bool late(const struct request * request, double begin_s);
 bool enough(const struct request * request, const struct reply * reply);
-bool pages_of(const struct region * region, const struct tensor * tensor, int64_t from, int64_t to, bool outward, uint64_t * first, uint64_t * last);
 enum act { ACT_PARK, ACT_WRITE, ACT_DROP, ACT_PARK_HERE };  // here: this thread's own graph has just ended
 void act_on_rows(struct region * region, const struct request * request, double begin_s, enum act act, const uint8_t * rows, struct reply * reply);
 void forget_masks(struct region * region);

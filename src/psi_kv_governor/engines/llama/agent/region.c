@@ -70,6 +70,17 @@ struct tensor * region_tensor(struct region * region, uint64_t address) {
     return NULL;
 }
 
+bool pages_of(const struct region * region, const struct tensor * tensor, int64_t from, int64_t to, bool outward,
+              uint64_t * first, uint64_t * last) {
+    const uint64_t page = page_bytes() - 1;
+    const uint64_t a = tensor->base + (uint64_t) from * tensor->row_bytes, b = tensor->base + (uint64_t) to * tensor->row_bytes;
+    *first = outward ? a & ~page : (a + page) & ~page;
+    *last  = outward ? (b + page) & ~page : b & ~page;
+    *first = *first < region->first ? region->first : *first;
+    *last  = *last > region->last ? region->last : *last;
+    return tensor->whole_rows && *first < *last;
+}
+
 // "cache_k_l0", or with a tag before the letter; "cache_r_l0" and "cache_s_l0" are recurrent states.
 char tensor_kind(const char * name) {
     if (strncmp(name, "cache_", 6) != 0 || strchr(name, ' ')) {

@@ -45,10 +45,8 @@ static void sequence_read(struct region * region, struct sequence * sequence) {
         for (; j < sequence->n && sequence->rows[j] == row + j - i && !(region->flags[row + j - i] & ROW_MASKED); j++) {
             region->flags[row + j - i] &= (uint8_t) ~ROW_PARKED;
         }
-        for (int32_t t = 0; j > i && t < region->n_tensors; t++) {
-            const uint64_t page = page_bytes() - 1, base = region->tensors[t].base, bytes = region->tensors[t].row_bytes;
-            const uint64_t a = (base + (uint64_t) row * bytes) & ~page, b = base + (uint64_t) (row + j - i) * bytes;
-            expect_pages(region, a < region->first ? region->first : a, b < region->last ? b : region->last);
+        if (j > i) {
+            expect_rows(region, row, row + j - i);
         }
         i = j > i ? j : i + 1;
     }
