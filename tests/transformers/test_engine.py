@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import COUNT, do, filled, next_logits, prompt, tiny_config, tiny_model, with_cache
 
+from major_faults import major_faults_of
 from psi_kv_governor.cache import Plan, Range, Step, Verb
 from psi_kv_governor.engines.transformers.engine import TransformersEngine
 from psi_kv_governor.errors import EngineError
@@ -33,6 +34,16 @@ def test_an_idle_cache_is_parked_and_read_back(engine, model, place, backing):
     assert do(engine, Verb.UNPARK, cache).done
     assert engine.snapshot().caches[0].sequences[0].dirty_bytes == 0
     assert torch.equal(next_logits(model, cache, prompt(4)), expected)
+
+
+@pytest.mark.parametrize("backing", ["memory", "file"])
+def test_the_next_pass_reads_a_parked_cache_at_once_and_not_page_by_page(engine, model, place, backing):
+    cache = filled(model, place, prompt(2000), backing=backing, max_cells=2048)
+    engine.add(cache)
+    assert do(engine, Verb.PARK, cache).done
+    assert engine.snapshot().caches[0].resident_bytes == 0
+    faults = major_faults_of(lambda: next_logits(model, cache, prompt(2)))
+    assert faults < 2000 * cache.cell_bytes // 4096 // 4
 
 
 def test_pages_of_cropped_rows_are_released(engine, model, place):

@@ -14,7 +14,7 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from psi_kv_governor.residence import forks, paging
 from psi_kv_governor.residence.backing import Backing
 from psi_kv_governor.residence.counting import dirty_bytes, in_memory, went
 from psi_kv_governor.residence.parked_file import ParkedFile
-from psi_kv_governor.residence.parts import Done, Part, batches, bytes_of, inward, runs_of, slices
+from psi_kv_governor.residence.parts import Done, Part, batches, bytes_of, inward, runs_of
 from psi_kv_governor.residence.place import Place
 
 SLICE_BYTES = 1 << 20  # unit of work: between two of them time and bytes are looked at
@@ -57,8 +57,7 @@ class Mapping:
         self.pieces = 1
         """Mappings that it is made of, at most."""
         self._failed = ""
-        self._closed = False
-        self.address = 0
+        self._closed, self.address = False, 0
         with forks.birth:
             if backing == "file" and place is not None:
                 self._be_born_in_a_file(place)
@@ -79,8 +78,7 @@ class Mapping:
         except OSError as error:
             self.why_not_file = f"{place.folder}: {error.strerror}"
             return
-        with contextlib.suppress(OSError):  # else pages may come in large folios, and no part of one can go
-            memory.advise(self.address, self.n_bytes, memory.RANDOM)
+        paging.no_read_ahead(self.address, self.n_bytes)
         self.backing, self._shared = "file", True
         self._files.append(file)
         self._of[:] = 1
@@ -119,12 +117,12 @@ class Mapping:
             if why := self._why_not_park():
                 return Done(problem=why, finished=not runs)
             before = [in_memory(self.address, run)[0] for run in runs]
-            for start, stop in slices(runs, _SYNC_BYTES if self._shared else SLICE_BYTES):
+            for batch in batches(runs, _SYNC_BYTES if self._shared else SLICE_BYTES):
                 if time.monotonic() > until:
                     finished = False
                     break
                 try:
-                    written += (self._park_shared if self._shared else self._park_private)(start, stop, stay)
+                    written += (self._park_shared if self._shared else self._park_private)(batch, stay)
                 except OSError as error:
                     if self._shared and error.errno == errno.EIO:
                         # The kernel now takes the lost pages for clean: nothing may be dropped any more.
@@ -132,7 +130,7 @@ class Mapping:
                     why, finished = f"it can't be parked: {error.strerror}", False
                     break
             if finished and not stay:
-                self._drop_stragglers(runs)
+                paging.drop_stragglers(self.address, runs, self._of, self._drop)
             self.pieces = 1 if self._shared else 1 + int(np.count_nonzero(np.diff(self._of)))
             gone, how = went(self.address, runs, before)
         return Done(bytes_returned=gone, written_bytes=written, finished=finished, problem=why, counted=how)
@@ -145,43 +143,36 @@ class Mapping:
             return "what is parked lies in too many pieces already"
         return self._failed or ("" if self._place else NO_PLACE)
 
-    def _park_shared(self, start: int, stop: int, stay: bool) -> int:
-        file = self._files[0]
-        dirty = self._dirty(start, stop)
-        memory.write_back(file.descriptor, start, stop - start, wait=not stay)
-        if not stay:
-            self._drop(start, stop)
-        return stop - start if dirty is None else dirty
+    def _park_shared(self, batch: Sequence[Part], stay: bool) -> int:
+        written = 0
+        for start, stop in batch:  # all is on its way before the first is waited for
+            dirty = self._dirty(start, stop)
+            written += stop - start if dirty is None else dirty
+            memory.write_back(self._files[0].descriptor, start, stop - start, wait=False)
+        for part in () if stay else batch:
+            self._drop(*part)
+        return written
 
-    def _park_private(self, start: int, stop: int, stay: bool) -> int:
+    def _park_private(self, batch: Sequence[Part], stay: bool) -> int:
         """Pages of our own go to the file and are mapped from it; pages never touched stay what they are."""
-        table = memory.page_table(self.address + start, stop - start)
-        own = table[1] if table else np.ones((stop - start) // PAGE_BYTES, dtype=np.bool_)
-        for part in runs_of(own, start):
-            index, file = self._open_file()
-            file.reserve(*part)
-            file.write(part[0], memoryview(self.buffer).cast("B")[slice(*part)], cached=stay)
-            self._map_from(index, *part)
-            if stay:
-                memory.write_back(file.descriptor, part[0], part[1] - part[0], wait=False)
-        if not stay:
-            self._drop(start, stop)
-        return bytes_of(own)
+        written = 0
+        for start, stop in batch:
+            table = memory.page_table(self.address + start, stop - start)
+            own = table[1] if table else np.ones((stop - start) // PAGE_BYTES, dtype=np.bool_)
+            for part in runs_of(own, start):
+                index, file = self._open_file()
+                file.reserve(*part)
+                file.write(part[0], memoryview(self.buffer).cast("B")[slice(*part)], cached=stay)
+                self._map_from(index, *part)
+            if not stay:
+                self._drop(start, stop)
+            written += bytes_of(own)
+        return written
 
     def _drop(self, start: int, stop: int) -> None:
         """Have pages of files leave memory. Of those born in memory none may be its own any more."""
         for part, file in self._of_files(start, stop):
             paging.drop(self.address, file, part)
-
-    def _drop_stragglers(self, runs: Iterable[Part]) -> None:
-        """Pages that somebody's readahead was just bringing in could not be dropped yet."""
-        for _ in range(3):
-            left = [part for run in runs for part in paging.resident(self.address, run, self._of)]
-            if not left:
-                return
-            time.sleep(0.002)  # a read from the disk
-            for part in left:
-                self._drop(*part)
 
     def _of_files(self, start: int, stop: int) -> list[tuple[Part, ParkedFile]]:
         """The parts of this one that are mapped from files, each with its file."""
@@ -194,8 +185,7 @@ class Mapping:
     def _open_file(self) -> tuple[int, ParkedFile]:
         """The file that may be written to, with its number in `_of`."""
         if not self._files or self._files[-1].frozen:
-            if self._place is None:
-                raise OSError(errno.ENOENT, NO_PLACE)
+            assert self._place is not None  # else nothing is parked at all
             if len(self._files) == 255:
                 raise OSError(errno.EMFILE, "it was forked too often")
             self._files.append(ParkedFile(self._place, self.n_bytes))
@@ -217,19 +207,14 @@ class Mapping:
         """Read `parts` into memory, clean, so that the kernel can take them again; `max_bytes` at most."""
         until, back, how, whole = time.monotonic() + deadline_s, 0, "mincore", True
         most = self.n_bytes if max_bytes is None else max_bytes
+        # Where all of it is to come, the disk need not stand still between two slices.
+        limited = max_bytes is not None or until < math.inf
         with self._lock:
-            for batch in batches(inward(parts, self.n_bytes), SLICE_BYTES):
-                coming, n_bytes = [], 0
-                for start, stop in batch:
-                    missing, how = paging.missing(self.address, (start, stop), self._of)
-                    allowed = np.flatnonzero(np.cumsum(missing) * PAGE_BYTES <= most - back - n_bytes)
-                    end = start + (int(allowed[-1]) + 1) * PAGE_BYTES if len(allowed) else start
-                    coming += self._of_files(start, end) if missing.any() else []
-                    n_bytes += bytes_of(missing[: (end - start) // PAGE_BYTES])
-                    if not (whole := end == stop):
-                        break
+            for batch in batches(inward(parts, self.n_bytes), SLICE_BYTES if limited else self.n_bytes):
+                wanted, n_bytes, whole, how = paging.missing(self.address, batch, self._of, most - back)
                 if n_bytes and time.monotonic() > until:
                     return Done(bytes_back=back, finished=False, counted=how)
+                coming = [found for part in wanted for found in self._of_files(*part)]
                 try:
                     paging.read_in(self.address, coming, self.buffer)
                 except OSError as error:
@@ -239,6 +224,11 @@ class Mapping:
                 if not whole:
                     break
             return Done(bytes_back=back, finished=whole, counted=how)
+
+    def expect(self, parts: Iterable[Part]) -> None:
+        """`parts` are read soon: the disk begins with what of them is not in memory, and nobody waits."""
+        with self._lock, contextlib.suppress(OSError):
+            paging.ask_for(found for run in inward(parts, self.n_bytes) for found in self._of_files(*run))
 
     def release(self, parts: Iterable[Part]) -> Done:
         """The content of `parts` is no longer needed: it reads as zeros, or as before where that can't be."""
@@ -261,7 +251,7 @@ class Mapping:
                 self._files[0].zero(start, stop)
             except OSError:  # a hole would be no longer allocated, and a full disk end in SIGBUS
                 if not self._failed:
-                    self._park_shared(start, stop, False)
+                    self._park_shared([(start, stop)], False)
             return
         of = self._of[start // PAGE_BYTES : stop // PAGE_BYTES].copy()
         for part in runs_of(of == 0, start):

@@ -70,6 +70,7 @@ class ParkedFile:
     def write(self, start: int, source: memoryview, *, cached: bool) -> None:
         """Write `source` at `start`: past the page cache where the filesystem can, or, `cached`, into it:
         page by page, since what comes in one piece the kernel keeps as one (a large folio) and drops whole.
+        What is cached is on its way to the disk then, and not waited for.
 
         Raises OSError; the bytes at `start` are then old or new.
         """
@@ -84,8 +85,8 @@ class ParkedFile:
             # The flag was taken, but writing with it is not to be had here.
             self._direct = direct = self._set_direct(False)
             self._write(start, source)
-        if not direct and not cached:
-            memory.write_back(self.descriptor, start, len(source))
+        if not direct:
+            memory.write_back(self.descriptor, start, len(source), wait=not cached)
 
     def _write(self, start: int, source: memoryview, at_once: int = BOUNCE_BYTES) -> None:
         with _bounce_lock:

@@ -13,7 +13,9 @@ import pytest
 
 from fakes import FakeSource
 from gguf_models import LARGE, LLAMA
+from major_faults import major_faults_of
 from psi_kv_governor import GovernedLlama, GovernorConfig
+from psi_kv_governor.cache import Plan, Step, Verb
 from psi_kv_governor.engines.llama.states import FIRST_ID, StateMismatchError
 
 pytestmark = pytest.mark.llama
@@ -55,6 +57,17 @@ def test_a_saved_state_has_upstream_s_bytes_and_is_pickled_as_them(open_llm, tin
     theirs.load_state(copied)
     ours.load_state(upstream)
     assert text_of(ours(PROMPT, **GREEDY)) == text_of(theirs(PROMPT, **GREEDY))
+
+
+def test_a_parked_state_that_is_loaded_is_read_at_once_and_not_page_by_page(open_llm):
+    llm = open_llm()
+    llm.eval(llm.tokenize(PROMPT.encode()))
+    saved = llm.save_state()
+    [state] = states_of(llm)
+    assert state.n_bytes > 256 * 4096
+    resident = major_faults_of(lambda: llm.load_state(saved))  # the cache's own: it was cleared first
+    assert llm.governor.engine.apply(Plan(steps=(Step(verb=Verb.PARK, blob=state.id),))).bytes_returned
+    assert major_faults_of(lambda: llm.load_state(saved)) - resident < state.n_bytes // 4096 // 4
 
 
 def test_old_states_of_a_ram_cache_go_before_any_live_context(open_llm, tiny_model):

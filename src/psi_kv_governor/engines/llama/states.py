@@ -114,9 +114,11 @@ class SavedStates:
         return found
 
     def used(self, state: Any) -> None:
-        """`state` is being loaded, and so is read back."""
+        """`state` is being loaded, and so is read back: at once, and not page by page as it is copied."""
         saved = getattr(getattr(state, "llama_state", None), "_saved", None)
         if isinstance(saved, _Saved):
+            if saved.parked:
+                saved.mapping.unpark([(0, saved.mapping.n_bytes)])
             saved.used_s, saved.parked = time.monotonic(), False
 
     def blobs(self) -> tuple[BlobState, ...]:

@@ -80,6 +80,8 @@ class GovernedCache(Passes, Cache):  # type: ignore[misc]
         """Tokens that were decoded while others were masked or lost."""
         self.last_used_s = 0.0
         self.recaller: Follower | None = None
+        self.parked = False
+        """Rows were parked since the last pass."""
         self.drafting = False
         """A part of the last pass was taken back: its tokens were drafts, and no question."""
         self._again = False
@@ -91,9 +93,20 @@ class GovernedCache(Passes, Cache):  # type: ignore[misc]
         usual = _CELLS_IN_FILE if self.backing == "file" else _CELLS_IN_MEMORY
         return Rows(sample, self.max_cells or usual, self.backing, self.place)
 
+    def bring_back(self, layer: GovernedLayer) -> None:
+        """See Owner. The disk reads the next layer's rows while this one's are computed with."""
+        layers = self.governed
+        at = layers.index(layer)
+        for one in layers[at : at + 2]:
+            for rows in one.rows or ():
+                rows.expect()
+        for rows in layer.rows or ():
+            rows.bring_back()
+
     def pass_ended(self) -> None:
         """See Passes."""
         self._settle()
+        self.parked = False
         self.last_used_s = time.monotonic()
         self._pass = Range(self._began, self.places.next_position)
         self.drafting = self.drafting and self._pass.cells > 1

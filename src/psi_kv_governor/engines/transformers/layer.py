@@ -17,6 +17,13 @@ from psi_kv_governor.errors import BadInputError
 class Owner(Protocol):
     """What a layer asks of its cache."""
 
+    @property
+    def parked(self) -> bool:
+        """Whether rows were parked since the last pass."""
+
+    def bring_back(self, layer: GovernedLayer) -> None:
+        """Have the rows of `layer` in memory."""
+
     def check_update(self) -> None:
         """Raises BadInputError unless the cache's own model is running."""
 
@@ -69,6 +76,8 @@ class GovernedLayer(CacheLayerMixin):  # type: ignore[misc]
         assert self.rows is not None
         for rows, states in zip(self.rows, (key_states, value_states), strict=True):
             _check_fits(rows, states)
+        if self._owner.parked:
+            self._owner.bring_back(self)
         live = self.places.live_cells
         for rows, states in zip(self.rows, (key_states, value_states), strict=True):
             rows.append(live, states)

@@ -139,6 +139,14 @@ class Rows:
         self.used = n_rows
         return done.bytes_returned
 
+    def expect(self) -> None:
+        """The rows are read soon."""
+        self.mapping.expect(self.parts())
+
+    def bring_back(self) -> None:
+        """Have what is parked in memory before it is read: attention would wait for the disk page by page."""
+        self.mapping.unpark(self.parts())
+
     def parts(self, first: int = 0) -> list[Part]:
         """The bytes of rows `first` and on that were written, to the end of their last pages."""
         stop = -(-self.used * self.piece_bytes // PAGE_BYTES) * PAGE_BYTES

@@ -59,6 +59,7 @@ def _write_behind(cache: GovernedCache, step: Step, account: Account) -> None:
 def _park(cache: GovernedCache, step: Step, account: Account) -> None:
     del step
     account.add(bytes_returned=cache.release())
+    cache.parked = True
     if _each(cache, account, lambda mapping, parts, left: mapping.park(parts, left)):
         account.add(cells=cache.places.live_cells)
 
