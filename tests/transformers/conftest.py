@@ -48,12 +48,11 @@ else:
         with torch.no_grad():
             yield
 
-    @pytest.fixture(scope="session")
-    def demo(demo_model: Path):
-        """Makes the real demo model, of 30 layers, with a kind of attention and a type."""
+    def made_of(gguf: Path):
+        """Makes the model of a file, with a kind of attention and a type."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        where = {"pretrained_model_name_or_path": str(demo_model.parent), "gguf_file": demo_model.name}
+        where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         weights = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).state_dict()
         config = AutoConfig.from_pretrained(**where)
 
@@ -64,3 +63,13 @@ else:
             return made.eval()
 
         return make
+
+    @pytest.fixture(scope="session")
+    def demo(demo_model: Path):
+        """Makes the real demo model, of 30 layers."""
+        return made_of(demo_model)
+
+    @pytest.fixture(scope="session")
+    def shallow(shallow_model: Path):
+        """Makes the first layers of it."""
+        return made_of(shallow_model)

@@ -34,9 +34,9 @@ def kind(request):
 
 
 @pytest.mark.slow
-def test_most_of_a_context_is_given_back_and_returns_bit_for_bit(demo, place, kind):
+def test_most_of_a_context_is_given_back_and_returns_bit_for_bit(shallow, place, kind):
     """The promise: 1,208 of 1,500 tokens, at least 98 % of their bytes by smaps, 16 logits bit-identical."""
-    model = demo(*kind)
+    model = shallow(*kind)
     cache = filled(model, place, torch.arange(1500)[None] % 40_000 + 100)
     after = torch.arange(16)[None] + 500
     expected = next_logits(model, cache, after)
@@ -55,7 +55,7 @@ def test_most_of_a_context_is_given_back_and_returns_bit_for_bit(demo, place, ki
     result = apply(engine, Verb.UNMASK, cache)
     assert (result.problem, result.cells) == ("", 1208)
     assert torch.equal(next_logits(model, cache, after), expected)
-    assert mapped_bytes(cache) <= resident + 60 * 4096
+    assert mapped_bytes(cache) <= resident + len(cache.tensors) * 4096
     cache.close()
 
 
