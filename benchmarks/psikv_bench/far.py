@@ -1,21 +1,27 @@
 """A context many times longer than what may stay in memory: how much of it can still be asked for.
 
 The capacity scene with `--needles`. At no time are more than `--live` cells looked at, and the part of the
-prompt that is just read; what is over it is parked, and recall brings back what a question needs.
+prompt that is just read; what is over it is parked, and recall brings back what a question needs. With a
+limit that part is a process of its own, `python -m psikv_bench.far FAR`, in a memory cgroup that need not
+hold the whole context.
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from psi_kv_governor.cache import Recall
+from psi_kv_governor.children import python_command
 from psi_kv_governor.errors import PsiKvError
+from psi_kv_governor.sandbox.host import MIB
 from psi_kv_governor.sandbox.messages import Setup
+from psi_kv_governor.sandbox.sandbox import Sandbox
 from psikv_bench.fidelity import retrieval
 from psikv_bench.fidelity.contenders import RECALL, contenders
 from psikv_bench.fidelity.likelihood import Tick
@@ -32,8 +38,7 @@ _SPARE_CELLS = 256
 _DECODED = 16
 
 
-@dataclass(frozen=True)
-class Far:
+class Far(msgspec.Struct, frozen=True):
     """How far, and with how much of it."""
 
     model: str
@@ -42,12 +47,44 @@ class Far:
     times: int
     needles: int
     chunk: int
+    seed: int
+    limit_mib: int = 0
+    """Of the cgroup for what is read within the budget; 0: none."""
 
     @classmethod
     def of(cls, options: Any) -> Far:
-        """As the capacity scene was asked."""
-        names = ("model", "live", "times", "needles", "chunk")
-        return cls(threads=options.threads or 1, **{name: getattr(options, name) for name in names})
+        """As the capacity scene was asked. Raises PsiKvError for more than one limit."""
+        if len(options.limits) > 1:
+            raise PsiKvError("with --needles one limit is played: give one with --limits, or none")
+        names = ("model", "live", "times", "needles", "chunk", "seed")
+        given = {name: getattr(options, name) for name in names}
+        return cls(threads=options.threads or 1, limit_mib=sum(options.limits), **given)
+
+    @property
+    def tokens(self) -> int:
+        """Of the text."""
+        return self.live * self.times
+
+
+class Within(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of reading and asking within the budget."""
+
+    live: int
+    """Cells at the end of the text."""
+    resident_bytes: int
+    """Of the cache."""
+    budget_bytes: int
+    """What the live cells take."""
+    read_s: float
+    without: list[bool]
+    recalled: list[bool]
+    """Which questions are answered, without recall and with it."""
+    read_bytes: int
+    """For all questions."""
+    token_s: list[float]
+    """Of tokens that are decoded one by one, with recall."""
+    peak_bytes: int = 0
+    """Of the cgroup."""
 
 
 class _Reader(Subject):
@@ -58,7 +95,7 @@ class _Reader(Subject):
             variant="psi", model=far.model, auto=False, threads=far.threads, prefill_threads=far.threads
         )
         compared = contenders([RECALL], seed=0, seeds=1)
-        super().__init__(setup, compared, far.live * far.times + _SPARE_CELLS)
+        super().__init__(setup, compared, far.tokens + _SPARE_CELLS)
         self.policy = compared[0].policies[0]
         self._far = far
 
@@ -92,53 +129,90 @@ class _Reader(Subject):
         return seconds
 
 
-def measure(far: Far, seed: int, say: Tick) -> list[Figure]:
+def measure(far: Far, say: Tick) -> list[Figure]:
     """Hide, read, ask: with the whole context, then within the budget without recall and with it.
 
     Raises BadInputError where that is longer than the model was trained for, PsiKvError where the budget
-    leaves nothing to exchange.
+    leaves nothing to exchange, or what is read within it does not live in its cgroup.
     """
     with _Reader(far) as reader:
         protected = reader.config.sink_cells + reader.config.window_cells
         if far.live <= protected:
             raise PsiKvError(f"{protected} cells are protected: give more than that with --live")
-        length = far.live * far.times
-        hay = _haystack(reader, far, seed, length)
-        say(f"reading {length:,} tokens, all of them live")
+        hay = _haystack(reader, far)
+        say(f"reading {far.tokens:,} tokens, all of them live")
         reader.load(hay.tokens)
         whole = reader.answers(hay.asked)
         whole_s = reader.token_s(hay.tokens[:_DECODED])
-        say(f"reading {length:,} tokens within {far.live} live cells")
+    say(f"reading {far.tokens:,} tokens within {far.live} live cells, and asking")
+    found = _in_a_cgroup(far) if far.limit_mib else within(far)
+    limited = [
+        figure("limit of the cgroup", "MB", [far.limit_mib * MIB / 1e6]),
+        figure("most that was charged to it", "MB", [found.peak_bytes / 1e6]),
+    ]
+    return [
+        figure("context over live cells", "x", [far.tokens / found.live]),
+        figure(
+            "resident cache over what the live cells take", "x", [found.resident_bytes / found.budget_bytes]
+        ),
+        figure("the whole context would take", "MB", [far.times * found.budget_bytes / 1e6]),
+        *(limited if far.limit_mib else ()),
+        figure("facts hidden", "times", [float(far.needles)]),
+        figure("found with the whole context", "times", [float(sum(whole))]),
+        figure("of these without recall", "share", [_of(whole, found.without)]),
+        figure("of these with recall", "share", [_of(whole, found.recalled)], FOUND),
+        figure("read for a question", "MB", [found.read_bytes / 1e6 / far.needles]),
+        figure("prompt within the budget", "tokens/s", [far.tokens / found.read_s]),
+        figure("decoding within the budget, with recall", "tokens/s", [1.0 / one for one in found.token_s]),
+        figure("decoding with the whole context", "tokens/s", [1.0 / one for one in whole_s]),
+    ]
+
+
+def within(far: Far) -> Within:
+    """Read the text within the budget and ask, in this process."""
+    with _Reader(far) as reader:
+        hay = _haystack(reader, far)
         began_s = time.perf_counter()
         reader.read_within(hay.tokens)
         read_s = time.perf_counter() - began_s
         live, resident = reader.sequence().live_cells, reader.cache().resident_bytes
         reader.engine.recall(Recall())
         without = reader.answers(hay.asked)
-        say("asking with recall")
-        before = reader.engine.recalled()
+        before = reader.engine.recalled().read_bytes
         with reader.recalling(reader.policy):
             recalled = reader.answers(hay.asked)
-            far_s = reader.token_s(hay.tokens[:_DECODED])
-        read_bytes = reader.engine.recalled().read_bytes - before.read_bytes
-        budget_bytes = far.live * reader.cell_bytes
-        reader.unmask()
-    return [
-        figure("context over live cells", "x", [length / live]),
-        figure("resident cache over what the live cells take", "x", [resident / budget_bytes]),
-        figure("facts hidden", "times", [float(far.needles)]),
-        figure("found with the whole context", "times", [float(sum(whole))]),
-        figure("of these without recall", "share", [_of(whole, without)]),
-        figure("of these with recall", "share", [_of(whole, recalled)], FOUND),
-        figure("read for a question", "MB", [read_bytes / 1e6 / len(hay.asked)]),
-        figure("prompt within the budget", "tokens/s", [length / read_s]),
-        figure("decoding within the budget, with recall", "tokens/s", [1.0 / one for one in far_s]),
-        figure("decoding with the whole context", "tokens/s", [1.0 / one for one in whole_s]),
-    ]
+            token_s = reader.token_s(hay.tokens[:_DECODED])
+        return Within(
+            live=live,
+            resident_bytes=resident,
+            budget_bytes=far.live * reader.cell_bytes,
+            read_s=read_s,
+            without=without,
+            recalled=recalled,
+            read_bytes=reader.engine.recalled().read_bytes - before,
+            token_s=token_s,
+        )
 
 
-def _haystack(reader: _Reader, far: Far, seed: int, length: int) -> retrieval.Haystack:
-    options = FidelityOptions(policies=(RECALL,), texts=(_TEXT,), shares=(0.1,), ctx=(length,), seed=seed)
+def _in_a_cgroup(far: Far) -> Within:
+    with Sandbox(far.limit_mib * MIB) as sandbox:
+        command = python_command(__name__, msgspec.json.encode(far).decode())
+        child = sandbox.popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        said, problem = child.communicate()
+        if sandbox.group.oom_kills():
+            raise PsiKvError(
+                f"the kernel killed it: {far.limit_mib} MiB do not hold the model and {far.live} cells"
+            )
+        if child.returncode:
+            why = (problem.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
+            raise PsiKvError(f"the text can't be read within {far.limit_mib} MiB: {why}")
+        found = msgspec.json.decode(said, type=Within)
+        return msgspec.structs.replace(found, peak_bytes=sandbox.group.peak_bytes() or 0)
+
+
+def _haystack(reader: _Reader, far: Far) -> retrieval.Haystack:
+    length = far.tokens
+    options = FidelityOptions(policies=(RECALL,), texts=(_TEXT,), shares=(0.1,), ctx=(length,), seed=far.seed)
     planned = plan(options, reader.config, quick=True)
     planned = msgspec.structs.replace(
         planned, haystacks=1, haystack_tokens=length, counts=(Counts(needles=far.needles),)
@@ -149,3 +223,7 @@ def _haystack(reader: _Reader, far: Far, seed: int, length: int) -> retrieval.Ha
 def _of(whole: Sequence[bool], others: Sequence[bool]) -> float:
     """Share of what the whole context gives that the others give too; 0 where it gives nothing."""
     return sum(a and b for a, b in zip(whole, others, strict=True)) / max(1, sum(whole))
+
+
+if __name__ == "__main__":
+    print(msgspec.json.encode(within(msgspec.json.decode(sys.argv[1], type=Far))).decode())

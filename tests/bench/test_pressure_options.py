@@ -111,6 +111,10 @@ class TestLimit:
         cache = 4096 * SIZE.cell_bytes
         assert 0.2 * cache + 16 * MIB < free < cache
 
+    def test_without_swap_the_trimmed_cache_fits_beside_all_that_can_t_go_and_the_whole_one_does_not(self):
+        free = limit_for(SIZE, options(swap="none")) - 250 * MIB - SIZE.resident_bytes
+        assert free == pytest.approx(-0.4 * 4096 * SIZE.cell_bytes, abs=1)
+
     def test_without_a_neighbour_there_is_plenty(self):
         assert limit_for(SIZE, options(pressure_mib=0)) == 2 * SIZE.resident_bytes
 

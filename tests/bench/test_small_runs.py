@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import assume, given
@@ -218,6 +219,21 @@ def test_a_context_is_read_within_a_budget_of_live_cells_and_asked(tmp_path):
     assert found["of these with recall"].asked == FOUND
     assert found["found with the whole context"].median <= found["facts hidden"].median == 2
     assert found["decoding within the budget, with recall"].median > 0
+
+
+@pytest.mark.slow
+@pytest.mark.cgroup
+@pytest.mark.llama
+def test_it_can_be_read_in_a_cgroup_of_its_own(tmp_path):
+    model = write_model(tmp_path / "deep.gguf", Shape("llama", n_layer=16, n_head=8, n_head_kv=8))
+    options = capacity.CapacityOptions(
+        model=str(model), needles=2, live=384, times=3, threads=1, limits=(160,)
+    )
+    found = {name: one for (_, name), one in measured(capacity, options).items()}
+    assert found["limit of the cgroup"].median == pytest.approx(160 * 1.048576)
+    assert 0 < found["most that was charged to it"].median <= 160 * 1.048576
+    with pytest.raises(PsiKvError, match="one limit is played"):
+        measured(capacity, msgspec.structs.replace(options, limits=(160, 200)))
 
 
 @pytest.mark.parametrize(("live", "why"), [(320, "320 cells are protected"), (2048, "beyond this model's")])

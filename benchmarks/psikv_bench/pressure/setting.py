@@ -26,7 +26,8 @@ _SHORT_SHARE = 0.4
 _HOT_SHARE = 0.1
 """Of what a process takes beside weights and cache, that decoding uses: the rest (the interpreter, buffers
 for a prompt's batches) goes to swap at once and for good. Measured: with all of it inside the limit, plain
-llama.cpp swapped 64 MB out once, stalled for 4 % of the time, and was not pressed."""
+llama.cpp swapped 64 MB out once, stalled for 4 % of the time, and was not pressed. Without swap it stays: a
+limit that leaves it out holds not even the trimmed cache, and the weights were read anew for each token."""
 _LEAST_TIMES = 1.15
 """Of what the model takes at first: it grows by a tenth while the prompt comes in."""
 _CALM_TIMES = 2.0
@@ -115,7 +116,8 @@ def limit_for(size: Size, options: PressureOptions) -> int:
         return int(size.resident_bytes * _CALM_TIMES)
     cache_bytes = size.cell_bytes * options.ctx_size
     other_bytes = max(0, size.resident_bytes - size.weights_bytes - cache_bytes)
-    kept_bytes = size.weights_bytes + (1 - _SHORT_SHARE) * cache_bytes + _HOT_SHARE * other_bytes
+    hot_share = 1.0 if options.swap == "none" else _HOT_SHARE
+    kept_bytes = size.weights_bytes + (1 - _SHORT_SHARE) * cache_bytes + hot_share * other_bytes
     limit_bytes = int(kept_bytes) + options.pressure_mib * MIB
     if limit_bytes < size.resident_bytes * _LEAST_TIMES:
         lacking = size.resident_bytes * _LEAST_TIMES - limit_bytes

@@ -234,7 +234,9 @@ def run(recorder: Recorder[CapacityOptions]) -> Report:
     """Probe what is not yet in the journal, and report. Ctrl-C keeps the finished probes."""
     asked = recorder.options
     if asked.needles:
-        found = measure(Far.of(asked), asked.seed, recorder.say)
+        if asked.limits:
+            require_sandbox("none")
+        found = measure(Far.of(asked), recorder.say)
         return recorder.save(recorder.report(found, [asked.threads or 1]))
     require_sandbox(asked.swap)
     journal = recorder.journal(Probe, msgspec.structs.replace(asked, model=""))
@@ -293,5 +295,6 @@ SCENE = Scene(
         "psi-kv bench capacity --quick",
         "psi-kv bench capacity --limits 176,200,248 --out-dir capacity",
         "psi-kv bench capacity --needles 8 --live 496 --times 16 --threads 1",
+        "psi-kv bench capacity --needles 8 --live 496 --times 16 --threads 1 --limits 240",
     ),
 )

@@ -76,7 +76,7 @@ def main() -> None:
     llm = models.open_llm(setup, order.cells, 1)
     governed = models.is_governed(order.variant)
     tally = _Tally(llm) if governed else None
-    models.load_state(llm, order.variant, order.state, order.context[:-1])
+    models.load_state(llm, order.state, order.context[:-1])
     llm.eval(order.context[-1:])
     _say(Said(event="ready", ungoverned=models.why_not_governable(llm) if governed else ""))
     if order.locks:

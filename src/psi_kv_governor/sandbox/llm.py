@@ -151,24 +151,20 @@ def follow(
     llm.governor.observe(on_any)
 
 
-def load_state(llm: Any, variant: Variant, path: str, tokens: list[int]) -> None:
+def load_state(llm: Any, path: str, tokens: list[int]) -> None:
     """The context `tokens` from a state file, which llama.cpp streams: no copy of it in this process.
 
     Raises PsiKvError where the file does not hold them.
     """
-    del variant
-    _load_file(llm, path, len(tokens))
-    llm.input_ids[: len(tokens)] = tokens
-    llm.n_tokens = len(tokens)
-
-
-def _load_file(llm: Any, path: str, count: int) -> None:
     import llama_cpp
 
+    count = len(tokens)
     found, read = (llama_cpp.llama_token * count)(), ctypes.c_size_t()
     done = llama_cpp.llama_state_seq_load_file(llm.ctx, path.encode(), 0, found, count, ctypes.byref(read))
     if not done or read.value != count:
         raise PsiKvError("the prepared context could not be loaded: start the benchmark again")
+    llm.input_ids[:count] = tokens
+    llm.n_tokens = count
 
 
 def save_state(llm: Any, path: str, count: int) -> None:

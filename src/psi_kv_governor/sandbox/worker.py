@@ -142,7 +142,7 @@ class Worker:
         tokens = prompt_tokens(self._llm, base + 1 + self._setup.prompt_tokens)
         self._probe, self._prompt = tokens[base], tokens[base + 1 :]
         if self._setup.state:
-            llms.load_state(self._llm, self._setup.variant, self._setup.state, tokens[:base])
+            llms.load_state(self._llm, self._setup.state, tokens[:base])
             drop_file_cache(self._setup.state)
         else:
             self._read(tokens[:base], self._setup.batch_tokens)
