@@ -295,6 +295,6 @@ SCENE = Scene(
         "psi-kv bench capacity --quick",
         "psi-kv bench capacity --limits 176,200,248 --out-dir capacity",
         "psi-kv bench capacity --needles 8 --live 496 --times 16 --threads 1",
-        "psi-kv bench capacity --needles 8 --live 496 --times 16 --threads 1 --limits 240",
+        "psi-kv bench capacity --needles 8 --live 496 --times 16 --threads 1 --limits 112",
     ),
 )
