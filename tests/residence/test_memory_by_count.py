@@ -17,6 +17,7 @@ from psi_kv_governor.events import Degraded
 from psi_kv_governor.preflight import check_place as doctor_s_look
 from psi_kv_governor.residence import Place, Refusal, check_place, files, place, witness
 from psi_kv_governor.residence.storage import Storage
+from waiting import until
 
 MIB = 1 << 20
 CONTEXT = [i % 240 + 5 for i in range(1200)]
@@ -35,9 +36,18 @@ def unseen(mounted, monkeypatch) -> Iterator[Path]:
         yield point
 
 
+def refusal_of(point: Path) -> Refusal:
+    """Looked at until it is found out: while others take or give back as much memory at the same moment the
+    counters tell nothing, and it passes for a disk."""
+    for _ in range(20):
+        files._speeds.clear()
+        if isinstance(found := check_place(str(point), "the test", reserve_bytes=0), Refusal):
+            return found
+    pytest.fail(f"it passes for a disk: {found}")
+
+
 def test_it_is_refused_when_it_is_opened_and_the_doctor_says_so(unseen):
-    found = check_place(str(unseen), "the test", reserve_bytes=0)
-    assert isinstance(found, Refusal), found
+    found = refusal_of(unseen)
     assert found.name == "memory"
     assert "MiB of memory, so parking there returns nothing" in found.why
     check = doctor_s_look(GovernorConfig(place=str(unseen), place_reserve_bytes=0))
@@ -49,9 +59,7 @@ def test_zram_that_is_no_swap_counts_as_memory(mounted, monkeypatch):
     monkeypatch.setattr(place, "storage_of", lambda *_: Storage("ext4 on sda1", "ext4"))
     monkeypatch.setattr(files, "_speeds", {})
     with zram_disk(128 * MIB) as device, mounted("ext4", source=device) as point:
-        found = check_place(str(point), "the test", reserve_bytes=0)
-        assert isinstance(found, Refusal), found
-        assert found.name == "memory"
+        assert refusal_of(point).name == "memory"
 
 
 @contextlib.contextmanager
@@ -85,13 +93,13 @@ def zram_disk(n_bytes: int) -> Iterator[str]:
 def test_it_is_found_out_at_the_first_parking_and_nothing_is_parked_any_more(unseen, tmp_path, backing):
     from psi_kv_governor import GovernedLlama
 
-    files._speeds[unseen.stat().st_dev] = 5e8  # opened as a disk that was measured before: nothing is noticed
     config = GovernorConfig(place=str(unseen), place_reserve_bytes=0, backing=backing)
     model = write_model(tmp_path / "model.gguf", LARGE)
-    llm = GovernedLlama(
-        str(model), config=config, auto=False, n_ctx=2048, n_threads=1, verbose=False, flash_attn=True
-    )
-    try:
+    for _ in range(10):  # until nobody else takes or gives back memory at that moment
+        files._speeds[unseen.stat().st_dev] = 5e8  # opened as a disk that was measured: nothing is noticed
+        llm = GovernedLlama(
+            str(model), config=config, auto=False, n_ctx=2048, n_threads=1, verbose=False, flash_attn=True
+        )
         events = []
         llm.governor.subscribe(events.append)
         llm.eval(CONTEXT)
@@ -99,6 +107,10 @@ def test_it_is_found_out_at_the_first_parking_and_nothing_is_parked_any_more(uns
         assert llm.governor.status().place.startswith(str(unseen))
         assert llm.governor.trim(0.5).bytes_returned > MIB
         said = [event for event in events if isinstance(event, Degraded)]
+        if said:
+            break
+        llm.close()
+    try:
         assert [event.what for event in said] == ["park"]
         assert f"{unseen}" in said[0].why
         assert "is memory" in said[0].why
@@ -163,6 +175,12 @@ def test_what_memory_files_hold_is_counted_without_proc(mounted, monkeypatch):
     for name in ("_SWAPS", "_BLOCKS"):
         monkeypatch.setattr(witness, name, Path("/nonexistent"))
     with mounted("tmpfs") as memory:
-        before = witness.held_bytes()
-        (memory / "file").write_bytes(os.urandom(32 * MIB))
-        assert 28 * MIB <= witness.held_bytes() - before <= 40 * MIB
+        file = memory / "file"
+
+        def rise() -> int:
+            file.unlink(missing_ok=True)
+            before = witness.held_bytes()
+            file.write_bytes(os.urandom(32 * MIB))
+            return witness.held_bytes() - before
+
+        until(lambda: 28 * MIB <= rise() <= 40 * MIB)
