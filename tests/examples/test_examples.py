@@ -11,13 +11,13 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
-pytestmark = [pytest.mark.llama, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.llama, pytest.mark.timeout(900)]
 
 
 def run(name: str, *arguments: object, said: str = "") -> str:
     done = subprocess.run(
         [sys.executable, EXAMPLES / name, *map(str, arguments)],
-        input=said, capture_output=True, text=True, timeout=200, check=False,
+        input=said, capture_output=True, text=True, timeout=800, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
