@@ -44,6 +44,8 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     """`some` in the cgroup."""
     whole: bool | None
     """Whether every cell came back afterwards, the logits the same bits; None where the model was killed."""
+    not_whole: str = ""
+    """Why not: cells were away still, or differ."""
     whole_s: float | None
     trail: list[Turned]
     """The governor's last turns before a kill: what it saw and decided."""

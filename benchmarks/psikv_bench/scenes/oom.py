@@ -165,7 +165,8 @@ class _Runner:
         outcome = self._outcome(onset, rate, stuck=not over)
         began_s = time.monotonic()
         killed = onset.killed
-        back = not killed and over and not self._serving.make_whole(host)
+        why = self._serving.make_whole(host) if over and not killed else ""
+        back = over and not killed and not why
         if not back:
             killed = self._serving.give_up(host) or killed  # also while its context came back
         return msgspec.structs.replace(
@@ -175,6 +176,7 @@ class _Runner:
             fresh=fresh,
             model_killed=killed,
             whole=None if killed else back,
+            not_whole="" if killed else why,
             whole_s=time.monotonic() - began_s if back else None,
         )
 
