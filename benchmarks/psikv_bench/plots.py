@@ -82,7 +82,7 @@ def logarithmic(axes: Axes, base: int) -> None:
     """With plain numbers: few readers see 4 times 10 to the 1st as 40."""
     axes.set_yscale("log", base=base)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:g}"[0] in _SHOWN else "")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in _SHOWN else "")
     axes.tick_params(axis="y", which="minor", labelsize=7)
 
 

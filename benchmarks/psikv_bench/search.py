@@ -3,20 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 
-class Found(NamedTuple):
-    """What a search ended with."""
-
-    best: int
-    """Largest that passed; 0 where none did."""
-    failed: int | None
-    """Smallest that did not pass; None where the search ended at its upper bound."""
-
-
-def largest(passes: Callable[[int], bool], start: int, *, step: int, most: int, resolution: float) -> Found:
-    """The largest multiple of `step` up to `most` that passes, to within a factor of `resolution`.
+def largest(passes: Callable[[int], bool], start: int, *, step: int, most: int, resolution: float) -> int:
+    """The largest multiple of `step` up to `most` that passes, to within a factor of `resolution`; or 0.
 
     Begins at `start`, doubles while it passes (or halves while it doesn't), then bisects until the smallest
     that failed is no more than `resolution` times the largest that passed, or one step above it. Takes for
@@ -30,7 +20,7 @@ def largest(passes: Callable[[int], bool], start: int, *, step: int, most: int, 
         else:
             failed = size
         size = _next(best, failed, step, most, resolution)
-    return Found(best, failed)
+    return best
 
 
 def _next(best: int, failed: int | None, step: int, most: int, resolution: float) -> int | None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from psikv_bench.fidelity.metrics import Reference, log_softmax
+from psikv_bench.fidelity.metrics import Reference, agreeing, log_softmax
 from psikv_bench.intervals import mean_of
 
 LOGIT = st.floats(-30, 30, width=32)
@@ -76,9 +76,11 @@ def test_agreement_is_about_the_most_probable_token():
     assert Reference(full, [0, 0, 0]).compare(trimmed).top1.tolist() == [1.0, 0.0, 1.0]
 
 
-def test_a_target_for_each_row_is_asked_for():
-    with pytest.raises(ValueError, match="2 rows of logits for 1 tokens"):
-        Reference(np.zeros((2, 3), dtype=np.float32), [0])
+def test_tokens_agree_up_to_the_first_other_one():
+    assert agreeing([1, 2, 3], [1, 2, 3]) == 3
+    assert agreeing([1, 2, 3], [1, 9, 3]) == 1
+    assert agreeing([1, 2], [1, 2, 3]) == 2
+    assert agreeing([], []) == 0
 
 
 # -- intervals ---------------------------------------------------------------------------------------------

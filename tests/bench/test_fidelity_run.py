@@ -16,12 +16,15 @@ from gguf import GGUFReader
 from gguf_models import LLAMA, write_model
 from psi_kv_governor.cli import main
 from psi_kv_governor.errors import BadInputError
+from psikv_bench.fidelity.conversation import FACTS
 from psikv_bench.fidelity.plan import PARTS, FidelityOptions
 from psikv_bench.fidelity.results import Rows
+from psikv_bench.fidelity.retrieval import able
+from psikv_bench.fidelity.subject import Subject
 from psikv_bench.fidelity.weights import weights
 from psikv_bench.journal import encoded
-from psikv_bench.record import RESULT, Recorder, Report
-from psikv_bench.scenes.fidelity import recorded, run
+from psikv_bench.record import JOURNAL, RESULT, SUMMARY, Recorder, Report
+from psikv_bench.scenes.fidelity import run
 
 pytestmark = pytest.mark.llama
 
@@ -41,25 +44,20 @@ def senseless(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def kept(senseless: Path, tmp_path_factory) -> Path:
-    """A folder with a report of all parts but the chats."""
-    folder = tmp_path_factory.mktemp("kept")
-    small(senseless, folder, only=tuple(name for name in PARTS if name != "chats"))
-    return folder
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("kept")
 
 
 @pytest.fixture(scope="module")
-def rows(kept: Path) -> Rows:
-    found = recorded(kept)
-    assert found is not None
+def rows(senseless: Path, folder: Path) -> Rows:
+    """Of all parts but the chats; the report is in `folder`."""
+    found: Rows = small(senseless, folder, only=tuple(name for name in PARTS if name != "chats")).rows
     return found
 
 
 def test_every_part_is_measured(rows):
-    for found in (rows.likelihood, rows.gradual, rows.tasks, rows.spikes):
+    for found in (rows.likelihood, rows.answers, rows.spikes):
         assert found
-    assert rows.speed
-    assert rows.noise
 
 
 def test_the_full_cache_is_the_upper_bound_and_random_takes_part(rows):
@@ -78,24 +76,24 @@ def test_recall_is_measured_as_one_more_contender(senseless):
 
 
 def test_restoring_is_exact(rows):
-    assert rows.trims_between_exact == 5  # window, attention, random under two seeds, and one cell
+    assert rows.trims == 5  # window, attention, random under two seeds, and one cell
     assert rows.differing_logits == 0
     assert all(spike.differing_logits == 0 for spike in rows.spikes)
     assert all(spike.same_after_restore == spike.tokens for spike in rows.spikes)
 
 
 def test_a_task_that_the_model_can_not_do_is_said_and_not_asked_of_a_trimmed_cache(rows):
-    assert not any(task.able for task in rows.tasks)  # random weights know no answer
-    assert rows.retrieval == []
+    assert able(rows.answers) == frozenset()  # random weights know no answer
+    assert {line.policy for line in rows.answers} == {"full"}
 
 
-def test_report_plots_and_json_are_kept(kept):
-    written = {path.name for path in kept.iterdir()}
-    assert written == {RESULT, "summary.md", "distributions.png", "texts.png"}
-    text = (kept / "summary.md").read_text()
-    assert all(f"({name})" in text for name in written if name.endswith(".png"))
+def test_report_plot_and_json_are_kept(rows, folder):
+    assert {path.name for path in folder.iterdir()} == {RESULT, SUMMARY, JOURNAL, "distributions.png"}
+    text = (folder / SUMMARY).read_text()
+    assert "(distributions.png)" in text
     assert "beyond this model" in text
-    assert str(kept) not in text
+    assert str(folder) not in text
+    assert msgspec.json.decode((folder / RESULT).read_bytes())["rows"] == msgspec.json.decode(encoded(rows))
 
 
 def test_weights_are_taken_to_f32_for_as_long_as_they_are_read(shallow_model):
@@ -129,7 +127,7 @@ def test_an_interrupted_run_keeps_its_finished_pieces_and_goes_on(senseless, tmp
     assert cut.rows.spikes == []
     again = Interrupt("facts:")
     further = small(senseless, tmp_path, again, resume=True, texts=("syntax", "reference"))
-    assert not any(doing.startswith(("texts:", "steps:", "noise:")) for doing in again.seen)
+    assert not any(doing.startswith("texts:") for doing in again.seen)
     assert further.rows.likelihood == cut.rows.likelihood
     assert further.rows.spikes
     with pytest.raises(BadInputError, match="other options"):
@@ -141,35 +139,14 @@ def test_a_chat_that_does_not_fit_is_said(senseless):
         small(senseless, only=("chats",))
 
 
-# -- one part alone ----------------------------------------------------------------------------------------
-
-
-def copied(kept: Path, folder: Path) -> Path:
-    (folder / RESULT).write_bytes((kept / RESULT).read_bytes())
-    return folder
-
-
-def test_a_part_measured_alone_takes_its_place_in_the_report(kept, rows, senseless, tmp_path):
-    copied(kept, tmp_path)
-    small(senseless, tmp_path, only=("speed",), policies=(), shares=(), ctx=())
-    merged = recorded(tmp_path)
-    assert merged is not None
-    assert merged.speed != rows.speed
-    assert merged.added["speed"].bench == "fidelity"
-    unchanged = ("likelihood", "gradual", "tasks", "spikes", "setting")
-    assert all(getattr(merged, name) == getattr(rows, name) for name in unchanged)
-    assert "*speed* was measured later" in (tmp_path / "summary.md").read_text()
-
-
-def test_a_report_of_another_setting_is_not_mixed_with(kept, senseless, tmp_path):
-    with pytest.raises(BadInputError, match="of other seed"):
-        small(senseless, copied(kept, tmp_path), seed=7, only=("speed",))
-
-
-def test_a_file_that_is_no_report_is_refused(tmp_path):
-    (tmp_path / RESULT).write_text("{}")
-    with pytest.raises(BadInputError, match="no report of this benchmark"):
-        recorded(tmp_path)
+def test_parts_left_out_are_measured_later_and_no_other_again(rows, folder, senseless, tmp_path):
+    lines = (folder / JOURNAL).read_bytes().splitlines(keepends=True)
+    (tmp_path / JOURNAL).write_bytes(b"".join(line for line in lines if b'"spike"' not in line))
+    said = Interrupt("nothing")
+    later = small(senseless, tmp_path, said, resume=True, only=("spike",)).rows
+    assert said.seen
+    assert all(doing.startswith("spike:") for doing in said.seen)
+    assert later == rows
 
 
 # -- the command -------------------------------------------------------------------------------------------
@@ -187,12 +164,12 @@ def bench(*arguments: str) -> Result:
         (("--ctx", "512"), "too short"),
         (("--texts", "novel"), "unknown text"),
         (("--seed", "-1"), "--seed -1"),
-        (("--only", "speeds"), "did you mean speed"),
+        (("--only", "chat"), "chats"),
         (("--cache", "q4_0", "--policies", "keydiff"), "keydiff can't be used with this cache"),
         (("--ctx", "100000"), "beyond this model's"),
         (("--model", "missing.gguf"), "missing.gguf"),
         (("--out-dir", "/proc/nowhere"), "/proc/nowhere"),
-        (("--weights", "f64"), "--weights f64"),
+        (("--weights", "f64"), "--weights"),
     ],
 )
 def test_bad_input_is_one_line_and_status_two(demo_model, arguments, words):
@@ -215,8 +192,9 @@ def sensible(demo_model: Path) -> Rows:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_demo_model_finds_hidden_facts_and_loses_them_with_their_cells(sensible):
-    assert {task.name: task.able for task in sensible.tasks}["needle"]
-    kept = {(line.when, line.policy): line.all for line in sensible.retrieval if line.task == "needle"}
+    assert "needle" in able(sensible.answers)
+    lines = [line for line in sensible.answers if line.task == "needle" and line.share]
+    kept = {(line.when, line.policy): line.right for line in lines}
     assert set(kept) == {(when, policy) for when in ("known", "later") for policy in ("window", "random")}
     assert kept["known", "window"].mean < 1.0
     assert msgspec.json.decode(encoded(sensible), type=Rows) == sensible
@@ -224,11 +202,18 @@ def test_the_demo_model_finds_hidden_facts_and_loses_them_with_their_cells(sensi
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_governor_itself_gave_up_what_was_asked_in_the_chats(shallow_model):
+def test_the_governor_itself_gave_up_what_was_asked_in_the_chats(shallow_model, monkeypatch):
+    away: list[float] = []
+    missing_share = Subject.missing_share
+
+    def noted(subject: Subject) -> float:
+        away.append(missing_share(subject))
+        return away[-1]
+
+    monkeypatch.setattr(Subject, "missing_share", noted)
     report = small(shallow_model, policies=("window",), shares=(0.5,), ctx=(896,), only=("chats",))
-    full, *trimmed = report.rows.conversation
-    assert (full.policy, full.trims, full.given_up) == ("full", 0.0, 0.0)
-    assert {chat.policy for chat in trimmed} == {"window", "random"}
-    for chat in trimmed:
-        assert chat.trims > 0
-        assert chat.given_up >= 0.45
+    assert [(line.policy, line.right.trials) for line in report.rows.answers] == [
+        ("full", len(FACTS)), ("window", len(FACTS)), ("random", 2 * len(FACTS))
+    ]  # fmt: skip
+    assert sum(share >= 0.5 for share in away) == 3  # once a policy and seed, at the last turn
+    assert away.count(0.0) == 3

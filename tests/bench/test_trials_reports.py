@@ -138,7 +138,7 @@ class TestCapacity:
         assert capacity_report.best_table(probes).rows[0][2] == "none"
 
     def test_what_was_left_out_comes_from_the_model_in_peace(self):
-        peace = probe("fixed", 256, token_s=[0.01], limit_bytes=0, peak_bytes=150 * MIB)
+        peace = probe("fixed", 256, tokens_per_s=100.0, limit_bytes=0, peak_bytes=150 * MIB)
         found = capacity._completed(CapacityOptions(), peace, quick=False)
         assert found.least_tokens_s == pytest.approx(10.0)
         assert list(found.limits) == [176, 200, 248]

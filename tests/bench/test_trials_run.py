@@ -102,12 +102,12 @@ def test_an_onset_is_answered_and_the_context_is_whole_again(demo_model, tmp_pat
 def test_a_limit_is_probed_until_the_longest_is_known(demo_model, tmp_path):
     options = CapacityOptions(limits=(400,), max_ctx=512, tokens=4, resolution=2.0, least_tokens_s=0.5)
     report = ran(capacity, demo_model, options, tmp_path)
-    assert [(row["variant"], row["length"], row["ending"]) for row in report.rows] == [
+    assert [(probe.variant, probe.length, probe.ending) for probe in report.rows] == [
         ("fixed", 512, "survived"),
         ("psi", 512, "survived"),
     ]
-    assert all(row["live_cells"] + row["masked_cells"] + row["lost_cells"] == 512 for row in report.rows)
-    assert all(len(row["token_s"]) == 4 for row in report.rows)
+    assert all(probe.live_cells + probe.masked_cells + probe.lost_cells == 512 for probe in report.rows)
+    assert all(probe.tokens_per_s > 0 for probe in report.rows)
     assert (tmp_path / "capacity.csv").read_text().count("\n") == 3
 
 
@@ -115,7 +115,7 @@ def test_a_context_that_does_not_fit_survives_in_no_variant(demo_model):
     options = CapacityOptions(limits=(32,), max_ctx=256, tokens=4)
     report = ran(capacity, demo_model, options)
     # Where no page is to be had it is killed; where mapped files still give some, it thrashes first.
-    assert {row["ending"] for row in report.rows} <= {"killed", "slow"}
+    assert {probe.ending for probe in report.rows} <= {"killed", "slow"}
     assert report.figures == []
 
 

@@ -45,15 +45,12 @@ def probe(variant="psi", length=1024, ending="survived", **changed) -> Probe:
         "limit_bytes": 200 * MIB,
         "why": "" if ending == "survived" else "the kernel killed it",
         "done_tokens": length,
-        "prefill_tokens_per_s": 80.0,
-        "token_s": [0.05, 0.1] if ending == "survived" else [],
+        "prompt_tokens_per_s": 80.0,
+        "tokens_per_s": 20.0 if ending == "survived" else None,
         "peak_bytes": 190 * MIB,
         "live_cells": length,
         "masked_cells": 0,
         "lost_cells": 0,
-        "returned_bytes": 0,
-        "trims": 0,
-        "last_turn": "",
     }
     return Probe(variant=variant, length=length, ending=ending, **{**fields, **changed})
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 
 from psi_kv_governor.errors import BadInputError, PsiKvError
-from psi_kv_governor.events import Event, Trimmed
+from psi_kv_governor.governor import Governor
 from psi_kv_governor.policy import Policy
 from psi_kv_governor.pressure.reading import Reading, one_level
 from psikv_bench.fidelity.contenders import FULL
-from psikv_bench.fidelity.conversation import Chat, Message, Planted, chat, renderer, stem_of
-from psikv_bench.fidelity.likelihood import Tick, policies
+from psikv_bench.fidelity.conversation import Planted, added, chat, renderer, stem_of
+from psikv_bench.fidelity.likelihood import Tick
 from psikv_bench.fidelity.plan import Plan
-from psikv_bench.fidelity.results import Conversation
+from psikv_bench.fidelity.retrieval import Outcome
 from psikv_bench.fidelity.subject import Subject
-from psikv_bench.intervals import share_of
 
+TASK = "chat"
 _TURNS_UNDER_PRESSURE = 4
 """The share is given up over so many turns."""
 _STALLS = (0.3, 0.05)
@@ -46,17 +45,6 @@ class ScriptedPressure:
 
 
 @dataclass(frozen=True)
-class Talk:
-    """What one chat gave under one policy."""
-
-    policy: str
-    share: float
-    given_up: float
-    trims: int
-    right: list[bool]
-
-
-@dataclass(frozen=True)
 class Script:
     """A chat in tokens: what all policies read with the full cache, the turns between which the governor
     acts, and the questions."""
@@ -65,111 +53,80 @@ class Script:
     turns: list[list[int]]
     asked: list[tuple[Planted, list[int]]]
 
-    @property
-    def length(self) -> int:
-        """Tokens of the chat with its longest question."""
-        read = len(self.opening) + sum(map(len, self.turns))
-        return read + max(len(stem) for _, stem in self.asked)
 
-
-def measure(subject: Subject, plan: Plan, number: int, tick: Tick) -> list[Talk]:
-    """One chat under every policy and share, and with the full cache."""
+def measure(subject: Subject, plan: Plan, tick: Tick, *, number: int) -> list[Outcome]:
+    """One chat with the full cache, and under every policy and share."""
     what = f"chat {number + 1} of {plan.chats}"
     tick(f"{what}: facts and chatter")
-    text = plan.texts[number % len(plan.texts)]
-    script = _script(subject, chat(plan.seed + number, text, plan.chat_tokens), plan.chat_tokens)
-    subject.forget()
+    script = _script(subject, plan, number)
+    subject.cut(0)
     subject.read(script.opening)
     mark = subject.mark()
     for turn in script.turns:
         subject.read(turn)
-    talks = [Talk(FULL, 0.0, 0.0, 0, _answers(subject, script))]
-    for share in plan.shares:
-        for policy in policies(plan):
-            subject.back_to(mark)
-            tick(f"{what}: {policy.name} gives up {share:.0%}")
-            talks.append(_under_pressure(subject, script, policy, share))
-    return talks
+    found = _answers(subject, script, FULL, 0.0)
+    for share, policy in product(plan.shares, plan.compared):
+        subject.back_to(mark)
+        tick(f"{what}: {policy.name} gives up {share:.0%}")
+        found += _under_pressure(subject, script, policy, share)
+    return found
 
 
-def _script(subject: Subject, spoken: Chat, length: int) -> Script:
-    render = renderer(subject.template)
-    messages: list[Message] = [*spoken.opening, *(said for turn in spoken.early for said in turn)]
-    ends = [render(messages)]
-    turns = iter(spoken.late)
-    while len(ends) <= _TURNS_UNDER_PRESSURE or len(subject.tokens(ends[-1])) < length:
-        turn = next(turns, None)
-        if turn is None:
-            raise PsiKvError(f"the text is too short for a chat of {length} tokens")
+def _script(subject: Subject, plan: Plan, number: int) -> Script:
+    """Raises BadInputError for a chat that does not fit, or a template that can't be used."""
+    render = renderer(subject.llm.metadata.get("tokenizer.chat_template"))
+    spoken = chat(plan.seed + number, plan.texts[number % len(plan.texts)], plan.chat_tokens)
+    messages = list(spoken.opening)
+    said = [render(messages)]
+    for turn in spoken.chatter:
+        if len(said) > _TURNS_UNDER_PRESSURE and len(subject.tokens(said[-1])) >= plan.chat_tokens:
+            break
         messages += turn
-        ends.append(render(messages))
-    first = len(ends) - 1 - _TURNS_UNDER_PRESSURE
-    if not all(after.startswith(before) for before, after in pairwise(ends)):
-        raise PsiKvError("the model's chat template changes earlier turns when later ones come")
-    parts = [after[len(before) :] for before, after in pairwise(ends[first:])]
+        said.append(render(messages))
+    else:
+        raise PsiKvError(f"the text is too short for a chat of {plan.chat_tokens} tokens")
+    under_pressure = said[-_TURNS_UNDER_PRESSURE - 1 :]
     script = Script(
-        opening=subject.tokens(ends[first]),
-        turns=[subject.tokens(part) for part in parts],
+        opening=subject.tokens(under_pressure[0]),
+        turns=[subject.tokens(added(before, after)) for before, after in pairwise(under_pressure)],
         asked=[(fact, subject.tokens(stem_of(render, messages, fact))) for fact in spoken.planted],
     )
-    if script.length > subject.n_ctx:
+    length = len(script.opening) + sum(map(len, script.turns)) + max(len(stem) for _, stem in script.asked)
+    if length > subject.n_ctx:
         raise BadInputError(
-            f"the chat takes {script.length} tokens of this model: measure longer contexts (--ctx), or "
-            "leave it out (--only)"
+            f"the chat takes {length} tokens of this model: measure longer contexts (--ctx), or leave it out "
+            "(--only)"
         )
     return script
 
 
-def _under_pressure(subject: Subject, script: Script, policy: Policy, share: float) -> Talk:
+def _under_pressure(subject: Subject, script: Script, policy: Policy, share: float) -> list[Outcome]:
     mark = subject.mark()
-    trims: list[Trimmed] = []
-
-    def note(event: Event) -> None:
-        if isinstance(event, Trimmed):
-            trims.append(event)
-
     with subject.recalling(policy), subject.governed(policy, ScriptedPressure()) as governor:
-        governor.subscribe(note)
         for number, turn in enumerate(script.turns, 1):
-            goal = share * number / len(script.turns)
-            for _ in range(_READINGS):
-                if subject.missing_share() >= goal:
-                    break
-                governor.step()
-            else:
-                raise PsiKvError(f"the governor gave up {subject.missing_share():.0%} and not {goal:.0%}")
+            _trim(subject, governor, share * number / len(script.turns))
             subject.read(turn)
-        answers = _answers(subject, script)
-        talk = Talk(policy.name, share, subject.missing_share(), len(trims), answers)
+        found = _answers(subject, script, policy.name, share)
         subject.back_to(mark)
         subject.unmask()  # before the governor is closed
-    return talk
+    return found
 
 
-def _answers(subject: Subject, script: Script) -> list[bool]:
-    return [_right(subject, fact, stem) for fact, stem in script.asked]
+def _trim(subject: Subject, governor: Governor, goal: float) -> None:
+    for _ in range(_READINGS):
+        if subject.missing_share() >= goal:
+            return
+        governor.step()
+    raise PsiKvError(f"the governor gave up {subject.missing_share():.0%} and not {goal:.0%}")
 
 
-def _right(subject: Subject, fact: Planted, stem: Sequence[int]) -> bool:
-    """Whether the first token of the right answer is more probable than those of the other choices."""
-    mark = subject.mark()
-    logits = subject.asked(stem, ())[-1]
-    subject.back_to(mark)
-    return max(fact.choices, key=lambda choice: logits[subject.tokens(f" {choice}")[0]]) == fact.answer
-
-
-def summed(talks: Sequence[Talk]) -> list[Conversation]:
-    """By policy and share; the seeds of a policy count as further chats."""
-    groups: dict[tuple[str, float], list[Talk]] = {}
-    for talk in talks:
-        groups.setdefault((talk.policy, talk.share), []).append(talk)
-    return [
-        Conversation(
-            policy=policy,
-            share=share,
-            given_up=sum(talk.given_up for talk in group) / len(group),
-            trims=sum(talk.trims for talk in group) / len(group),
-            right=share_of(sum(sum(talk.right) for talk in group), sum(len(talk.right) for talk in group)),
-        )
-        for (policy, share), group in groups.items()
-    ]
+def _answers(subject: Subject, script: Script, policy: str, share: float) -> list[Outcome]:
+    """Right: the first token of the right answer is more probable than those of the other choices."""
+    found = []
+    for fact, stem in script.asked:
+        mark = subject.mark()
+        logits = subject.asked(stem, ())[-1]
+        subject.back_to(mark)
+        said = max(fact.choices, key=lambda choice: logits[subject.tokens(f" {choice}")[0]])
+        found.append(Outcome(TASK, "later", policy, share, said == fact.answer))
+    return found

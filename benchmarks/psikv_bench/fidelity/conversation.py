@@ -18,7 +18,7 @@ SYSTEM = "You are a helpful assistant who remembers what the user said."
 QUESTION = "What did I ask you to remember?"
 """The same for every fact: a question with the words of its fact would be copied instead of the fact."""
 
-_FACTS: tuple[tuple[str, tuple[str, ...]], ...] = (
+FACTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("The lighthouse keeper's name is", ("Ambrose", "Gilbert", "Winston", "Ophelia")),
     ("The password of the wine cellar is", ("umbrella", "lantern", "mountain", "silver")),
     ("The old violin was made in", ("Lisbon", "Dublin", "Vienna", "Prague")),
@@ -28,9 +28,7 @@ _FACTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("The colour of the submarine is", ("yellow", "purple", "orange", "green")),
     ("The meeting with the bishop is on", ("Thursday", "Sunday", "Tuesday", "Saturday")),
 )
-FACTS = len(_FACTS)
-CHOICES = 4
-"""Answers to choose from, so a guess is right in one of four."""
+"""Each with four answers to choose from, so that a guess is right in one of four."""
 _TURNS = 16
 """Of chatter, about: one after each fact, and as many after all."""
 _CHARACTERS_PER_TOKEN = 4
@@ -47,28 +45,28 @@ class Planted:
 
 @dataclass(frozen=True)
 class Chat:
-    """Turns of a user message and its answer each: first those with the facts, then the chatter."""
+    """Messages with the facts, and the turns of chatter that follow, each a user's message and its answer."""
 
     planted: list[Planted]
-    early: list[list[Message]]
-    late: list[list[Message]]
-
-    @property
-    def opening(self) -> list[Message]:
-        """The system prompt."""
-        return [{"role": "system", "content": SYSTEM}]
+    opening: list[Message]
+    chatter: list[list[Message]]
 
 
 def chat(seed: int, text: str, length: int = 2048) -> Chat:
     """A chat of about `length` tokens whose chatter is made of the text called `text`; the facts are said in
     its first turns, with a turn of chatter after each. Raises BadInputError for an unknown text."""
     rng = random.Random(seed)
-    planted = [Planted(stem, rng.choice(choices), choices) for stem, choices in rng.sample(_FACTS, FACTS)]
-    chatter = _chatter(read_text(text), length * _CHARACTERS_PER_TOKEN // _TURNS)
-    early = []
+    planted = [Planted(stem, rng.choice(choices), choices) for stem, choices in rng.sample(FACTS, len(FACTS))]
+    words = re.sub(r"\s+", " ", read_text(text))
+    size = length * _CHARACTERS_PER_TOKEN // _TURNS
+    pieces = [words[i : i + size] for i in range(0, len(words), size)]
+    chatter = [
+        _turn("Please read on." if i else "Please read to me.", piece) for i, piece in enumerate(pieces)
+    ]
+    opening: list[Message] = [{"role": "system", "content": SYSTEM}]
     for fact in planted:
-        early += [_telling(fact), chatter.pop(0)]
-    return Chat(planted, early, chatter)
+        opening += [*_telling(fact), *chatter.pop(0)]
+    return Chat(planted, opening, chatter)
 
 
 def _telling(fact: Planted) -> list[Message]:
@@ -76,20 +74,8 @@ def _telling(fact: Planted) -> list[Message]:
     return _turn(f"Please remember this: {sentence[0].lower()}{sentence[1:]}", f"I will. {sentence}")
 
 
-def _chatter(text: str, size: int) -> list[list[Message]]:
-    """Turns about consecutive pieces of `text`, of `size` characters."""
-    words = re.sub(r"\s+", " ", text)
-    pieces = [words[i : i + size] for i in range(0, len(words), size)]
-    return [_turn("Please read on." if i else "Please read to me.", piece) for i, piece in enumerate(pieces)]
-
-
 def _turn(user: str, assistant: str) -> list[Message]:
     return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-
-
-def asking(fact: Planted) -> list[Message]:
-    """The question for `fact`, with the beginning of its answer."""
-    return _turn(QUESTION, fact.stem)
 
 
 def renderer(template: str | None) -> Render:
@@ -116,15 +102,21 @@ def _plain(messages: Sequence[Message]) -> str:
     return "".join(f"{names[message['role']]}{message['content']}\n\n" for message in messages)
 
 
+def added(before: str, after: str) -> str:
+    """What `after` says more than `before`. Raises BadInputError where it begins otherwise."""
+    if not after.startswith(before):
+        raise BadInputError("the model's chat template changes earlier turns when later ones come")
+    return after[len(before) :]
+
+
 def stem_of(render: Render, before: Sequence[Message], fact: Planted) -> str:
     """The text of the question after the messages `before`, up to where its answer begins.
 
     Raises BadInputError where the template does not let a chat be continued.
     """
     marker = " \N{SECTION SIGN}"
-    asked = [dict(message) for message in asking(fact)]
-    asked[-1]["content"] += marker
-    start, whole = render(before), render([*before, *asked])
-    if not whole.startswith(start) or marker not in whole:
-        raise BadInputError("the model's chat template changes earlier turns when later ones come")
-    return whole[len(start) : whole.rindex(marker)]
+    whole = render([*before, *_turn(QUESTION, fact.stem + marker)])
+    stem, found, _ = added(render(before), whole).rpartition(marker)
+    if not found:
+        raise BadInputError("the model's chat template leaves out what an answer begins with")
+    return stem

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,10 +41,7 @@ class Reference:
     """
 
     def __init__(self, logits: Logits, targets: list[int]) -> None:
-        if len(logits) != len(targets):
-            raise ValueError(f"{len(logits)} rows of logits for {len(targets)} tokens")
-        self.logits = logits
-        self._targets = np.asarray(targets)
+        self._targets = targets
         self._log_p = log_softmax(logits)
         self._p = np.exp(self._log_p)
         self._best = logits.argmax(axis=-1)
@@ -57,3 +55,9 @@ class Reference:
             top1=(logits.argmax(axis=-1) == self._best).astype(np.float64),
             nll=-log_q[np.arange(len(self._targets)), self._targets],
         )
+
+
+def agreeing(left: Sequence[int], right: Sequence[int]) -> int:
+    """Tokens until the first that differs."""
+    pairs = list(zip(left, right, strict=False))
+    return next((i for i, (one, other) in enumerate(pairs) if one != other), len(pairs))

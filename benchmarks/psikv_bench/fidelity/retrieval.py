@@ -7,26 +7,29 @@ are decoded in both; only the time of the trim differs.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import product
+
+import numpy as np
 
 from psi_kv_governor.errors import BadInputError
 from psikv_bench.fidelity.contenders import FULL
-from psikv_bench.fidelity.likelihood import Tick, policies
+from psikv_bench.fidelity.likelihood import Tick
+from psikv_bench.fidelity.metrics import agreeing
 from psikv_bench.fidelity.plan import Plan
-from psikv_bench.fidelity.results import Retrieval, Task, When
+from psikv_bench.fidelity.results import Answers, When
 from psikv_bench.fidelity.subject import Subject
-from psikv_bench.fidelity.tasks import ABOUT, Fact, Question, depths, facts, questions
+from psikv_bench.fidelity.tasks import Counts, Question, questions
 from psikv_bench.fidelity.texts import read_text
-from psikv_bench.intervals import Share, share_of
+from psikv_bench.intervals import share_of
 from psikv_bench.model import Logits
 
 ABLE = 0.8
 """Least share of a task's questions that the full cache has to answer: below it, a policy could only lose
 what the model does not have."""
-THIRDS = ("early", "middle", "late")
-_FIRST_DEPTH, _LAST_DEPTH = 0.08, 0.80
+FIRST_DEPTH, LAST_DEPTH = 0.08, 0.80
 """Where facts are hidden, as shares of the text: behind the sinks, before the protected window."""
 _PARAGRAPH = "\n\n"
 
@@ -36,7 +39,6 @@ class Asked:
     """A question in tokens: what is read, and which of it the model has to say itself."""
 
     question: Question
-    third: str
     tokens: tuple[int, ...]
     stem: int
     """Tokens of the first stem."""
@@ -54,7 +56,6 @@ class Outcome:
     """One question, asked once."""
 
     task: str
-    third: str
     when: When
     policy: str
     share: float
@@ -65,103 +66,79 @@ class Outcome:
 class Haystack:
     """A text with facts in it, in tokens, and the questions."""
 
-    name: str
     tokens: list[int]
     asked: list[Asked]
 
 
-def haystacks(subject: Subject, plan: Plan) -> Iterator[Haystack]:
-    """The texts in turn, each with its own facts. Raises BadInputError when one is too short."""
-    for i in range(plan.haystacks):
-        name = plan.texts[i % len(plan.texts)]
-        asked = questions(plan.counts[i % len(plan.counts)], plan.seed + i)
-        hidden = facts(asked, plan.seed + i)
-        text = subject.tokens(read_text(name))
-        tokens, where = _hide(subject, text, hidden, plan.haystack_tokens, name)
-        yield Haystack(name, tokens, [_in_tokens(subject, question, where) for question in asked])
+def haystack(subject: Subject, name: str, counts: Counts, length: int, seed: int) -> Haystack:
+    """`length` tokens of the text called `name`, with facts in it as paragraphs of their own.
 
-
-def _hide(
-    subject: Subject, text: list[int], hidden: list[Fact], length: int, name: str
-) -> tuple[list[int], dict[Fact, float]]:
-    """`length` tokens with the facts as paragraphs of their own; and the depth of each."""
-    sentences = [subject.tokens(f"{_PARAGRAPH}{fact.sentence}{_PARAGRAPH}") for fact in hidden]
+    Raises BadInputError where the text is too short.
+    """
+    asked = questions(counts, seed)
+    facts = list(dict.fromkeys(fact for question in asked for fact in question.facts))
+    random.Random(seed).shuffle(facts)
+    text = subject.tokens(read_text(name))
+    sentences = [subject.tokens(f"{_PARAGRAPH}{fact}{_PARAGRAPH}") for fact in facts]
     hay = length - len(subject.opening) - sum(map(len, sentences))
     if len(text) < hay:
         raise BadInputError(f"the text {name!r} has {len(text)} tokens, too few to hide facts among {length}")
-    where = dict(zip(hidden, depths(len(hidden), _FIRST_DEPTH, _LAST_DEPTH), strict=True))
     tokens, done = list(subject.opening), 0
-    for depth, sentence in zip(where.values(), sentences, strict=True):
+    for depth, sentence in zip(np.linspace(FIRST_DEPTH, LAST_DEPTH, len(facts)), sentences, strict=True):
         stop = round(depth * hay)
         tokens += text[done:stop] + sentence
         done = stop
-    return tokens + text[done:hay], where
+    return Haystack(tokens + text[done:hay], [_in_tokens(subject, question) for question in asked])
 
 
-def _in_tokens(subject: Subject, question: Question, where: dict[Fact, float]) -> Asked:
+def _in_tokens(subject: Subject, question: Question) -> Asked:
     """Stems and answers are cut where the tokens of their common text are."""
     said, stem = _PARAGRAPH, 0
     answer: set[int] = set()
-    for step in question.steps:
-        said += step.stem
-        begin = len(_common(subject.tokens(said), subject.tokens(f"{said} {step.answer}")))
-        said += f" {step.answer}"
-        answer.update(range(begin, len(subject.tokens(said))))
+    for words, right in question.steps:
+        said += words
+        with_answer = subject.tokens(f"{said} {right}")
+        begin = agreeing(subject.tokens(said), with_answer)
+        said += f" {right}"
+        answer.update(range(begin, len(with_answer)))
         stem = stem or begin
-    depth = where[question.facts[0]]
-    third = THIRDS[min(2, int((depth - _FIRST_DEPTH) / (_LAST_DEPTH - _FIRST_DEPTH) * 3))]
-    return Asked(question, third, tuple(subject.tokens(said)), stem, frozenset(answer))
+    return Asked(question, tuple(subject.tokens(said)), stem, frozenset(answer))
 
 
-def _common(left: list[int], right: list[int]) -> list[int]:
-    """The tokens that both begin with."""
-    count = next(
-        (i for i, pair in enumerate(zip(left, right, strict=False)) if pair[0] != pair[1]), len(left)
-    )
-    return left[:count]
+def ask(subject: Subject, asked: Asked, already: int = 0) -> bool:
+    """Whether it is answered; it is forgotten again. `already`: its first tokens that are in the context."""
+    mark = subject.mark()
+    logits = subject.asked(asked.tokens[already : asked.stem], asked.tokens[asked.stem : -1])
+    subject.back_to(mark)
+    return asked.right(logits, already)
 
 
-# -- with the full cache -----------------------------------------------------------------------------------
+def _haystack(subject: Subject, plan: Plan, number: int) -> Haystack:
+    """The texts take turns, each with its own facts."""
+    name, counts = plan.texts[number % len(plan.texts)], plan.counts[number % len(plan.counts)]
+    return haystack(subject, name, counts, plan.ctx[0], plan.seed + number)
 
 
 def screen(subject: Subject, plan: Plan, tick: Tick) -> list[Outcome]:
     """Every question with the full cache."""
     found = []
-    for number, hay in enumerate(haystacks(subject, plan), 1):
-        tick(f"text {number} of {plan.haystacks} with hidden facts: what the full cache finds")
+    for number in range(plan.haystacks):
+        hay = _haystack(subject, plan, number)
+        tick(f"text {number + 1} of {plan.haystacks} with hidden facts: what the full cache finds")
         subject.load(hay.tokens)
-        found += [_ask(subject, asked, "later", FULL, 0.0) for asked in hay.asked]
+        found += [Outcome(one.question.task, "later", FULL, 0.0, ask(subject, one)) for one in hay.asked]
     return found
 
 
-def tasks(screened: Sequence[Outcome]) -> list[Task]:
-    """What the full cache can do, task by task."""
-    table = []
-    for name, about in ABOUT.items():
-        if right := [outcome.right for outcome in screened if outcome.task == name]:
-            full = share_of(sum(right), len(right))
-            table.append(Task(name=name, about=about, full=full, able=full.mean >= ABLE))
-    return table
+def able(table: Sequence[Answers]) -> frozenset[str]:
+    """The tasks that the full cache can do."""
+    return frozenset(line.task for line in table if line.policy == FULL and line.right.mean >= ABLE)
 
 
-def _ask(
-    subject: Subject, asked: Asked, when: When, policy: str, share: float, *, already: int = 0
-) -> Outcome:
-    """Ask, and forget it again. The first `already` tokens of the question are in the context."""
-    mark = subject.mark()
-    logits = subject.asked(asked.tokens[already : asked.stem], asked.tokens[asked.stem : -1])
-    subject.back_to(mark)
-    right = asked.right(logits, already)
-    return Outcome(asked.question.task, asked.third, when, policy, share, right)
-
-
-# -- with trimmed ones -------------------------------------------------------------------------------------
-
-
-def measure(subject: Subject, plan: Plan, number: int, able: frozenset[str], tick: Tick) -> list[Outcome]:
-    """Every question of the tasks in `able` on one text, by every policy and share, in both scenes."""
-    hay = next(islice(haystacks(subject, plan), number, None))
-    asked = [one for one in hay.asked if one.question.task in able]
+def measure(subject: Subject, plan: Plan, tick: Tick, *, number: int, tasks: frozenset[str]) -> list[Outcome]:
+    """Every question of the `tasks` on one text, by every policy and share, in both scenes."""
+    hay = _haystack(subject, plan, number)
+    asked = [one for one in hay.asked if one.question.task in tasks]
     if not asked:
         return []
     what = f"text {number + 1} of {plan.haystacks} with hidden facts"
@@ -172,49 +149,33 @@ def measure(subject: Subject, plan: Plan, number: int, able: frozenset[str], tic
 
 def _later(subject: Subject, plan: Plan, asked: list[Asked], tick: Tick, what: str) -> Iterator[Outcome]:
     mark = subject.mark()
-    for share in plan.shares:
-        for policy in policies(plan):
-            tick(f"{what}: asked after {policy.name} gave up {share:.0%}")
-            with subject.trimmed(policy, share):
-                yield from [_ask(subject, one, "later", policy.name, share) for one in asked]
+    for share, policy in product(plan.shares, plan.compared):
+        tick(f"{what}: asked after {policy.name} gave up {share:.0%}")
+        with subject.trimmed(policy, share):
+            for one in asked:
+                yield Outcome(one.question.task, "later", policy.name, share, ask(subject, one))
     subject.back_to(mark)
 
 
 def _known(subject: Subject, plan: Plan, asked: list[Asked], tick: Tick, what: str) -> Iterator[Outcome]:
     mark = subject.mark()
     for one in asked:
-        tick(f"{what}: {one.question.steps[0].stem} ...")
+        tick(f"{what}: {one.question.steps[0][0]} ...")
         already = one.stem - 1
         subject.read(one.tokens[:already])
-        for share in plan.shares:
-            for policy in policies(plan):
-                with subject.trimmed(policy, share):
-                    yield _ask(subject, one, "known", policy.name, share, already=already)
+        for share, policy in product(plan.shares, plan.compared):
+            with subject.trimmed(policy, share):
+                right = ask(subject, one, already)
+                yield Outcome(one.question.task, "known", policy.name, share, right)
         subject.back_to(mark)
 
 
-def summed(outcomes: Sequence[Outcome]) -> list[Retrieval]:
+def summed(outcomes: Sequence[Outcome]) -> list[Answers]:
     """By task, scene, policy and share; the seeds of a policy count as further trials."""
-    groups: dict[tuple[str, When, str, float], list[Outcome]] = {}
-    for outcome in outcomes:
-        key = (outcome.task, outcome.when, outcome.policy, outcome.share)
-        groups.setdefault(key, []).append(outcome)
+    groups: dict[tuple[str, When, str, float], list[bool]] = {}
+    for one in outcomes:
+        groups.setdefault((one.task, one.when, one.policy, one.share), []).append(one.right)
     return [
-        Retrieval(
-            task=task,
-            when=when,
-            policy=policy,
-            share=share,
-            all=share_of(sum(outcome.right for outcome in group), len(group)),
-            by_depth=_by_depth(group),
-        )
-        for (task, when, policy, share), group in groups.items()
+        Answers(task=task, when=when, policy=policy, share=share, right=share_of(sum(right), len(right)))
+        for (task, when, policy, share), right in groups.items()
     ]
-
-
-def _by_depth(group: Sequence[Outcome]) -> dict[str, Share]:
-    return {
-        third: share_of(sum(right), len(right))
-        for third in THIRDS
-        if (right := [outcome.right for outcome in group if outcome.third == third])
-    }

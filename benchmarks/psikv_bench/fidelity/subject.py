@@ -6,16 +6,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from gguf import GGUFReader
 
 from psi_kv_governor.cache import Recall
 from psi_kv_governor.errors import BadInputError, PsiKvError
-from psi_kv_governor.policy import Policy, Range
-from psi_kv_governor.sandbox import llm as llms
+from psi_kv_governor.policy import Policy
 from psi_kv_governor.sandbox.messages import Setup
-from psikv_bench.fidelity.contenders import RECALL, Contender, needs
+from psikv_bench.fidelity.contenders import RECALL
+from psikv_bench.fidelity.texts import read_text
 from psikv_bench.model import Context, Logits
 
 
@@ -24,7 +24,7 @@ class Mark:
     """A place in the context to come back to."""
 
     n_tokens: int
-    sampled: Any
+    sampled: bytes
     """What had been sampled of the attention by then."""
 
 
@@ -38,17 +38,16 @@ class Subject(Context):
     model; PsiKvError where the model can't give up a range at all.
     """
 
-    def __init__(self, setup: Setup, compared: Sequence[Contender], n_ctx: int) -> None:
-        llms.llama_class(setup.variant)  # the agent has to be there before llama_cpp
+    def __init__(self, setup: Setup, compared: Sequence[Policy], n_ctx: int) -> None:
         _check_length(Path(setup.model), n_ctx)
         super().__init__(setup, n_ctx)
         self.n_ctx = n_ctx
         self._ids: list[int] = []
         self._recalls = False
         try:
-            for one in compared:
-                self.check_served(one.policies[0])
-            self.collect(needs(compared))
+            for policy in compared:
+                self.check_served(policy)
+            self.collect(frozenset(kind for policy in compared for kind in policy.needs))
         except BaseException:
             self.close()
             raise
@@ -66,20 +65,14 @@ class Subject(Context):
         found: list[int] = self.llm.tokenize(b"", add_bos=True)
         return found
 
-    @property
-    def template(self) -> str | None:
-        """The model's chat template, in Jinja; None where it brings none."""
-        found: str | None = self.llm.metadata.get("tokenizer.chat_template")
-        return found
-
-    def forget(self) -> None:
-        """Empty the context."""
-        self.cut(0)
+    def text(self, name: str) -> list[int]:
+        """The tokens of the text called `name`, from the opening on."""
+        return self.opening + self.tokens(read_text(name))
 
     def load(self, tokens: Sequence[int]) -> None:
         """Have `tokens` as the context, by reading on where they begin with what is in it already."""
         if self._ids != list(tokens[: self.n_tokens]):
-            self.forget()
+            self.cut(0)
         self.read(tokens[self.n_tokens :])
 
     def read(self, tokens: Sequence[int]) -> None:
@@ -107,13 +100,14 @@ class Subject(Context):
         found[-1] = np.ctypeslib.as_array(self.llm._ctx.get_logits(), shape=(self.llm.n_vocab(),))
         return np.concatenate([found, self.logits(answer)]) if len(answer) else found
 
-    def greedy(self, token: int, count: int) -> list[int]:
-        """The `count` most probable tokens in turn, after `token` was decoded."""
-        answer: list[int] = []
+    def greedy(self, token: int, count: int) -> Logits:
+        """Decode `token` and the most probable ones after it; gives the logits from which `count` of these
+        are chosen."""
+        found: list[Logits] = []
         for _ in range(count):
-            token = int(self.logits([token])[-1].argmax())
-            answer.append(token)
-        return answer
+            found.append(self.logits([token])[-1])
+            token = int(found[-1].argmax())
+        return np.stack(found)
 
     # -- going back -------------------------------------------------------------------------------------
 
@@ -139,10 +133,6 @@ class Subject(Context):
         if (given := sum(part.cells for part in ranges)) != cells:
             raise PsiKvError(f"{policy.name} chose {given} of {cells} cells")
         self.mask(ranges)
-
-    def trim_cell(self, position: int) -> None:
-        """Give up one cell."""
-        self.mask([Range(position, position + 1)])
 
     @contextmanager
     def trimmed(self, policy: Policy, share: float) -> Iterator[None]:
@@ -181,17 +171,8 @@ class Subject(Context):
 
 def _check_length(model: Path, n_ctx: int) -> None:
     """Before a context is made of it: llama.cpp would only warn. Raises BadInputError."""
-    from llama_cpp import _internals, llama_model_default_params
-    from llama_cpp._logger import set_verbose
-
-    set_verbose(False)
-    params = llama_model_default_params()
-    params.vocab_only = True
-    head = _internals.LlamaModel(path_model=str(model), params=params, verbose=False)
-    try:
-        said = head.metadata()
-    finally:
-        head.close()
-    trained = int(said.get(f"{said.get('general.architecture')}.context_length", n_ctx))
-    if n_ctx > trained:
-        raise BadInputError(f"a context of {n_ctx} tokens is beyond this model's {trained}: say less (--ctx)")
+    for name, field in GGUFReader(model).fields.items():
+        if name.endswith(".context_length") and n_ctx > (trained := field.contents()):
+            raise BadInputError(
+                f"a context of {n_ctx} tokens is beyond this model's {trained}: say less (--ctx)"
+            )

@@ -9,7 +9,6 @@ model is clever.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -55,70 +54,38 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True)
-class Step:
-    """A stem, and the answer that the model has to give; it sees the right answers of the steps before."""
-
-    stem: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class Fact:
-    """A sentence to hide in the text."""
-
-    sentence: str
-
-
-@dataclass(frozen=True)
 class Question:
     """What is asked."""
 
     task: str
-    steps: tuple[Step, ...]
-    facts: tuple[Fact, ...]
-    """What has to be known for it, in the order of its use."""
+    steps: tuple[tuple[str, str], ...]
+    """Stems, each with the answer that the model has to give, and sees when the next one is asked."""
+    facts: tuple[str, ...]
+    """Sentences to hide in the text, in the order of their use."""
 
 
 def questions(counts: Counts, seed: int) -> list[Question]:
     """The questions of one text. The same seed gives the same ones."""
     rng = random.Random(seed)
     cities, words = rng.sample(_CITIES, len(_CITIES)), rng.sample(_WORDS, len(_WORDS))
-    chosen = rng.sample(_NEEDLES, counts.needles)
-    needles = [_plain("needle", stem, rng.choice(answers)) for stem, answers in chosen]
-    alike = [_key("keys", cities.pop(), words.pop()) for _ in range(counts.keys)]
+    asked = []
+    for stem, answers in rng.sample(_NEEDLES, counts.needles):
+        answer = rng.choice(answers)
+        asked.append(Question("needle", ((stem, answer),), (f"{stem} {answer}.",)))
+    for _ in range(counts.keys):
+        key, value = cities.pop(), words.pop()
+        asked.append(Question("keys", ((f"{key} =", value),), (_said(key, value),)))
     for _ in range(counts.chains):
-        alike += _chain(cities.pop(), cities.pop(), words.pop())
-    return [*needles, *alike]
+        first, second, value = cities.pop(), cities.pop(), words.pop()
+        facts = (_said(first, second), _said(second, value))
+        written_out = ((f"{first} =", second), (f".\n\n{second} =", value))
+        asked.append(Question("steps", written_out, facts))
+        asked.append(Question("chain", ((f"In the end, {first} =", value),), facts))
+    return asked
 
 
-def facts(asked: Sequence[Question], seed: int) -> list[Fact]:
-    """The facts that the questions rest on, each once, shuffled: the order in which they are hidden."""
-    every = list(dict.fromkeys(fact for question in asked for fact in question.facts))
-    random.Random(seed).shuffle(every)
-    return every
-
-
-def depths(count: int, first: float, last: float) -> list[float]:
-    """`count` depths, as shares of the text, evenly from `first` to `last`."""
-    step = (last - first) / max(1, count - 1)
-    return [first + i * step for i in range(count)]
-
-
-def _plain(task: str, stem: str, answer: str) -> Question:
-    return Question(task, (Step(stem, answer),), (Fact(f"{stem} {answer}."),))
-
-
-def _key(task: str, key: str, value: str) -> Question:
-    # Said three times, the key right before the value: of 28 such questions at 2,048 tokens the demo model
+def _said(key: str, value: str) -> str:
+    # Three times, the key right before the value: of 28 such questions at 2,048 tokens the demo model
     # answers 24. Of 12 with "The word that goes with KEY: KEY VALUE", said once, it answers 9, and about half
     # with "The password for KEY is VALUE".
-    return Question(task, (Step(f"{key} =", value),), (Fact(" ".join([f"{key} = {value}."] * 3)),))
-
-
-def _chain(first: str, second: str, value: str) -> list[Question]:
-    """`first` leads to `second`, which leads to `value`: with the step written out, and at once."""
-    link, end = _key("steps", first, second), _key("steps", second, value)
-    needed = (*link.facts, *end.facts)
-    written_out = (Step(f"{first} =", second), Step(f".\n\n{second} =", value))
-    at_once = (Step(f"In the end, {first} =", value),)
-    return [Question("steps", written_out, needed), Question("chain", at_once, needed)]
+    return " ".join([f"{key} = {value}."] * 3)

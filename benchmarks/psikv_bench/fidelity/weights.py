@@ -8,47 +8,32 @@ token in twenty is another. With the same weights in f32: 0.000005 nats, and non
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from psi_kv_governor.errors import BadInputError, PsiKvError
+from psi_kv_governor.errors import PsiKvError
 
 Weights = Literal["f32", "file"]
 
 MOST_BYTES = 512 << 20
 """Largest file whose weights are taken to f32 unless that is asked for: eight times as much at 4 bits."""
-_GROWTH = 8
 _ALL_F32 = 0  # enum llama_ftype, <llama.h>
-
-
-def choose(model: Path, wanted: Weights | None) -> Weights:
-    """What is used: f32 for a small model, and the file's own for a large one, unless it is `wanted`."""
-    if wanted is not None:
-        return wanted
-    return "f32" if model.stat().st_size <= MOST_BYTES else "file"
 
 
 @contextmanager
 def weights(model: Path, which: Weights) -> Iterator[Path]:
     """The file to read: `model` itself, or its weights in f32, in a folder that is gone afterwards.
 
-    Raises BadInputError where there is no space for it, PsiKvError where the file can't be converted.
+    Raises PsiKvError where the file can't be converted.
     """
     if which == "file":
         yield model
         return
     with tempfile.TemporaryDirectory(prefix="psi-kv-") as folder:
         path = Path(folder) / "f32.gguf"
-        needed = _GROWTH * model.stat().st_size
-        if (free := shutil.disk_usage(folder).free) < needed:
-            raise BadInputError(
-                f"{folder} has {free >> 20:,} MiB free, and the weights in f32 may take {needed >> 20:,}: "
-                "set TMPDIR to a larger disk, or say --weights file"
-            )
         _convert(model, path)
         yield path
 
@@ -65,4 +50,7 @@ def _convert(model: Path, path: Path) -> None:
     params.ftype = _ALL_F32
     params.allow_requantize = True
     if llama_cpp.llama_model_quantize(str(model).encode(), str(path).encode(), params):
-        raise PsiKvError(f"llama.cpp can't take the weights of {model.name} to f32: say --weights file")
+        raise PsiKvError(
+            f"llama.cpp can't take the weights of {model.name} to f32 in {path.parent}: set TMPDIR to a "
+            "larger disk, or say --weights file"
+        )

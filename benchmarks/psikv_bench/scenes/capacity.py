@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
 from psi_kv_governor.errors import BadInputError, PsiKvError
-from psi_kv_governor.events import Released, Trimmed
+from psi_kv_governor.quantile import quantile
 from psi_kv_governor.sandbox import messages
 from psi_kv_governor.sandbox.host import MIB, Host, ModelKilledError
 from psi_kv_governor.sandbox.messages import Setup, Variant
@@ -22,13 +23,12 @@ from psikv_bench.capacity_report import (
     figures,
     notes,
     plot,
-    probes_table,
-    records,
     too_slow,
 )
-from psikv_bench.far import Far, measure
-from psikv_bench.options import Options, each_once, in_order
-from psikv_bench.record import Recorder, Report
+from psikv_bench.far import FarOptions, measure
+from psikv_bench.journal import Journal
+from psikv_bench.options import each_once, in_order
+from psikv_bench.record import Recorder, Report, Say
 from psikv_bench.scene import Scene
 from psikv_bench.search import largest
 from psikv_bench.trials.sizing import ample_bytes, require_sandbox
@@ -48,28 +48,19 @@ _OPEN_S = 120.0
 _ANY_PACE = 1e-3
 
 
-class CapacityOptions(Options, frozen=True, kw_only=True):
+class CapacityOptions(FarOptions, frozen=True, kw_only=True):
     """What is asked for."""
 
-    limits: Annotated[
-        tuple[Annotated[int, Meta(ge=16)], ...],
-        Meta(description="MiB of the cgroups [what the model takes, and 24, 48, 96 more]."),
-    ] = ()
     variants: Annotated[tuple[Variant, ...], Meta(description="Which of them.")] = ("fixed", "psi")
     swap: Annotated[Swap, Meta(description="Inside of the cgroups.")] = "none"
     max_ctx: Annotated[int, Meta(ge=1, description="No longer context is tried.")] = 32_768
     tokens: Annotated[int, Meta(ge=1, lt=STEP_CELLS, description="Decoded at the end of each.")] = 32
-    chunk: Annotated[int, Meta(ge=1, description="Tokens of the prompt decoded at once.")] = 128
     least_tokens_s: (
         Annotated[
             float, Meta(gt=0, description="What comes slower has not survived [0.1 of its calm speed].")
         ]
         | None
     ) = None
-    needles: Annotated[int, Meta(ge=0, le=12, description="Facts hidden in --times the --live cells.")] = 0
-    live: Annotated[int, Meta(ge=64, description="Cells that may be looked at, with --needles.")] = 512
-    times: Annotated[int, Meta(ge=2, description="So many times longer is the context.")] = 16
-    seed: Annotated[int, Meta(ge=0, description="Of what is hidden.")] = 0
     resolution: Annotated[float, Meta(gt=1, description="Factor between the longest and what fails.")] = 1.15
 
     def check(self) -> None:
@@ -79,49 +70,37 @@ class CapacityOptions(Options, frozen=True, kw_only=True):
 class Prober:
     """Probes lengths, each in a cgroup and a process of its own. What was probed is not probed again."""
 
-    def __init__(self, recorder: Recorder[CapacityOptions], options: CapacityOptions, journal: Any) -> None:
-        self._options, self._journal, self._say = options, journal, recorder.say
+    def __init__(self, options: CapacityOptions, journal: Journal[Probe], say: Say) -> None:
+        self._options, self._journal, self._say = options, journal, say
 
     def compare(self, limit_bytes: int) -> None:
         """All variants under one limit: each begins where the one before ends."""
         best = 4 * STEP_CELLS
         for variant in in_order(self._options.variants):
-            best = self._longest(variant, limit_bytes, max(STEP_CELLS, best))
+            best = largest(
+                partial(self._survives, variant, limit_bytes),
+                max(STEP_CELLS, best),
+                step=STEP_CELLS,
+                most=self._options.max_ctx,
+                resolution=self._options.resolution,
+            )
 
-    def _longest(self, variant: Variant, limit_bytes: int, start: int) -> int:
-        """The longest that survives, to the asked resolution; 0 where none does."""
-        return largest(
-            lambda length: self.probe(variant, limit_bytes, length).ending == "survived",
-            start,
-            step=STEP_CELLS,
-            most=self._options.max_ctx,
-            resolution=self._options.resolution,
-        ).best
+    def _survives(self, variant: Variant, limit_bytes: int, length: int) -> bool:
+        return self.probe(variant, limit_bytes, length).survived
 
     def probe(self, variant: Variant, limit_bytes: int, length: int) -> Probe:
-        """One probe, from the journal where it is there."""
-        done: Probe
+        """One probe, from the journal where it is there.
+
+        Raises PsiKvError where the model can't even be run with memory to spare.
+        """
         for done in self._journal.parts:
             if (done.variant, done.limit_bytes, done.length) == (variant, limit_bytes, length):
                 return done
-        self._say(f"{limit_bytes // MIB} MiB, {variant}, {length:,} tokens", new=True)
-        found = _Probing(self._options, variant, limit_bytes, length).play()
-        self._journal.add(found)
-        return found
-
-    def in_peace(self) -> Probe:
-        """The shortest context with memory to spare: what the model takes, and what it does.
-
-        From the journal where it is there. Raises PsiKvError where the model can't be run.
-        """
-        for done in self._journal.parts:
-            if done.limit_bytes == NO_LIMIT:
-                return done  # type: ignore[no-any-return]
-        self._say("measuring what the model takes", new=True)
-        lenient = msgspec.structs.replace(self._options, least_tokens_s=_ANY_PACE)
-        probing = _Probing(lenient, "fixed", ample_bytes(), STEP_CELLS)
-        found = msgspec.structs.replace(probing.play(), limit_bytes=NO_LIMIT)
-        if found.ending != "survived":
+        where = "memory to spare" if limit_bytes == NO_LIMIT else f"{limit_bytes // MIB} MiB"
+        self._say(f"{where}, {variant}, {length:,} tokens", new=True)
+        least_tokens_s = self._options.least_tokens_s if limit_bytes != NO_LIMIT else None
+        found = _Probing(self._options, least_tokens_s or _ANY_PACE).play(variant, limit_bytes, length)
+        if limit_bytes == NO_LIMIT and not found.survived:
             raise PsiKvError(f"the model cannot be run here: {found.why}")
         self._journal.add(found)
         return found
@@ -134,31 +113,28 @@ class _Slow(Exception):
 class _Probing:
     """One probe while it runs."""
 
-    def __init__(self, options: CapacityOptions, variant: Variant, limit_bytes: int, length: int) -> None:
-        self._options, self._variant = options, variant
-        self._limit_bytes, self._length = limit_bytes, length
+    def __init__(self, options: CapacityOptions, least_tokens_s: float) -> None:
+        self._options, self._least_tokens_s = options, least_tokens_s
         self._tokens: list[messages.Token] = []
-        self._returned: list[Trimmed | Released] = []
-        self._last_turn = ""
         self._heard_s = time.monotonic()
 
-    def play(self) -> Probe:
-        """All of it. Raises BadInputError for a file that is no model."""
+    def play(self, variant: Variant, limit_bytes: int, length: int) -> Probe:
+        """All of it."""
         ending: Ending = "survived"
         why, looked = "", None
         options = self._options
         setup = Setup(
-            variant=self._variant,
+            variant=variant,
             model=options.model,
-            context_cells=self._length,  # all of them are used: plain llama.cpp pays for each
+            context_cells=length,  # all of them are used: plain llama.cpp pays for each
             batch_tokens=options.chunk,
             threads=options.threads or 1,
             prefill_threads=options.threads or 1,
         )
-        with Host(setup, self._limit_bytes, options.swap, SWAP_BYTES) as host:
+        with Host(setup, limit_bytes or ample_bytes(), options.swap, SWAP_BYTES) as host:
             try:
                 self._until(host, messages.Opened)
-                fill = messages.Fill(tokens=self._length - options.tokens, chunk=options.chunk)
+                fill = messages.Fill(tokens=length - options.tokens, chunk=options.chunk)
                 for order in (fill, messages.Decode(tokens=options.tokens)):
                     host.order(order)
                     self._until(host, messages.Done)
@@ -174,7 +150,23 @@ class _Probing:
                 ending, why = "failed", str(error)
             assert host.sandbox is not None, "it has a limit"
             peak_bytes = host.sandbox.group.peak_bytes() or 0
-        return self._probe(ending, why, peak_bytes, looked)
+        singles_s = [token.seconds for token in self._tokens if token.tokens == 1]
+        chunks = [token for token in self._tokens if token.tokens > 1]
+        chunks_s = sum(token.seconds for token in chunks)
+        return Probe(
+            variant=variant,
+            limit_bytes=limit_bytes,
+            length=length,
+            ending=ending,
+            why=why,
+            done_tokens=sum(token.tokens for token in self._tokens),
+            prompt_tokens_per_s=sum(token.tokens for token in chunks) / chunks_s if chunks else None,
+            tokens_per_s=1.0 / quantile(singles_s, 0.5) if singles_s else None,
+            peak_bytes=peak_bytes,
+            live_cells=0 if looked is None else looked.live_cells,
+            masked_cells=0 if looked is None else looked.masked_cells,
+            lost_cells=0 if looked is None else looked.lost_cells,
+        )
 
     def _until(self, host: Host, kind: type[Any]) -> Any:
         """Wait for a message. A chunk that does not come in its time is as slow as one that came late."""
@@ -182,52 +174,23 @@ class _Probing:
         found = None
         while found is None:
             for message in host.hear(0.2):
-                self._take_in(message)
+                if isinstance(message, messages.Token):
+                    self._heard_s = time.monotonic()
+                    self._tokens.append(message)
                 found = message if isinstance(message, kind) else found
             if found is None:
                 host.check_alive()
                 self._check_pace(time.monotonic() - self._heard_s)
         return found
 
-    def _take_in(self, message: messages.Message) -> None:
-        match message:
-            case messages.Token():
-                self._heard_s = time.monotonic()
-                self._tokens.append(message)
-            case messages.Turned():
-                self._last_turn = message.reason
-            case messages.Governed(event=Trimmed() | Released() as event):
-                self._returned.append(event)
-
     def _check_pace(self, silent_s: float) -> None:
         """Raises _Slow."""
-        least = self._options.least_tokens_s or _ANY_PACE
+        least = self._least_tokens_s
         if not self._tokens:
             if silent_s > _OPEN_S:
                 raise _Slow(f"it did not open in {_OPEN_S:.0f} s")
         elif too_slow(self._tokens, silent_s, self._options.tokens, self._options.chunk, least):
             raise _Slow(f"less than {least:g} tokens per second")
-
-    def _probe(self, ending: Ending, why: str, peak_bytes: int, looked: messages.Looked | None) -> Probe:
-        chunks = [token for token in self._tokens if token.tokens > 1]
-        seconds = sum(token.seconds for token in chunks)
-        return Probe(
-            variant=self._variant,
-            limit_bytes=self._limit_bytes,
-            length=self._length,
-            ending=ending,
-            why=why,
-            done_tokens=sum(token.tokens for token in self._tokens),
-            prefill_tokens_per_s=sum(token.tokens for token in chunks) / seconds if chunks else None,
-            token_s=[token.seconds for token in self._tokens if token.tokens == 1],
-            peak_bytes=peak_bytes,
-            live_cells=0 if looked is None else looked.live_cells,
-            masked_cells=0 if looked is None else looked.masked_cells,
-            lost_cells=0 if looked is None else looked.lost_cells,
-            returned_bytes=sum(event.bytes_returned for event in self._returned),
-            trims=sum(isinstance(event, Trimmed) for event in self._returned),
-            last_turn="" if ending == "survived" else self._last_turn,
-        )
 
 
 def run(recorder: Recorder[CapacityOptions]) -> Report:
@@ -236,16 +199,16 @@ def run(recorder: Recorder[CapacityOptions]) -> Report:
     if asked.needles:
         if asked.limits:
             require_sandbox("none")
-        found = measure(Far.of(asked), recorder.say)
+        found = measure(asked, recorder.say)
         return recorder.save(recorder.report(found, [asked.threads or 1]))
     require_sandbox(asked.swap)
     journal = recorder.journal(Probe, msgspec.structs.replace(asked, model=""))
     interrupted = False
     try:
-        peace = Prober(recorder, asked, journal).in_peace()
+        peace = Prober(asked, journal, recorder.say).probe("fixed", NO_LIMIT, STEP_CELLS)
         asked = _completed(asked, peace, quick=recorder.quick)
         for limit_mib in asked.limits:
-            Prober(recorder, asked, journal).compare(limit_mib * MIB)
+            Prober(asked, journal, recorder.say).compare(limit_mib * MIB)
     except KeyboardInterrupt:
         interrupted = True
     probes = [probe for probe in journal.parts if probe.limit_bytes != NO_LIMIT]
@@ -257,11 +220,12 @@ def run(recorder: Recorder[CapacityOptions]) -> Report:
         [asked.threads or 1],
         options={"completed": asked},
         interrupted=interrupted,
-        tables=[best_table(probes), probes_table(probes)],
+        tables=[best_table(probes)],
         notes=notes(asked.chunk, asked.tokens, asked.least_tokens_s or 0.0),
-        rows=msgspec.to_builtins(probes),
+        rows=probes,
     )
-    return recorder.save(report, records(probes), lambda folder: plot(folder, probes))
+    lines = [msgspec.structs.asdict(probe) for probe in probes]
+    return recorder.save(report, lines, lambda folder: plot(folder, probes))
 
 
 def _completed(asked: CapacityOptions, peace: Probe, *, quick: bool) -> CapacityOptions:

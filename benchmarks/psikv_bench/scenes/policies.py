@@ -7,7 +7,7 @@ machine's drift nor the place of the buffers in memory tells for one of them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from msgspec import Meta
@@ -93,7 +93,7 @@ class _Filled(Context):
 def _key_figures(filled: _Filled, recorder: Recorder[PoliciesOptions]) -> Iterator[Figure]:
     filled.sample(False)
     filled.decode(2)
-    token_s = []
+    token_s: list[float] = []
     score_s: dict[str, list[float]] = {name: [] for name in _KEY_POLICIES}
     for number in range(recorder.options.repeats):
         recorder.say(f"{filled.case}: scores, {number + 1} of {recorder.options.repeats}")
@@ -108,19 +108,17 @@ def _key_figures(filled: _Filled, recorder: Recorder[PoliciesOptions]) -> Iterat
 
 
 def _sampling_figures(filled: _Filled, recorder: Recorder[PoliciesOptions]) -> Iterator[Figure]:
-    def turn(*, sampled: bool) -> float:
-        filled.sample(sampled)
-        return filled.decode(_TOKENS)
-
-    turn(sampled=True)
+    filled.sample(True)
+    filled.decode(_TOKENS)
     ratios, speeds = [], []
     for number in range(recorder.options.pairs):
         recorder.say(f"{filled.case}: sampling, pair {number + 1} of {recorder.options.pairs}")
-        order: list[Callable[[], float]] = [lambda: turn(sampled=False), lambda: turn(sampled=True)]
-        first, second = (one() for one in (order if number % 2 == 0 else order[::-1]))
-        without, with_it = (first, second) if number % 2 == 0 else (second, first)
-        ratios.append(without / with_it)
-        speeds.append(_TOKENS / with_it)
+        seconds = {}
+        for sampled in (False, True) if number % 2 == 0 else (True, False):
+            filled.sample(sampled)
+            seconds[sampled] = filled.decode(_TOKENS)
+        ratios.append(seconds[False] / seconds[True])
+        speeds.append(_TOKENS / seconds[True])
     yield figure("sampled over unsampled speed", "x", ratios, SAMPLING, case=filled.case)
     yield figure("sampled", "tokens/s", speeds, case=filled.case)
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from msgspec import Meta
 
-from psi_kv_governor.cache import Range, Recall, Recalled
+from psi_kv_governor.cache import Range, Recall
 from psi_kv_governor.errors import PsiKvError
 from psikv_bench.figures import Asked, Figure, figure
 from psikv_bench.long_context import PART, LongContext
@@ -33,18 +33,12 @@ class RecallOptions(Options, frozen=True, kw_only=True):
     rounds: Annotated[int, Meta(ge=1, description="Of three turns.")] = 12
 
 
-class _Turn:
-    """What one turn took."""
+class _Turn(NamedTuple):
+    """What a token of one turn took."""
 
-    def __init__(self, filled: LongContext, settings: Recall, count: int) -> None:
-        filled.engine.recall(settings)
-        before = filled.engine.recalled()
-        began_s, began_cpu_s = time.perf_counter(), time.process_time()
-        filled.decode_singly(count)
-        self.cpu_s = (time.process_time() - began_cpu_s) / count
-        self.seconds = (time.perf_counter() - began_s) / count
-        after: Recalled = filled.engine.recalled()
-        self.read_bytes = (after.read_bytes - before.read_bytes) / count
+    cpu_s: float
+    seconds: float
+    read_bytes: float
 
 
 def run(recorder: Recorder[RecallOptions]) -> Report:
@@ -81,28 +75,34 @@ def _settings(filled: LongContext, *, paused: bool) -> Recall:
     )
 
 
-Turns = dict[str, list[_Turn]]
+def _turn(filled: LongContext, settings: Recall, count: int) -> _Turn:
+    filled.engine.recall(settings)
+    read_bytes = filled.engine.recalled().read_bytes
+    began_s, began_cpu_s = time.perf_counter(), time.process_time()
+    filled.decode_singly(count)
+    cpu_s, seconds = time.process_time() - began_cpu_s, time.perf_counter() - began_s
+    read_bytes = filled.engine.recalled().read_bytes - read_bytes
+    return _Turn(cpu_s / count, seconds / count, read_bytes / count)
 
 
-def _turns(filled: LongContext, options: RecallOptions, recorder: Recorder[RecallOptions]) -> Turns:
+def _turns(
+    filled: LongContext, options: RecallOptions, recorder: Recorder[RecallOptions]
+) -> dict[str, list[_Turn]]:
     """In each round every mode once, each first in its turn. The first round does not count."""
-    modes = {
-        "off": Recall(),
-        "scoring": _settings(filled, paused=True),
-        "follow": _settings(filled, paused=False),
-    }
-    found: Turns = {name: [] for name in modes}
+    scoring, follow = (_settings(filled, paused=paused) for paused in (True, False))
+    modes = {"off": Recall(), "scoring": scoring, "follow": follow}
+    found: dict[str, list[_Turn]] = {name: [] for name in modes}
     for number in range(options.rounds + 1):
         recorder.say(f"round {number} of {options.rounds}")
         names = list(modes)
         for name in names[number % 3 :] + names[: number % 3]:
-            turn = _Turn(filled, modes[name], options.tokens)
+            turn = _turn(filled, modes[name], options.tokens)
             if number:
                 found[name].append(turn)
     return found
 
 
-def _figures(turns: Turns) -> Sequence[Figure]:
+def _figures(turns: dict[str, list[_Turn]]) -> Sequence[Figure]:
     off = [turn.cpu_s for turn in turns["off"]]
     more = {
         name: [turn.cpu_s / without - 1.0 for turn, without in zip(turns[name], off, strict=True)]
