@@ -147,7 +147,7 @@ format: $(READY) ## Format the code, and fix what the linter can fix
 	$(BIN)/ruff format src tests scripts benchmarks examples hatch_build.py
 
 bench-quick: model ## Measure the governor on this machine, in minutes
-	@for what in trim overhead opening; do $(BIN)/psi-kv bench $$what --quick; done
+	@for what in trim overhead; do $(BIN)/psi-kv bench $$what --quick; done
 	@$(BIN)/psi-kv bench pressure --repeats 1
 
 wheel: $(READY) ## Build the wheels of Linux on x86-64 and aarch64 into dist/

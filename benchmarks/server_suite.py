@@ -19,7 +19,7 @@ import threading
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 
@@ -28,6 +28,7 @@ from psi_kv_governor.engines.llama.fleet import Fleet
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.governor import Governor
 from psi_kv_governor.native.building import agent_path
+from psikv_bench.server.asking import SILENT
 
 # Loaded by pytest in the other Python: every server gets the one model, none is loaded beforehand.
 PLUGIN = """
@@ -98,42 +99,29 @@ def outcomes(report: Path) -> dict[str, str]:
     return found
 
 
-class Suite(NamedTuple):
-    """What is run."""
-
-    tests: Path
-    chosen: Sequence[str]
-    python: str
-    model: Path
-    server: Sequence[str]
-
-
-def play(suite: Suite, more: dict[str, str]) -> dict[str, str]:
+def play(
+    tests: Path,
+    more: dict[str, str],
+    *,
+    chosen: Sequence[str],
+    python: str,
+    model: Path,
+    server: Sequence[str],
+) -> dict[str, str]:
     """One run of the suite; `more` is what the server's environment has besides."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "psi_kv_suite.py").write_text(PLUGIN)
         wrapper, report = Path(folder) / "llama-server", Path(folder) / "report.xml"
         given = " ".join(f"{name}={shlex.quote(value)}" for name, value in more.items())
-        wrapper.write_text(f'#!/bin/sh\nexec env {given} {shlex.join(suite.server)} "$@"\n')
+        wrapper.write_text(f'#!/bin/sh\nexec env {given} {shlex.join(server)} "$@"\n')
         wrapper.chmod(0o755)
         environ = {
-            **os.environ, "LLAMA_SERVER_BIN_PATH": str(wrapper), "SUITE_MODEL": str(suite.model.resolve()),
+            **os.environ, "LLAMA_SERVER_BIN_PATH": str(wrapper), "SUITE_MODEL": str(model.resolve()),
             "PYTHONPATH": folder, "LLAMA_ARG_THREADS": "1",
         }  # fmt: skip
-        options = (
-            "-q",
-            "-p",
-            "psi_kv_suite",
-            "-p",
-            "no:cacheprovider",
-            "--timeout=300",
-            f"--junitxml={report}",
-        )
-        command = [suite.python, "-m", "pytest", *options, *suite.chosen]
-        subprocess.run(
-            command, cwd=suite.tests, env=environ, check=False,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        command = [python, "-m", "pytest", "-q", "-p", "psi_kv_suite", "-p", "no:cacheprovider"]
+        command += ["--timeout=300", f"--junitxml={report}", *chosen]
+        subprocess.run(command, cwd=tests, env=environ, check=False, **SILENT)
         return outcomes(report)
 
 
@@ -150,12 +138,12 @@ def play(suite: Suite, more: dict[str, str]) -> dict[str, str]:
 @click.argument("server", nargs=-1, required=True, type=click.UNPROCESSED)
 def main(*, checkout: Path, place: str, backing: str, seed: int, **given: Any) -> None:
     """Run the tests twice with SERVER, and say where the results differ."""
-    suite = Suite(tests=checkout / "tools" / "server" / "tests", **given)
-    plain = play(suite, {})
+    tests = checkout / "tools" / "server" / "tests"
+    plain = play(tests, {}, **given)
     folder = Path(place) / f"psi-kv-{os.geteuid()}"
     folder.mkdir(exist_ok=True, mode=0o700)
     with parking(str(folder), backing, seed) as (environ, returned):
-        governed = play(suite, environ)
+        governed = play(tests, environ, **given)
     for end in ("passed", "failure", "error", "skipped"):
         counts = [sum(value == end for value in run.values()) for run in (plain, governed)]
         click.echo(f"{end:<8} {counts[0]:>4} plain {counts[1]:>4} parked at random")

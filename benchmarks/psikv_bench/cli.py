@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -14,27 +14,24 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import click
 import msgspec
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
 
 from psi_kv_governor import model as models
 from psi_kv_governor.cli._group import NearestGroup, example
-from psi_kv_governor.cli._tables import table_console
 from psi_kv_governor.cli.session import ended_by_sigterm
 from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.preflight import Check
 from psikv_bench.figures import Figure, measured
 from psikv_bench.options import Options, chosen, flag, with_model
-from psikv_bench.record import Recorder, Report, Say
+from psikv_bench.record import Recorder, Report, Say, markdown
 from psikv_bench.scene import Scene
 
 SCENES = {
     "trim": "What a trim returns and how fast, and that it changes no bit.",
     "overhead": "What the governor costs while the machine is calm.",
-    "opening": "What a context costs before a token is in it.",
     "scale": "Caches of an 8B model's shape at 32k and 128k cells.",
     "policies": "What scoring by keys and sampling attention cost.",
     "recall": "What recall costs a token, most of the context parked.",
-    "soak": "Processor time, memory and growth over half an hour.",
     "fidelity": "What the model still knows when a policy gave up a part.",
     "oom": "At which ramp of a neighbour the kernel begins to kill.",
     "capacity": "The longest context that survives under a memory limit.",
@@ -45,8 +42,6 @@ SCENES = {
 }
 """Name and line of help, in the order of `--help`. The scene is `psikv_bench.scenes.<name>.SCENE`."""
 
-PLAIN_WIDTH = 190
-"""Columns of the tables where the output is no terminal: one line a run."""
 _PLAIN_EVERY_S = 10.0
 """Between two lines of progress where the output is no terminal: a run of hours must not look dead."""
 _SHORT = {"model": "-m", "threads": "-t", "ctx": "-c", "ctx_size": "-c", "tokens": "-n", "n_predict": "-n"}
@@ -82,18 +77,19 @@ command = SceneGroup(
 def command_of(name: str) -> click.Command:
     """The command of a scene."""
     scene: Scene = import_module(f"psikv_bench.scenes.{name}").SCENE
-    params: list[click.Parameter] = list(options_of(scene.options))
-    params += [
-        click.Option(["--quick"], is_flag=True, help="A short form for CI; other options change it."),
-        click.Option(["--json", "as_json"], is_flag=True, help="The whole report as JSON."),
-        click.Option(
-            ["--out-dir"], type=_FILE, metavar="FOLDER", help="Keep JSON, Markdown, CSV and plots there."
-        ),
-        click.Option(["--resume"], is_flag=True, help="Go on with what --out-dir holds."),
-    ]
+    flags = {
+        "--quick": "A short form for CI; other options change it.",
+        "--json": "The whole report as JSON.",
+        "--resume": "Go on with what --out-dir holds.",
+    }
     if scene.checks is not None:
-        said = "Only say whether it can be run here."
-        params.append(click.Option(["--preflight-only"], is_flag=True, help=said))
+        flags["--preflight-only"] = "Only say whether it can be run here."
+    about = "Keep JSON, Markdown, CSV and plots there."
+    params: list[click.Parameter] = [
+        *options_of(scene.options),
+        click.Option(["--out-dir"], type=_FILE, metavar="FOLDER", help=about),
+        *(click.Option([name], is_flag=True, help=about) for name, about in flags.items()),
+    ]
 
     def run(**given: Any) -> None:
         _run(name, scene, **given)
@@ -169,7 +165,7 @@ def _run(
     scene: Scene,
     *,
     quick: bool,
-    as_json: bool,
+    json: bool,
     out_dir: Path | None,
     resume: bool,
     preflight_only: bool = False,
@@ -179,7 +175,7 @@ def _run(
     folder = out_dir or (_new_folder(name) if scene.keeps else None)
     with ended_by_sigterm():
         if preflight_only and scene.checks is not None:
-            _preflight(list(scene.checks(options, folder)), as_json)
+            _preflight(list(scene.checks(options, folder)), json)
             return
         options = with_model(options)
         models.check(Path(options.model))
@@ -188,10 +184,7 @@ def _run(
         with _progress() as say:
             recorder = Recorder(name, options, quick=quick, folder=folder, resume=resume, say=say)
             report = scene.run(recorder)
-    if as_json:
-        click.echo(report.to_json(), nl=False)
-    else:
-        _print(report)
+    _print(report, json)
     if folder is not None:
         click.echo(f"psi-kv bench {name}: kept in {folder}", err=True)
     if report.interrupted:
@@ -200,13 +193,22 @@ def _run(
         raise PsiKvError("missed: " + "; ".join(map(_missed_words, report.missed)))
 
 
+def _print(report: Report, as_json: bool) -> None:
+    console = Console()
+    if as_json:
+        click.echo(report.to_json(), nl=False)
+    elif console.is_terminal:
+        console.print(Markdown(markdown(report)))
+    else:
+        click.echo(markdown(report), nl=False)
+
+
 def _new_folder(name: str) -> Path:
     return Path("out") / f"{name}-{datetime.datetime.now().astimezone():%Y%m%d-%H%M%S}"
 
 
 def _missed_words(found: Figure) -> str:
-    case = f" ({found.case})" if found.case else ""
-    return f"{found.name}{case} is {measured(found.judged, found.unit)}, asked {found.asked_words}"
+    return f"{found.full_name} is {measured(found.judged, found.unit)}, asked {found.asked_words}"
 
 
 @contextmanager
@@ -228,45 +230,6 @@ def _progress() -> Iterator[Say]:
     yield say
 
 
-# -- what is shown -----------------------------------------------------------------------------------------
-
-
-def _print(report: Report) -> None:
-    console = table_console(PLAIN_WIDTH, highlight=False)
-    for found in report.tables:
-        table = Table(title=found.title, title_justify="left")
-        for place, name in enumerate(found.columns):
-            table.add_column(name, justify="left" if place == 0 else "right")
-        for row in found.rows:
-            table.add_row(*row)
-        console.print(table)
-    if report.figures:
-        console.print(_figures(report.figures))
-    for line in [*report.notes, report.header.words]:
-        console.print(f"- {line}", markup=False, soft_wrap=True)
-
-
-def _figures(figures: Sequence[Figure]) -> Table:
-    table = Table(title="what is asked", title_justify="left", min_width=72)
-    for name in ("", "asked", "measured", "min to max", ""):
-        table.add_column(name, justify="left" if not name else "right", no_wrap=bool(name))
-    case = ""
-    for found in figures:
-        if found.case != case:
-            case = found.case
-            table.add_section()
-            table.add_row(f"[bold]{case}[/]")
-        passed = {True: "[green]pass[/]", False: "[bold red]FAIL[/]", None: ""}[found.passed]
-        table.add_row(
-            f"  {found.name}" if case else found.name,
-            found.asked_words,
-            measured(found.judged, found.unit),
-            found.spread_words,
-            passed,
-        )
-    return table
-
-
 # -- whether it can be run ---------------------------------------------------------------------------------
 
 
@@ -276,8 +239,7 @@ _BAD_INPUT = frozenset({"model", "out-dir"})
 def demand(found: Check) -> None:
     """Raise what a failed check means for a run: BadInputError or PsiKvError."""
     if found.state == "fail":
-        kind: Callable[[str], Exception] = BadInputError if found.name in _BAD_INPUT else PsiKvError
-        raise kind(f"{found.detail}: {found.remedy}")
+        raise (BadInputError if found.name in _BAD_INPUT else PsiKvError)(f"{found.detail}: {found.remedy}")
 
 
 def _preflight(found: Sequence[Check], as_json: bool) -> None:

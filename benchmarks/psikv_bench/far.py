@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from psi_kv_governor.cache import Recall
-from psi_kv_governor.children import python_command
+from psi_kv_governor.children import python_command, reason
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.sandbox.host import MIB
 from psi_kv_governor.sandbox.messages import Setup
@@ -157,8 +157,7 @@ def _in_a_cgroup(far: FarOptions, whole: Sequence[bool]) -> list[Figure]:
                 f"the kernel killed it: {limit_mib} MiB do not hold the model and {far.live} cells"
             )
         if child.returncode:
-            why = (problem.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
-            raise PsiKvError(f"the text can't be read within {limit_mib} MiB: {why}")
+            raise PsiKvError(f"the text can't be read within {limit_mib} MiB: {reason(problem)}")
         peak_bytes = sandbox.group.peak_bytes() or 0
     return [
         figure("limit of the cgroup", "MB", [limit_mib * MIB / 1e6]),

@@ -57,21 +57,18 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.asked.sign} {shown(self.asked.bound, self.unit)}" if self.asked else ""
 
     @property
-    def spread_words(self) -> str:
-        """Least to most; empty for a single value."""
-        if len(self.values) < 2:
-            return ""
-        return f"{shown(self.min, self.unit)} to {shown(self.max, self.unit)}"
+    def full_name(self) -> str:
+        """With its case."""
+        return self.name + (f" ({self.case})" if self.case else "")
 
     @property
     def verdict(self) -> str:
         """All of it in a line."""
         passed = {True: "pass: ", False: "MISSED: ", None: ""}[self.passed]
-        case = f" ({self.case})" if self.case else ""
-        parts = [f"{passed}{self.name}{case}: {measured(self.judged, self.unit)}"]
-        parts += [f", {self.spread_words}"] if self.spread_words else []
-        parts += [f"; asked {self.asked_words}"] if self.asked else []
-        return "".join(parts)
+        words = f"{passed}{self.full_name}: {measured(self.judged, self.unit)}"
+        if len(self.values) > 1:
+            words += f", {shown(self.min, self.unit)} to {shown(self.max, self.unit)}"
+        return words + (f"; asked {self.asked_words}" if self.asked else "")
 
 
 def figure(

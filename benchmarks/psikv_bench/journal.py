@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -13,6 +14,7 @@ import numpy as np
 from psi_kv_governor.errors import BadInputError, PsiKvError
 
 _T = TypeVar("_T")
+_W = TypeVar("_W")
 
 
 class Journal(Generic[_T]):
@@ -25,6 +27,7 @@ class Journal(Generic[_T]):
 
     def __init__(self, path: Path | None, head: bytes, kind: Any, *, go_on: bool) -> None:
         self.parts: list[_T] = []
+        self.interrupted = False
         self._path = path
         if path is None:
             return
@@ -36,6 +39,21 @@ class Journal(Generic[_T]):
             raise BadInputError(
                 f"{path.parent} holds a run: go on with it with --resume, or give another --out-dir"
             )
+
+    def play(self, ahead: Iterable[_W], one: Callable[[_W], _T]) -> None:
+        """Do each thing that is `ahead`, and keep what comes of it. Ctrl-C ends it early.
+
+        Raises PsiKvError where nothing is finished by then.
+        """
+        try:
+            for what in ahead:
+                self.add(one(what))
+        except KeyboardInterrupt:
+            self.interrupted = True
+            if not self.parts:
+                raise PsiKvError(
+                    "interrupted before the first run was finished: there is nothing to report"
+                ) from None
 
     def add(self, part: _T) -> None:
         """Keep a finished part: on disk when this returns."""
@@ -52,6 +70,17 @@ class Journal(Generic[_T]):
                 os.fsync(file.fileno())
         except OSError as error:
             raise PsiKvError(f"cannot write {self._path}: {error.strerror}") from error
+
+
+def remaining(schedule: Iterable[_W], done: Iterable[_W]) -> list[_W]:
+    """What of the schedule is not among those `done`, in its order."""
+    counts, ahead = Counter(done), []
+    for what in schedule:
+        if counts[what]:
+            counts[what] -= 1
+        else:
+            ahead.append(what)
+    return ahead
 
 
 def _read(path: Path, head: bytes, kind: Any) -> Iterator[Any]:

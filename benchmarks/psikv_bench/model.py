@@ -142,15 +142,6 @@ class Context:
         """K and V of one token in every layer."""
         return self.cache().cell_bytes
 
-    def remove(self, ranges: Sequence[Range]) -> None:
-        """Take the cells of `ranges` out of the metadata, as upstream does: the rows stay as they are."""
-        for start, stop in ranges:
-            self.llm._ctx.kv_cache_seq_rm(0, start, stop)
-
-    def release(self) -> int:
-        """Return the pages of cells nobody uses; gives the bytes."""
-        return self.apply(Verb.RELEASE, sequence=None).bytes_returned
-
     def mask(self, ranges: Sequence[Range]) -> float:
         """Give `ranges` up, to come back bit for bit; gives the seconds. Raises PsiKvError for less."""
         if not ranges:  # to the engine that is all of it
@@ -166,16 +157,6 @@ class Context:
         if away := self.sequence().masked_cells:
             raise PsiKvError(f"{away} cells did not come back")
         return done.seconds
-
-    def evict(self, ranges: Sequence[Range]) -> None:
-        """Drop the context from the first of `ranges` on."""
-        (part,) = ranges
-        self._dropped: list[int] = self.llm.input_ids[part.start : part.stop].tolist()
-        self.cut(part.start)
-
-    def decode_again(self) -> None:
-        """Decode the range that was dropped."""
-        self.read(self._dropped)
 
     def missing_share(self) -> float:
         """Of the context, that attention does not look at."""

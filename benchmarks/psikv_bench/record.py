@@ -7,7 +7,7 @@ import datetime
 import io
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -23,6 +23,7 @@ from psikv_bench.options import Options
 RESULT, SUMMARY, JOURNAL = "result.json", "summary.md", "journal.jsonl"
 
 _S = TypeVar("_S", bound=Options)
+_T = TypeVar("_T")
 
 
 class Say(Protocol):
@@ -72,6 +73,12 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
     title: str
     columns: list[str]
     rows: list[list[str]]
+
+    @classmethod
+    def of(cls, title: str, columns: Mapping[str, Callable[[_T], object]], items: Iterable[_T]) -> Table:
+        """A row for each item: what each column says of it."""
+        rows = [[str(say(item)) for say in columns.values()] for item in items]
+        return cls(title=title, columns=list(columns), rows=rows)
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -229,6 +236,13 @@ def as_table(table: Table) -> list[str]:
 
 def _row(words: Sequence[str]) -> str:
     return "| " + " | ".join(words) + " |"
+
+
+def flat(items: Iterable[msgspec.Struct]) -> list[dict[str, Any]]:
+    """Of each its plain fields, for a CSV file."""
+    plain = (bool, int, float, str, type(None))
+    found = [msgspec.structs.asdict(one) for one in items]
+    return [{name: value for name, value in one.items() if isinstance(value, plain)} for one in found]
 
 
 def as_csv(records: Sequence[dict[str, Any]]) -> str:

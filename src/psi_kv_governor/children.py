@@ -1,4 +1,4 @@
-"""How this package starts itself again, and other Python programs."""
+"""How this package starts itself again, and other Python programs, and why they ended."""
 
 from __future__ import annotations
 
@@ -23,3 +23,9 @@ def python_command(module: str, *arguments: str) -> list[str]:
     if folder.name in {"site-packages", "dist-packages"}:
         return [sys.executable, "-I", "-m", module, *arguments]
     return [sys.executable, "-I", "-c", _RUN, str(folder), module, *arguments]
+
+
+def reason(errors: bytes) -> str:
+    """The last line of what a child said on standard error: why it ended."""
+    lines = errors.decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "no message"

@@ -64,7 +64,7 @@ def test_a_missed_figure_ends_with_status_1_and_one_line_that_says_which(scene):
     scene(1.0, 1.5)
     done = run("trim", "--quick")
     assert done.exit_code == 1
-    assert "FAIL" in done.stdout
+    assert "MISSED: speed" in done.stdout
     assert done.stderr.splitlines()[-1] == "psi-kv: error: missed: speed (one thread) is 1.25 x, asked >= 2"
 
 

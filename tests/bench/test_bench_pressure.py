@@ -129,7 +129,7 @@ class TestPressure:
             "psi-kv: error: missed: psi / fixed, tokens/s (ratios)"
         )
         assert {path.name for path in (tmp_path / "r").iterdir()} == {
-            "result.json", "pressure.csv", "summary.md", "timeline.png", "runs.png", "journal.jsonl",
+            "result.json", "pressure.csv", "summary.md", "timeline.png", "journal.jsonl",
         }  # fmt: skip
         summary = (tmp_path / "r/summary.md").read_text()
         for words in (

@@ -1,4 +1,4 @@
-"""Intervals, the rate at which runs begin to die, and the search for the largest that passes."""
+"""Intervals, and the search for the largest that passes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psikv_bench.intervals import share_of
-from psikv_bench.oom_trial import starts_to_die, survives_up_to
 from psikv_bench.search import largest
 
 
@@ -39,24 +38,6 @@ def test_without_runs_nothing_is_known_and_nonsense_is_refused():
     for hits, runs in ((1, 0), (-1, 5), (6, 5)):
         with pytest.raises(ValueError, match="is no count"):
             share_of(hits, runs)
-
-
-@pytest.mark.parametrize(
-    ("killed", "first", "last"),
-    [
-        ({10.0: (0, 9), 100.0: (2, 9), 0.0: (9, 9)}, 100.0, 10.0),
-        ({10.0: (0, 9), 0.0: (1, 9), 800.0: (0, 9)}, 0.0, 800.0),
-        ({10.0: (1, 9), 25.0: (0, 9)}, 10.0, None),
-        ({10.0: (0, 9), 0.0: (0, 9)}, None, 0.0),
-        ({10.0: (0, 0), 50.0: (0, 3)}, None, 50.0),
-        ({}, None, None),
-    ],
-)
-def test_the_rates_where_it_begins_to_die(killed, first, last):
-    """Rate 0 is as fast as it can, so above all others."""
-    found = {rate: share_of(*counts) for rate, counts in killed.items()}
-    assert starts_to_die(found) == first
-    assert survives_up_to(found) == last
 
 
 STEP = 256

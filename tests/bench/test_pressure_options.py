@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from psi_kv_governor.errors import BadInputError, PsiKvError
+from psi_kv_governor.errors import BadInputError
 from psi_kv_governor.sandbox.host import MIB
 from psi_kv_governor.sandbox.messages import VARIANTS
 from psi_kv_governor.sandbox.sandbox import Sandbox
@@ -21,7 +21,6 @@ from psikv_bench.pressure import setting
 from psikv_bench.pressure.options import PressureOptions, turns
 from psikv_bench.pressure.setting import (
     Size,
-    choose_isolation,
     choose_setting,
     is_judged,
     limit_for,
@@ -174,15 +173,6 @@ class TestSetting:
         chosen = choose_setting(asked)
         assert is_judged(asked, chosen) is judged
         assert bool(list(remarks(asked, chosen))) is not judged
-
-    def test_a_cgroup_that_is_asked_for_and_not_to_be_had_is_an_error(self, machine):
-        machine["none"] = (False, "no right: run it as root")
-        with pytest.raises(PsiKvError, match="run it as root"):
-            choose_isolation(options(isolate="cgroup"))
-
-    def test_a_swap_that_is_not_to_be_had_is_an_error_that_names_the_way_out(self, machine):
-        with pytest.raises(PsiKvError, match=r"no swap of its own.*--swap"):
-            choose_isolation(options(swap="host"))
 
     def test_a_neighbour_that_reads_files_makes_them_where_the_report_goes(self, machine, tmp_path):
         given = options(load="files")

@@ -19,7 +19,6 @@ from psikv_bench.trials.sizing import (
     Sizes,
     _nameless,
     deadly,
-    grown,
     kill_excess,
     mild,
     trimmed_bytes,
@@ -50,18 +49,6 @@ def test_a_deadly_scene_kills_a_whole_cache_and_not_a_trimmed_one(need):
 
 
 @given(NEEDS)
-def test_where_no_scene_is_deadly_the_context_that_is_said_is_enough(need):
-    try:
-        deadly(need, CONFIG, None, None)
-        assume(False)
-    except BadInputError as error:
-        said = int(str(error).rsplit(" ", 1)[1])
-    assert said > need.context_tokens
-    larger = grown(need, said)
-    assert trimmed_bytes(larger, CONFIG, deadly(larger, CONFIG, None, None)) >= 0
-
-
-@given(NEEDS)
 def test_a_mild_scene_asks_for_half_of_what_may_go(need):
     assume(need.may_go_bytes(CONFIG))
     sizes = mild(need, CONFIG, None, None)
@@ -76,11 +63,11 @@ def test_what_is_given_is_kept_even_where_nobody_is_killed():
     assert deadly(need, CONFIG, 300 * MIB, 20 * MIB) == Sizes(limit_bytes=300 * MIB, load_bytes=20 * MIB)
 
 
-def test_a_context_too_small_to_decide_anything_says_how_large_it_has_to_be():
+def test_a_context_too_small_to_decide_anything_is_refused():
     need = Need(
         hard_bytes=100 * MIB, weights_bytes=90 * MIB, cell_bytes=23040, context_tokens=2048, digest="x"
     )
-    with pytest.raises(BadInputError, match=r"^with a context of 2048 tokens .* give --ctx \d+$"):
+    with pytest.raises(BadInputError, match=r"^with a context of 2048 tokens .* give a larger --ctx$"):
         deadly(need, CONFIG, None, None)
 
 

@@ -94,9 +94,7 @@ def test_an_onset_is_answered_and_the_context_is_whole_again(demo_model, tmp_pat
     assert onset["returned_s"] is not None
     assert onset["returned_bytes"] > MIB
     assert onset["restore_s"] is not None
-    assert onset["reaction_s"] is not None
     assert 0.0 < onset["watch_share"] < 0.5
-    assert (tmp_path / "reactions.png").exists()
 
 
 def test_a_limit_is_probed_until_the_longest_is_known(demo_model, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from psi_kv_governor.sandbox.process_memory import Sample
 from psi_kv_governor.sandbox.watch import Look, Pressure
 from psikv_bench.capacity_report import Probe
-from psikv_bench.oom_trial import Trial
+from psikv_bench.oom_report import Trial
 from psikv_bench.reaction_report import Reaction
 from psikv_bench.trials.series import Near
 from psikv_bench.trials.sizing import Sizes
@@ -18,22 +18,17 @@ def trial(variant="psi", rate=100.0, **changed) -> Trial:
     fields = {
         "number": 1,
         "sizes": Sizes(limit_bytes=400 * MIB, load_bytes=150 * MIB),
-        "fresh": True,
         "model_killed": False,
         "neighbour_killed": False,
         "stuck": False,
         "seconds": 3.0,
-        "taken_bytes": 150 * MIB,
         "token_s": [0.02, 0.03, 0.5],
         "peak_bytes": 300 * MIB,
         "held_bytes": 200 * MIB,
         "returned_bytes": 100 * MIB,
         "trims": 2,
         "first_returned_s": 0.2,
-        "least_headroom_bytes": MIB,
-        "stall_s": 0.1,
         "whole": True,
-        "whole_s": 0.5,
         "trail": [],
     }
     return Trial(variant=variant, rate=rate, **{**fields, **changed})
@@ -56,7 +51,7 @@ def probe(variant="psi", length=1024, ending="survived", **changed) -> Probe:
 
 
 def onset(mode="decode", **changed) -> Reaction:
-    """A governed onset: a sign after 0.3 s, bytes back 0.1 s later, and no poller that noticed."""
+    """A governed onset: a sign after 0.3 s, bytes back 0.1 s later, and a poller that noticed nothing."""
     fields = {
         "number": 1,
         "variant": "psi",
@@ -65,11 +60,8 @@ def onset(mode="decode", **changed) -> Reaction:
         "signal_s": 0.3,
         "returned_s": 0.4,
         "fell_s": 0.35,
-        "poll_s": [None, None],
-        "hold_s": 3.0,
+        "polled_s": None,
         "returned_bytes": 30 * MIB,
-        "trims": 1,
-        "reason": "headroom",
         "restore_s": 0.1,
         "whole": True,
         "near": Near(calm=[0.02], trim=[0.1], restore=[0.08], pressed=[0.03]),

@@ -69,8 +69,7 @@ def figures(
         yield from _ratios(repeats, one, other, asked if judged else {})
     for variant in in_order(variants):
         found = [run.result for run in runs if run.variant == variant]
-        if found:
-            yield from _of_variant(variant, found, judged=judged and not calm)
+        yield from _of_variant(variant, found, judged=judged and not calm)
 
 
 def _compared(
@@ -89,12 +88,9 @@ def _ratios(
     repeats: Sequence[dict[Variant, SceneResult]], one: Variant, other: Variant, asked: dict[str, Asked]
 ) -> Iterator[Figure]:
     for name, measure in _MEASURES.items():
-        values = []
-        for repeat in repeats:
-            ours, theirs = measure(repeat[one], repeat[other]), measure(repeat[other], repeat[one])
-            if ours is not None and theirs:
-                values.append(ours / theirs)
-        if values:
+        pairs = [(repeat[one], repeat[other]) for repeat in repeats]
+        both = [(measure(ours, theirs), measure(theirs, ours)) for ours, theirs in pairs]
+        if values := [mine / its for mine, its in both if mine is not None and its]:
             yield figure(f"{one} / {other}, {name}", "x", values, asked.get(name), case=RATIOS)
 
 
@@ -163,37 +159,57 @@ def _of_variant(variant: Variant, found: Sequence[SceneResult], *, judged: bool)
     elif judged and variant == "reference":
         asked = {"returned": _NOTHING_RETURNED}
     for name, unit, measure in COLUMNS:
-        values = [value for value in map(measure, found) if value is not None]
-        if values:
+        if values := [value for value in map(measure, found) if value is not None]:
             yield figure(name, unit, values, asked.get(name), case=variant)
 
 
 # -- tables ------------------------------------------------------------------------------------------------
 
-_RUN_COLUMNS = [
-    "run", "variant", "decoded", "tok/s", "prunes", "final KV", "external PSI some/full",
-    "inside PSI some/full", "returned", "peak resident", "p50/p99/max ms", "neighbour", "killed", "restored",
-]  # fmt: skip
+
+_BY_RUN: dict[str, Callable[[Run], object]] = {
+    "run": lambda run: run.number,
+    "variant": lambda run: run.variant,
+    "decoded": lambda run: run.result.tokens,
+    "tok/s": lambda run: f"{run.result.tokens_per_s:.1f}",
+    "prunes": lambda run: run.result.trims,
+    "final KV": lambda run: f"{run.result.final_cells:,}",
+    "external PSI some/full": lambda run: _shares(run.result.outside),
+    "inside PSI some/full": lambda run: (
+        "-" if run.result.stall is None else _shares(Shares(run.result.stall, run.result.stall_full or 0.0))
+    ),
+    "returned": lambda run: f"{run.result.bytes_returned / MB:.1f} MB",
+    "peak resident": lambda run: f"{run.result.peak_resident_bytes / MB:.0f} MB",
+    "p50/p99/max ms": lambda run: "/".join(map(ms, (run.result.p50_s, run.result.p99_s, run.result.max_s))),
+    "neighbour": lambda run: _neighbour(run.result.neighbour_bytes_per_s),
+    "killed": lambda run: (
+        "yes" if run.result.killed else "neighbour" if run.result.neighbour_killed else "no"
+    ),
+    "restored": lambda run: _restored(run.result),
+}
 """External: of the whole machine, /proc/pressure/memory. Inside: of the run's own cgroup."""
 
 
 def tables(runs: Sequence[Run], figures: Sequence[Figure]) -> list[Table]:
     """The runs, their medians, and the ratios."""
-    cases = [name for name in dict.fromkeys(found.case for found in figures) if name != RATIOS]
-    known = {(found.case, found.name): found for found in figures}
-    medians = []
-    for name, unit, _ in COLUMNS:
-        cells = [_spread(known[case, name]) if (case, name) in known else "-" for case in cases]
-        medians.append([f"{name}, {unit}" if unit not in {"share", "times", name} else name, *cells])
-    compared = [[found.name, _spread(found)] for found in figures if found.case == RATIOS]
-    found = [
-        Table(title="Runs", columns=_RUN_COLUMNS, rows=[_row(run) for run in runs]),
-        Table(title="Medians", columns=["median (min to max)", *cases], rows=medians),
+    ratios = [found for found in figures if found.case == RATIOS]
+    known = {(found.case, found.name): _spread(found) for found in figures}
+    cases = list(dict.fromkeys(found.case for found in figures if found.case != RATIOS))
+    medians = [
+        [
+            f"{name}, {unit}" if unit not in {"share", "times", name} else name,
+            *(known.get((case, name), "-") for case in cases),
+        ]
+        for name, unit, _ in COLUMNS
     ]
-    if compared:
-        columns = ["ratios within a repeat", "median (min to max)"]
-        found.append(Table(title="Ratios within a repeat", columns=columns, rows=compared))
-    return found
+    columns: dict[str, Callable[[Figure], str]] = {
+        "ratios within a repeat": lambda found: found.name,
+        "median (min to max)": _spread,
+    }
+    return [
+        Table.of("Runs", _BY_RUN, runs),
+        Table(title="Medians", columns=["median (min to max)", *cases], rows=medians),
+        *([Table.of("Ratios within a repeat", columns, ratios)] if ratios else ()),
+    ]
 
 
 def _spread(found: Figure) -> str:
@@ -201,29 +217,12 @@ def _spread(found: Figure) -> str:
     return f"{median} ({least} to {most})"
 
 
-def _row(run: Run) -> list[str]:
-    found = run.result
-    inside = None if found.stall is None else Shares(found.stall, found.stall_full or 0.0)
-    return [
-        str(run.number),
-        run.variant,
-        str(found.tokens),
-        f"{found.tokens_per_s:.1f}",
-        str(found.trims),
-        f"{found.final_cells:,}",
-        _shares(found.outside),
-        _shares(inside),
-        f"{found.bytes_returned / MB:.1f} MB",
-        f"{found.peak_resident_bytes / MB:.0f} MB",
-        "/".join(ms(value) for value in (found.p50_s, found.p99_s, found.max_s)),
-        "-" if found.neighbour_bytes_per_s is None else f"{found.neighbour_bytes_per_s / 1e9:.1f} GB/s",
-        "yes" if found.killed else "neighbour" if found.neighbour_killed else "no",
-        _restored(found),
-    ]
-
-
 def _shares(found: Shares | None) -> str:
     return "-" if found is None else f"{found.some:.0%}/{found.full:.0%}"
+
+
+def _neighbour(bytes_per_s: float | None) -> str:
+    return "-" if bytes_per_s is None else f"{bytes_per_s / 1e9:.1f} GB/s"
 
 
 def _restored(found: SceneResult) -> str:
@@ -237,13 +236,11 @@ def _restored(found: SceneResult) -> str:
 def circumstances(options: PressureOptions, setting: Setting, model: str) -> Iterator[str]:
     """What was played, a line each."""
     yield scene_words(options, setting, model)
-    yield setting.same
-    reference = setting.reference
     yield (
-        f"reference: polls {reference['polls']} every {reference['every_s']:g} s; at "
-        f"{reference['threshold']:.0%} everything between --keep and --tail goes, if at least "
-        f"{reference['min_prune']} tokens"
+        "all variants: flash attention on, the same threads, batch and prompt, greedy; plain llama_cpp.Llama "
+        "for fixed and reference, GovernedLlama for the others"
     )
+    yield f"reference: {setting.reference}"
     yield (
         "neighbour's work: bytes filled, touched (a byte a page counts as the page) or read while tokens "
         "were decoded; in ratios, while both runs were still decoding"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.model import check, demo_model_path
-from psi_kv_governor.preflight import Check
+from psi_kv_governor.preflight import Check, State
 from psi_kv_governor.pressure.cgroup import find_cgroups
 from psi_kv_governor.pressure.headroom import HeadroomReader
 from psi_kv_governor.pressure.psi import PsiFile
@@ -16,7 +16,7 @@ from psi_kv_governor.sandbox.host import MIB
 from psi_kv_governor.sandbox.sandbox import Sandbox
 from psi_kv_governor.sandbox.scene import outside_bytes
 from psikv_bench.pressure.options import PressureOptions
-from psikv_bench.pressure.setting import Setting, choose_setting, mapped_by_others
+from psikv_bench.pressure.setting import Setting, choose_setting, mapped_by_others, why_not_isolated
 from psikv_bench.record import RESULT
 
 
@@ -46,21 +46,15 @@ def check_psi(root: Path = Path("/")) -> Check:
 
 def check_isolation(options: PressureOptions) -> Iterator[Check]:
     """The memory cgroup and the swap in it."""
-    if options.isolate == "host":
-        yield Check("cgroup", "warn", "not asked for, so nothing is pressed", "--isolate cgroup")
-        return
-    able, why = Sandbox.available()
-    if not able:
-        optional = options.isolate == "auto"
-        said = "no memory cgroup of its own" + (", so nothing is pressed" if optional else "")
-        yield Check("cgroup", "warn" if optional else "fail", said, why)
+    why = why_not_isolated(options)
+    if why is not None:
+        state: State = "fail" if options.isolate == "cgroup" else "warn"
+        yield Check("cgroup", state, "none of its own, so nothing is pressed", why or "--isolate cgroup")
         return
     yield Check("cgroup", "ok", "a memory cgroup of its own")
-    able, why = Sandbox.available(options.swap)
-    if able:
-        yield Check("swap", "ok", options.swap)
-    else:
-        yield Check("swap", "fail", f"no swap of the kind {options.swap}", f"{why}; or choose another --swap")
+    able, why_no_swap = Sandbox.available(options.swap)
+    remedy = "" if able else f"{why_no_swap}; or choose another --swap"
+    yield Check("swap", "ok" if able else "fail", options.swap if able else f"no {options.swap}", remedy)
 
 
 def check_model(given: str, root: Path = Path("/")) -> Check:

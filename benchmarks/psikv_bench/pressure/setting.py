@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -35,11 +35,6 @@ _CALM_TIMES = 2.0
 _SWAP_BYTES = 512 * MIB
 _DECODE_MAX_S = 60.0
 """A run that has come to a stand is cut off here, and counts with the tokens that it got done."""
-
-BOUNDARY = (
-    "all variants: flash attention on, the same threads, batch and prompt, greedy; plain llama_cpp.Llama for "
-    "fixed and reference, GovernedLlama for the others"
-)
 
 
 class Size(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,8 +68,8 @@ def size_of(model: Path, cells: int, threads: int, say: Say = say_nothing, *, mm
 class Setting(msgspec.Struct, frozen=True, kw_only=True):
     """What all runs of a benchmark have in common."""
 
-    isolate: str
-    """`cgroup`: each run in a memory cgroup of its own. `host`: none, and so no real pressure."""
+    isolate: Literal["cgroup", "host"]
+    """Each run in a memory cgroup of its own; or none, and so no real pressure."""
     limit_bytes: int | None
     swap: Swap | None
     swap_bytes: int
@@ -83,28 +78,18 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     decode_max_s: float
     size: Size | None
     """What plain llama.cpp took, from which the limit was chosen; None where the limit was given."""
-    reference: dict[str, Any]
+    reference: str
+    """What the published method does."""
     governor: dict[str, Any]
     """Its settings."""
-    same: str = BOUNDARY
 
 
-def choose_isolation(options: PressureOptions) -> tuple[bool, str]:
-    """Whether each run has a sandbox, and why not where `auto` had to do without.
-
-    Raises PsiKvError, saying what to do, where one was asked for and can't be had.
-    """
+def why_not_isolated(options: PressureOptions) -> str | None:
+    """Why the runs have no sandbox (empty: it was asked for); None where each has one."""
     if options.isolate == "host":
-        return False, ""
+        return ""
     able, why = Sandbox.available()
-    if able:
-        swap_able, why_no_swap = Sandbox.available(options.swap)
-        if not swap_able:
-            raise PsiKvError(f"{why_no_swap}; or choose another --swap")
-        return True, ""
-    if options.isolate == "cgroup":
-        raise PsiKvError(f"{why}; or choose --isolate host, where nothing is pressed")
-    return False, why
+    return None if able else why
 
 
 def limit_for(size: Size, options: PressureOptions) -> int:
@@ -129,34 +114,30 @@ def limit_for(size: Size, options: PressureOptions) -> int:
 
 
 def choose_setting(options: PressureOptions, say: Say = say_nothing) -> Setting:
-    """Decide all that was left open. Runs the model once where the limit is to be found.
-
-    Raises PsiKvError where the isolation or swap that was asked for can't be had.
-    """
-    isolated, _ = choose_isolation(options)
+    """Decide all that was left open. Runs the model once where the limit is to be found."""
+    isolated = why_not_isolated(options) is None
     size, limit_bytes = None, None
-    if options.memory_limit_mib is not None:
+    if isolated and options.memory_limit_mib is not None:
         limit_bytes = options.memory_limit_mib * MIB
     elif isolated:
         say("measuring what the model takes", new=True)
         size = size_of(Path(options.model), options.ctx_size, options.threads or 1, say, mmap=options.mmap)
         limit_bytes = limit_for(size, options)
     pressure_bytes = options.pressure_mib * MIB
+    where = "the cgroup's memory.pressure" if isolated else "/proc"
     return Setting(
         isolate="cgroup" if isolated else "host",
-        limit_bytes=limit_bytes if isolated else None,
+        limit_bytes=limit_bytes,
         swap=options.swap if isolated else None,
         swap_bytes=_SWAP_BYTES if isolated and options.swap != "none" else 0,
         prompt_tokens=options.prompt,
         pressure_bytes=pressure_bytes if isolated else min(pressure_bytes, outside_bytes()),
         decode_max_s=_DECODE_MAX_S,
         size=size,
-        reference={
-            "polls": "avg10 of `some` in " + ("the cgroup's memory.pressure" if isolated else "/proc"),
-            "every_s": POLL_S,
-            "threshold": THRESHOLD,
-            "min_prune": options.min_prune,
-        },
+        reference=(
+            f"polls avg10 of `some` in {where} every {POLL_S:g} s; at {THRESHOLD:.0%} everything between "
+            f"--keep and --tail goes, if at least {options.min_prune} tokens"
+        ),
         governor=msgspec.to_builtins(load_config(sink_cells=options.keep, window_cells=options.tail)),
     )
 
@@ -198,7 +179,7 @@ def is_judged(options: PressureOptions, setting: Setting) -> bool:
 def remarks(options: PressureOptions, setting: Setting) -> Iterator[str]:
     """What a reader has to know before he believes a figure."""
     if setting.isolate == "host":
-        _, why = choose_isolation(options)
+        why = why_not_isolated(options)
         yield "NOT ISOLATED, so nothing was pressed and no verdict is given" + (f": {why}" if why else "")
         if setting.pressure_bytes < options.pressure_mib * MIB:
             yield (

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from typing import Annotated, Literal
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
 
-from psi_kv_governor.config import GovernorConfig, load_config
-from psi_kv_governor.errors import BadInputError, PsiKvError
+from psi_kv_governor.config import load_config
+from psi_kv_governor.errors import BadInputError
 from psi_kv_governor.events import Restored, Trimmed
 from psi_kv_governor.sandbox import messages
-from psi_kv_governor.sandbox.host import MIB, Host, ModelKilledError
+from psi_kv_governor.sandbox.host import ModelKilledError
 from psi_kv_governor.sandbox.llm import is_governed
-from psi_kv_governor.sandbox.messages import Setup, Variant
-from psi_kv_governor.sandbox.sandbox import Swap
+from psi_kv_governor.sandbox.messages import Variant
 from psikv_bench import reaction_report
-from psikv_bench.options import Options, each_once
-from psikv_bench.reaction_report import POLLS_S, Reaction
-from psikv_bench.record import Recorder, Report
+from psikv_bench.options import each_once
+from psikv_bench.reaction_report import POLL_S, Reaction
+from psikv_bench.record import Recorder, Report, flat
 from psikv_bench.scene import Scene
 from psikv_bench.trials import series
-from psikv_bench.trials.serving import SPARE_TOKENS, Onset, Place, Serving
-from psikv_bench.trials.sizing import Sizes, mild, prepared, require_sandbox
+from psikv_bench.trials.serving import Onset, Serving
+from psikv_bench.trials.sizing import Sizes, TrialOptions, mild, prepared, require_sandbox
 
 Mode = Literal["decode", "prefill", "idle"]
 
@@ -35,9 +35,10 @@ SETTLE_S = 0.5
 LIFTED_BUDGET_PER_MIN = 1e6
 """Hundreds of onsets an hour are the very attack that the budget is a guard against; here it would only
 make later onsets wait for the minute to pass."""
-SWAP_BYTES = 512 * MIB
 STALL_US = 10_000
 """Of `some` since the neighbour's first byte: the first sign of need. A calm cgroup has a tenth of it."""
+PROMPT_TOKENS = 1024
+"""Of the prompt that is decoded again and again."""
 _LOOK_S = 0.003
 _RESTORE_TIMEOUT_S = 60.0
 _CALM_TIMEOUT_S = 45.0
@@ -46,37 +47,19 @@ _CALM_SHARE = 0.2
 35 s; without the wait, the last onset's pressure would pass for an early alarm."""
 
 
-class LatencyOptions(Options, frozen=True, kw_only=True):
-    """What is asked for. None: worked out from what the model takes."""
+class LatencyOptions(TrialOptions, frozen=True, kw_only=True):
+    """What is asked for."""
 
+    ctx: Annotated[int, Meta(ge=1, description="Tokens in the context.")] = 4096
     onsets: Annotated[int, Meta(ge=1, description="Of each mode.")] = 100
-    control: Annotated[
-        int, Meta(ge=0, description="Onsets of each mode beside an ungoverned model, besides.")
-    ] = 10
+    control: Annotated[int, Meta(ge=0, description="Of each mode besides, beside an ungoverned model.")] = 10
     variant: Annotated[Variant, Meta(description="Which of the governed ones.")] = "psi"
     modes: Annotated[tuple[Mode, ...], Meta(description="What the model does meanwhile.")] = (
         "decode", "prefill", "idle",
     )  # fmt: skip
-    rate: Annotated[
-        float, Meta(ge=0, description="MB/s at which the neighbour takes memory; 0: as fast as it can.")
-    ] = 100.0
-    ctx: Annotated[int, Meta(ge=1, description="Tokens in the context.")] = 4096
-    limit_mib: Annotated[int, Meta(ge=1, description="Of the cgroup [from what the model takes].")] | None = (
-        None
-    )
-    load_mib: (
-        Annotated[int, Meta(ge=1, description="What the neighbour takes [half of what may go must go].")]
-        | None
-    ) = None
-    hold_s: Annotated[float, Meta(ge=0, description="How long the load is held at least.")] = 2.0
+    rate: Annotated[float, Meta(ge=0, description="The neighbour's, MB/s; 0: as fast as it can.")] = 100.0
     hold_max_s: Annotated[float, Meta(ge=0, description="And at most, until bytes are back.")] = 20.0
-    avg10: Annotated[
-        float, Meta(gt=0, le=1, description="Threshold of the poller it is compared with, 0 to 1.")
-    ] = 0.10
-    prompt: Annotated[int, Meta(ge=1, description="Tokens of the prompt that is decoded over and over.")] = (
-        1024
-    )
-    swap: Annotated[Swap, Meta(description="Inside of the cgroup.")] = "none"
+    avg10: Annotated[float, Meta(gt=0, le=1, description="Threshold of the poller beside it, 0 to 1.")] = 0.1
 
     def check(self) -> None:
         each_once("modes", self.modes)
@@ -86,108 +69,118 @@ class LatencyOptions(Options, frozen=True, kw_only=True):
             raise BadInputError(f"--variant {self.variant} is not usable: give one that is governed")
 
 
+class _What(NamedTuple):
+    number: int
+    mode: Mode
+    variant: Variant
+
+
 def run(recorder: Recorder[LatencyOptions]) -> Report:
     """Run what is not yet in the journal, and report. Ctrl-C keeps the finished onsets."""
     asked = recorder.options
     require_sandbox(asked.swap)
     journal = recorder.journal(Reaction, msgspec.structs.replace(asked, model="", onsets=1))
-    setup = Setup(
-        variant="fixed",
-        model=asked.model,
-        context_tokens=asked.ctx,
-        decoded_tokens=SPARE_TOKENS,
-        prompt_tokens=asked.prompt if "prefill" in asked.modes else 0,
-        threads=asked.threads or 1,
+    setup = asked.setup(
+        prompt_tokens=PROMPT_TOKENS if "prefill" in asked.modes else 0,
         settings={"budget_per_min": LIFTED_BUDGET_PER_MIN},
     )
-    config = load_config()
-    limit, load = (None if mib is None else mib * MIB for mib in (asked.limit_mib, asked.load_mib))
-    interrupted = False
     with prepared(setup, recorder.say) as (ready, need):
-        sizes = mild(need, config, limit, load)
-        with Serving(ready, need, Place(sizes, asked.swap, SWAP_BYTES), recorder.say) as serving:
-            try:
-                for number, mode, variant in list(_order(asked))[len(journal.parts) :]:
-                    recorder.say(f"{mode}, {variant}: onset {number} of {asked.onsets}", new=True)
-                    journal.add(_run(serving, sizes, asked, config, (number, mode, variant)))
-            except KeyboardInterrupt:
-                interrupted = True
+        sizes = mild(need, load_config(), *asked.given_bytes)
+        with closing(Serving(ready, need, sizes, asked.swap, recorder.say)) as serving:
+
+            def one(what: _What) -> Reaction:
+                said = f"{what.mode}, {what.variant}: onset {what.number} of {asked.onsets}"
+                recorder.say(said, new=True)
+                return _run(serving, sizes, asked, what)
+
+            journal.play(list(_order(asked))[len(journal.parts) :], one)
     reactions: list[Reaction] = journal.parts
-    if not reactions:
-        raise PsiKvError("interrupted before the first onset was finished: there is nothing to report")
     report = recorder.report(
         list(reaction_report.figures(reactions)),
         [asked.threads or 1],
         options={"sizes": sizes, "need": need},
-        interrupted=interrupted,
+        interrupted=journal.interrupted,
         tables=reaction_report.tables(reactions),
         notes=reaction_report.notes(reactions, asked.avg10, asked.hold_max_s),
-        rows=reaction_report.records(reactions),
+        rows=flat(reactions),
     )
-    return recorder.save(
-        report, reaction_report.records(reactions), lambda folder: reaction_report.plot(folder, reactions)
-    )
+    return recorder.save(report, report.rows)
 
 
-def _order(asked: LatencyOptions) -> Iterator[tuple[int, Mode, Variant]]:
+def _order(asked: LatencyOptions) -> Iterator[_What]:
     """The modes by turns, and the ungoverned onsets first: more onsets can be added at the end."""
-    for number in range(1, asked.control + 1):
-        yield from ((number, mode, "fixed") for mode in asked.modes)
-    for number in range(1, asked.onsets + 1):
-        yield from ((number, mode, asked.variant) for mode in asked.modes)
+    parts: list[tuple[int, Variant]] = [(asked.control, "fixed"), (asked.onsets, asked.variant)]
+    for count, variant in parts:
+        for number in range(1, count + 1):
+            yield from (_What(number, mode, variant) for mode in asked.modes)
 
 
-def _run(
-    serving: Serving,
-    sizes: Sizes,
-    asked: LatencyOptions,
-    config: GovernorConfig,
-    what: tuple[int, Mode, Variant],
-) -> Reaction:
+def _run(serving: Serving, sizes: Sizes, asked: LatencyOptions, what: _What) -> Reaction:
     """One onset, and back to a calm and whole context. Raises PsiKvError where the model can't be run."""
-    number, mode, variant = what
-    host, _ = serving.ready(variant)
-    entered_s = time.monotonic()
-    with Onset(host, serving, _LOOK_S) as onset:
-        restored_from_s = _play(onset, mode, is_governed(variant), sizes, asked)
+    host = serving.ready(what.variant)
+    onset, entered_s = Onset(host, serving, _LOOK_S), time.monotonic()
+    with onset.watcher:
+        restored_from_s = _play(onset, what, sizes, asked)
         killed = onset.killed or onset.neighbour_killed
         busy = onset.watcher.busy_share(time.monotonic() - entered_s)
         whole = not killed and not serving.make_whole(host) and _calm(onset, asked.avg10 * _CALM_SHARE)
     if not whole:
         killed = serving.give_up(host) or killed  # also while its context came back
-    line_bytes = config.headroom_low * sizes.limit_bytes
-    found = _reaction(onset, asked, line_bytes, restored_from_s)
-    return msgspec.structs.replace(
-        found, number=number, mode=mode, variant=variant, whole=whole, killed=killed, watch_share=busy
+    began_s, ended_s, back = onset.began_s, onset.ended_s, onset.back()
+    looks = [look for look in onset.watcher.looks if look.time_s <= ended_s]
+    line_bytes = load_config().headroom_low * sizes.limit_bytes
+    sign = series.first_signal(looks, began_s, STALL_US, line_bytes)
+    restored = _restored(onset, restored_from_s)
+
+    def since(time_s: float | None) -> float | None:
+        return None if time_s is None else time_s - began_s
+
+    return Reaction(
+        number=what.number,
+        mode=what.mode,
+        variant=what.variant,
+        killed=killed,
+        signal="" if sign is None else sign.what,
+        signal_s=since(sign and sign.time_s),
+        returned_s=since(back[0].time_s if back else None),
+        fell_s=since(series.first_fall(looks, began_s) if asked.swap == "none" else None),
+        polled_s=since(series.poll_time(looks, began_s, asked.avg10, POLL_S)),
+        returned_bytes=sum(event.bytes_returned for event in back),
+        restore_s=sum(event.seconds for event in restored) if restored else None,
+        whole=whole,
+        near=series.near(
+            onset.tokens,
+            [series.span(event) for event in back if isinstance(event, Trimmed)],
+            [series.span(event) for event in restored],
+            (began_s, ended_s),
+        ),
+        watch_share=busy,
     )
 
 
-def _play(onset: Onset, mode: Mode, governed: bool, sizes: Sizes, asked: LatencyOptions) -> float:
+def _play(onset: Onset, what: _What, sizes: Sizes, asked: LatencyOptions) -> float:
     """Calm, the neighbour, the hold, and the restore while the mode goes on. Gives when that began."""
-    if mode != "idle":
-        onset.host.order(messages.Decode() if mode == "decode" else messages.Prefill())
+    if what.mode != "idle":
+        onset.host.order(messages.Decode() if what.mode == "decode" else messages.Prefill())
     onset.listen(CALM_S)
-
-    def is_over() -> bool:
-        held = onset.host.said_at("taken") is not None and onset.held_s() >= asked.hold_s
-        return held and bool(onset.back())
-
-    onset.press(sizes.load_bytes, asked.rate, is_over, asked.hold_max_s)
+    onset.press(sizes.load_bytes, asked.rate, asked.hold_s, asked.hold_max_s, lambda: bool(onset.back()))
     began_s = time.monotonic()
     # What was idle is parked and not masked: it comes back when it is used, and nobody says so.
-    if governed and mode != "idle" and not (onset.killed or onset.neighbour_killed):
-        _restore(onset.host, onset, began_s)
+    if is_governed(what.variant) and what.mode != "idle" and not (onset.killed or onset.neighbour_killed):
+        # On order, so that it happens while tokens are decoded and does not wait for the quiet time.
+        onset.host.order(messages.Restore())
+        if _listened(onset, _RESTORE_TIMEOUT_S, lambda: bool(_restored(onset, began_s))):
+            _listened(onset, SETTLE_S)
     return began_s
 
 
-def _restore(host: Host, onset: Onset, began_s: float) -> None:
-    """On order, so that it happens while tokens are decoded and does not wait for the quiet time."""
-    host.order(messages.Restore())
+def _listened(onset: Onset, seconds: float, is_over: Callable[[], bool] = lambda: False) -> bool:
+    """Listen; whether the model is still there. That it is not is said by whoever next speaks to it."""
     try:
-        onset.listen(_RESTORE_TIMEOUT_S, lambda: bool(_restored(onset, began_s)))
-        onset.listen(SETTLE_S)
+        onset.listen(seconds, is_over)
     except ModelKilledError:
-        return  # said by whoever next speaks to it
+        return False
+    return True
 
 
 def _restored(onset: Onset, since_s: float) -> list[Restored]:
@@ -202,46 +195,7 @@ def _calm(onset: Onset, floor: float) -> bool:
         last = onset.watcher.looks[-1].inside
         return last is None or last.avg10 <= floor
 
-    try:
-        onset.listen(_CALM_TIMEOUT_S, fallen)
-    except ModelKilledError:
-        return False
-    return True
-
-
-def _reaction(onset: Onset, asked: LatencyOptions, line_bytes: float, restored_from_s: float) -> Reaction:
-    began_s, ended_s = onset.began_s, onset.ended_s
-    looks = [look for look in onset.watcher.looks if look.time_s <= ended_s]
-    signal = series.first_signal(looks, began_s, STALL_US, line_bytes)
-    back = onset.back()
-    trims = [event for event in back if isinstance(event, Trimmed)]
-    restored = _restored(onset, restored_from_s)
-    fell = series.first_fall(looks, began_s) if asked.swap == "none" else None
-    polls = [series.poll_time(looks, began_s, asked.avg10, poll_s) for poll_s in POLLS_S]
-    return Reaction(
-        number=0,
-        mode="decode",
-        variant="fixed",
-        killed=False,
-        signal="" if signal is None else signal.what,
-        signal_s=None if signal is None else signal.time_s - began_s,
-        returned_s=back[0].time_s - began_s if back else None,
-        fell_s=None if fell is None else fell - began_s,
-        poll_s=[None if polled is None else polled - began_s for polled in polls],
-        hold_s=ended_s - began_s,
-        returned_bytes=sum(event.bytes_returned for event in back),
-        trims=len(trims),
-        reason=trims[0].reason if trims else "",
-        restore_s=sum(event.seconds for event in restored) if restored else None,
-        whole=False,
-        near=series.near(
-            onset.tokens,
-            [(event.time_s - event.seconds, event.time_s) for event in trims],
-            [(event.time_s - event.seconds, event.time_s) for event in restored],
-            (began_s, ended_s),
-        ),
-        watch_share=0.0,
-    )
+    return _listened(onset, _CALM_TIMEOUT_S, fallen)
 
 
 SCENE = Scene(

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 from msgspec import Meta
 
 from psi_kv_governor.control.decision import Mode
@@ -43,7 +45,6 @@ class OverheadOptions(Options, frozen=True, kw_only=True):
     repeats: Annotated[int, Meta(ge=1, description="Pairs of turns in each opening and setting.")] = 20
     openings: Annotated[int, Meta(ge=1, description="How often both are opened.")] = 5
     tokens: Annotated[int, Meta(ge=1, description="Of one turn: 0.2 to 0.5 s with the demo model.")] = 32
-    max_s: Annotated[float, Meta(gt=0, description="No further pair is begun after this.")] = 120.0
     idle_s: Annotated[float, Meta(gt=0, description="How long the idle process is watched.")] = 5.0
     variant: Annotated[Variant, Meta(description="Which of the governed ones.")] = "psi"
     prefill: Annotated[
@@ -64,109 +65,125 @@ def run(recorder: Recorder[OverheadOptions]) -> Report:
     """
     options = recorder.options
     settings = [options.threads] if options.threads else list(dict.fromkeys((1, cores())))
+    tokens = options.prefill or options.tokens
     pairs: dict[int, list[Pair]] = {threads: [] for threads in settings}
-    idle_shares: list[float] = []
-    written: list[float] = []
+    idle: list[float] = []
+    written_kb: list[float] = []
     own_mb: list[float] = []
     for opening in range(options.openings):
         for threads in settings:
-            with _Both(recorder, threads, governed_first=opening % 2 == 1) as both:
+            with _opened(recorder, threads, governed_first=opening % 2 == 1) as both:
                 before = both.written_bytes()
                 found = list(both.pairs())
                 pairs[threads] += found
-                tokens = (options.prefill or options.tokens) * (len(found) + 1)
-                written.append((both.written_bytes() - before) / tokens / 1e3)
+                written_kb.append((both.written_bytes() - before) / (tokens * (len(found) + 1)) / 1e3)
                 own_mb.append(both.own_bytes() / 1e6)
                 recorder.say("looking at the idle process")
-                idle_shares.append(both.idle_share())
-    figures = [
-        one
-        for threads in settings
-        for one in _figures(
-            pairs[threads],
-            options.prefill or options.tokens,
-            threads,
-            SPEED if threads == settings[0] else None,
-        )
-    ]
-    figures.append(figure("processor time while idle and calm", "share", idle_shares))
-    figures.append(figure("dirtied on a disk a token", "kB", written))
+                idle.append(both.idle_share())
+    figures: list[Figure] = []
+    for threads, mine in pairs.items():
+        figures += _figures(mine, tokens, threads, SPEED if threads == settings[0] else None)
+    figures.append(figure("processor time while idle and calm", "share", idle))
+    figures.append(figure("dirtied on a disk a token", "kB", written_kb))
     figures.append(figure("memory beside the engine", "MB", own_mb, MEMORY_MB))
     return recorder.save(recorder.report(figures, settings))
 
 
+@contextmanager
+def _opened(recorder: Recorder[OverheadOptions], threads: int, *, governed_first: bool) -> Iterator[_Both]:
+    options = recorder.options
+    setup = Setup(
+        variant="fixed", model=options.model, context_tokens=_PROMPT_TOKENS, decoded_tokens=options.tokens,
+        threads=threads, prefill_threads=1,
+    )  # fmt: skip
+    order: list[Variant] = ["fixed", options.variant]
+    with ExitStack() as stack:
+        hosts, cell_bytes = {}, 0
+        for variant in order[::-1] if governed_first else order:
+            host = stack.enter_context(Host(msgspec.structs.replace(setup, variant=variant)))
+            hosts[variant], cell_bytes = host, until_opened(host, recorder.say).cell_bytes
+        yield _Both(
+            recorder,
+            threads,
+            hosts["fixed"],
+            hosts[options.variant],
+            cells=setup.cells,
+            cell_bytes=cell_bytes,
+        )
+
+
+class CalmWatch:
+    """Notes what the governor does: a machine under pressure is not what is measured here."""
+
+    def __init__(self) -> None:
+        self._seen = ""
+
+    def __call__(self, message: messages.Message) -> None:
+        if isinstance(message, messages.Governed):
+            self.hear(message.event)
+
+    def hear(self, event: Event) -> None:
+        """Take in an event."""
+        if isinstance(event, Trimmed) or (isinstance(event, ModeChanged) and event.new is Mode.TRIMMING):
+            self._seen = event.reason
+
+    def check(self) -> None:
+        """Raises PsiKvError when the governor had to act."""
+        if self._seen:
+            raise PsiKvError(f"the machine is not calm ({self._seen}): measure again when it is")
+
+
+@dataclass
 class _Both:
-    """The model twice with the same prompt in it, plain and governed. A context manager."""
+    """The model twice with the same prompt in it."""
 
-    def __init__(self, recorder: Recorder[OverheadOptions], threads: int, *, governed_first: bool) -> None:
-        self._options, self._say, self._threads = recorder.options, recorder.say, threads
-        self._watch = CalmWatch()
-        self._cells = -(-(_PROMPT_TOKENS + self._options.tokens + 1) // 256) * 256  # as llama.cpp rounds
-        self._cell_bytes = 0
-        self._stack = ExitStack()
-        order: list[Variant] = ["fixed", self._options.variant]
-        hosts: dict[Variant, Host] = {}
-        with self._stack:
-            for variant in order[::-1] if governed_first else order:
-                setup = Setup(
-                    variant=variant, model=self._options.model, context_tokens=_PROMPT_TOKENS,
-                    decoded_tokens=self._options.tokens, threads=threads, prefill_threads=1,
-                    context_cells=self._cells,
-                )  # fmt: skip
-                hosts[variant] = self._stack.enter_context(Host(setup))
-                self._cell_bytes = until_opened(hosts[variant], self._say).cell_bytes
-            self._plain, self._governed = (hosts[variant] for variant in order)
-            self._stack = self._stack.pop_all()
-
-    def __enter__(self) -> _Both:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+    recorder: Recorder[OverheadOptions]
+    threads: int
+    plain: Host
+    governed: Host
+    cells: int
+    cell_bytes: int
+    watch: CalmWatch = field(default_factory=CalmWatch)
 
     def pairs(self) -> Iterator[Pair]:
         """Pairs of turns; at least one, after one turn each that does not count."""
-        for host in (self._plain, self._governed):
-            self._turn(host)
-        end_s = time.monotonic() + self._options.max_s
-        found = in_turns(
-            lambda: self._turn(self._plain), lambda: self._turn(self._governed), self._options.repeats
-        )
-        for number, pair in enumerate(found, start=1):
-            self._watch.check()
-            self._say(f"{_threads_words(self._threads)}: pair {number} of {self._options.repeats}")
-            yield pair
-            if time.monotonic() > end_s:
-                return
+        options, watch = self.recorder.options, self.watch
 
-    def _turn(self, host: Host) -> Done:
-        again = self._options.prefill
-        host.order(messages.Generate(tokens=1 if again else self._options.tokens, again=again))
-        return host.until(Done, _TURN_TIMEOUT_S, self._watch)
+        def turn(host: Host) -> Done:
+            again = options.prefill
+            host.order(messages.Generate(tokens=1 if again else options.tokens, again=again))
+            return host.until(Done, _TURN_TIMEOUT_S, watch)
+
+        for host in (self.plain, self.governed):
+            turn(host)
+        found = in_turns(lambda: turn(self.plain), lambda: turn(self.governed), options.repeats)
+        for number, pair in enumerate(found, start=1):
+            watch.check()
+            self.recorder.say(f"{_threads_words(self.threads)}: pair {number} of {options.repeats}")
+            yield pair
 
     def idle_share(self) -> float:
         """Processor time of the governor's thread while nobody decodes."""
-        before = self._look()
-        began_s = time.monotonic()
-        time.sleep(self._options.idle_s)
-        return (self._look().governor_cpu_s - before.governor_cpu_s) / (time.monotonic() - began_s)
+        before, began_s = self._look(self.governed), time.monotonic()
+        time.sleep(self.recorder.options.idle_s)
+        worked_s = self._look(self.governed).governor_cpu_s - before.governor_cpu_s
+        return worked_s / (time.monotonic() - began_s)
 
     def written_bytes(self) -> int:
         """Pages that the governed process made dirty on a disk so far, as the kernel counts them."""
-        counts = Path(f"/proc/{self._governed.pid}/io").read_text().splitlines()
+        counts = Path(f"/proc/{self.governed.pid}/io").read_text().splitlines()
         return next(int(line.split(":")[1]) for line in counts if line.startswith("write_bytes"))
 
     def own_bytes(self) -> int:
         """What is resident of the governed process beyond the plain one, but for cells: of those the plain
         one has all, and the governed one as many as there are tokens."""
-        ours, theirs = self._look(), self._look(self._plain)
-        cells = self._cells - ours.live_cells
-        return ours.memory.resident_bytes - theirs.memory.resident_bytes + cells * self._cell_bytes
+        ours, theirs = self._look(self.governed), self._look(self.plain)
+        lacking_bytes = (self.cells - ours.live_cells) * self.cell_bytes
+        return ours.memory.resident_bytes - theirs.memory.resident_bytes + lacking_bytes
 
-    def _look(self, host: Host | None = None) -> messages.Looked:
-        host = host or self._governed
+    def _look(self, host: Host) -> messages.Looked:
         host.order(messages.Look())
-        return host.until(messages.Looked, _TURN_TIMEOUT_S, self._watch)
+        return host.until(messages.Looked, _TURN_TIMEOUT_S, self.watch)
 
 
 def in_turns(plain: Callable[[], Done], governed: Callable[[], Done], pairs: int) -> Iterator[Pair]:
@@ -193,34 +210,13 @@ def _figures(pairs: Sequence[Pair], tokens: int, threads: int, asked: Asked | No
     yield figure("governed", "tokens/s", [tokens / turn.seconds for _, turn in pairs], case=case)
 
 
-class CalmWatch:
-    """Notes what the governor does: a machine under pressure is not what is measured here."""
-
-    def __init__(self) -> None:
-        self._seen = ""
-
-    def __call__(self, message: messages.Message) -> None:
-        if isinstance(message, messages.Governed):
-            self.hear(message.event)
-
-    def hear(self, event: Event) -> None:
-        """Take in an event."""
-        if isinstance(event, Trimmed) or (isinstance(event, ModeChanged) and event.new is Mode.TRIMMING):
-            self._seen = event.reason
-
-    def check(self) -> None:
-        """Raises PsiKvError when the governor had to act."""
-        if self._seen:
-            raise PsiKvError(f"the machine is not calm ({self._seen}): measure again when it is")
-
-
 SCENE = Scene(
     about="""What the governor costs while the machine is calm, against plain llama_cpp.Llama by turns.
 
     With one thread, as is asked, and with a thread for every core, for information.
     """,
     options=OverheadOptions(),
-    quick=OverheadOptions(openings=2, repeats=10, max_s=20.0, idle_s=1.0),
+    quick=OverheadOptions(openings=2, repeats=10, idle_s=1.0),
     run=run,
     examples=(
         "psi-kv bench overhead --quick",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import msgspec
@@ -47,26 +47,19 @@ def run(recorder: Recorder[PressureOptions], play: Play = run_scene) -> Report:
         raise PsiKvError(f"{memory.detail}: {memory.remedy}")
     scene = scene_of(options, setting, recorder.folder)
     runs: list[Run] = journal.parts
-    ahead = list(_order(options))
-    interrupted = False
-    try:
-        for number, (repeat, variant) in list(enumerate(ahead, start=1))[len(runs) :]:
-            if runs:
-                time.sleep(options.variant_cooldown_s)
-            recorder.say(f"run {number} of {len(ahead)}: {variant}", new=True)
-            found = play(variant, scene, _Saying(variant, recorder.say))
-            journal.add(Run(number=number, repeat=repeat, result=found))
-    except KeyboardInterrupt:
-        interrupted = True
-    if not runs:
-        raise PsiKvError("interrupted before the first run was finished: there is nothing to report")
-    return _report(recorder, setting, runs, interrupted=interrupted)
+    ahead = [(repeat, variant) for repeat, order in enumerate(turns(options), 1) for variant in order]
 
+    def one(what: tuple[int, Variant]) -> Run:
+        repeat, variant = what
+        number = len(runs) + 1
+        if runs:
+            time.sleep(options.variant_cooldown_s)
+        recorder.say(f"run {number} of {len(ahead)}: {variant}", new=True)
+        found = play(variant, scene, _Saying(variant, recorder.say))
+        return Run(number=number, repeat=repeat, result=found)
 
-def _order(options: PressureOptions) -> Iterator[tuple[int, Variant]]:
-    for repeat, variants in enumerate(turns(options), start=1):
-        for variant in variants:
-            yield repeat, variant
+    journal.play(ahead[len(runs) :], one)
+    return _report(recorder, setting, runs, interrupted=journal.interrupted)
 
 
 class _Saying:
@@ -113,12 +106,7 @@ def _report(
         notes=[*remarks(options, setting), *of_runs.circumstances(options, setting, recorder.model.name)],
         rows=of_runs.rows(runs),
     )
-    return recorder.save(
-        report,
-        of_runs.samples(runs),
-        partial(plots.side_by_side, runs=runs, figures=found, title=title),
-        partial(plots.timeline, runs=runs, title=title),
-    )
+    return recorder.save(report, of_runs.samples(runs), partial(plots.timeline, runs=runs, title=title))
 
 
 SCENE = Scene(

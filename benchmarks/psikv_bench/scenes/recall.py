@@ -15,8 +15,9 @@ from msgspec import Meta
 from psi_kv_governor.cache import Range, Recall
 from psi_kv_governor.errors import PsiKvError
 from psikv_bench.figures import Asked, Figure, figure
-from psikv_bench.long_context import PART, LongContext
+from psikv_bench.long_context import LongContext
 from psikv_bench.options import Options
+from psikv_bench.raw_context import PART
 from psikv_bench.record import Recorder, Report
 from psikv_bench.scene import Scene
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
-from psi_kv_governor import children
+from psi_kv_governor.children import python_command, reason
 from psi_kv_governor.errors import PsiKvError
+from psikv_bench import wide_run
 from psikv_bench.figures import Asked, Figure, figure
 from psikv_bench.options import Options
 from psikv_bench.record import Recorder, Report
@@ -33,13 +34,13 @@ CLEAN = Asked(">=", 5.0)
 _LIMIT_S = 3600.0
 
 
+Cells = Annotated[int, Meta(ge=2048)]
+
+
 class ScaleOptions(Options, frozen=True, kw_only=True):
     """What is measured."""
 
-    sizes: Annotated[tuple[Annotated[int, Meta(ge=2048)], ...], Meta(description="Cells.")] = (
-        32_768,
-        131_072,
-    )
+    sizes: Annotated[tuple[Cells, ...], Meta(description="Cells.")] = (32_768, 131_072)
     backings: Annotated[tuple[str, ...], Meta(description="file, memory.")] = ("file", "memory")
 
 
@@ -63,10 +64,10 @@ def run(recorder: Recorder[ScaleOptions]) -> Report:
 
 
 def _measured(model: Path, n_cells: int, backing: str, threads: int) -> Size:
-    command = children.python_command("psikv_bench.wide_run", str(model), str(n_cells), backing, str(threads))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
+    command = python_command(wide_run.__name__, str(model), str(n_cells), backing, str(threads))
+    done = subprocess.run(command, capture_output=True, timeout=_LIMIT_S, check=False)
     if done.returncode != 0:
-        why = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        why = reason(done.stderr)
         raise PsiKvError(f"{n_cells:,} cells with backing {backing} can't be measured: {why}")
     return msgspec.json.decode(done.stdout.splitlines()[-1], type=Size)
 
@@ -76,35 +77,34 @@ def _figures(size: Size) -> Iterator[Figure]:
     yield figure("open", "s", [size.open_s], case=case)
     yield figure("resident when opened", "MB", [size.opened_bytes / 1e6], case=case)
     yield figure("map time (asking llama.cpp anew)", "ms", [s * 1e3 for s in size.map_s], case=case)
-    works = {
-        "trim": size.trim,
-        "trim of clean ranges": size.trim_clean,
-        "restore": size.restore,
-        "release": size.release,
-    }
-    for name, work in works.items():
+    for name, work, asked in (
+        ("trim", size.trim, None),
+        ("trim of clean ranges", size.trim_clean, CLEAN),
+        ("restore", size.restore, None),
+        ("release", size.release, None),
+    ):
         yield figure(f"{name}: bytes", "GB", [work.n_bytes / GB], case=case)
-        asked = CLEAN if name == "trim of clean ranges" else None
         yield figure(name, "GB/s", [work.n_bytes / GB / max(work.seconds, 1e-9)], asked, case=case)
     yield figure("mappings of the cache", "times", [size.mappings], case=case)
 
 
-def _growth(found: list[Size]) -> Iterator[Figure]:
+_COSTS: dict[str, Callable[[Size], float]] = {
+    "map time": lambda size: min(size.map_s) / size.n_cells,
+    "trim": lambda size: size.trim.cost,
+    "restore": lambda size: size.restore.cost,
+    "release": lambda size: size.release.cost,
+}
+
+
+def _growth(found: Sequence[Size]) -> Iterator[Figure]:
     """What a cell costs in the largest cache, over what it costs in the smallest."""
     for backing in dict.fromkeys(size.backing for size in found):
         sizes = sorted((size for size in found if size.backing == backing), key=lambda size: size.n_cells)
         small, large = sizes[0], sizes[-1]
-        if small is large:
-            continue
         case = f"{large.n_cells:,} over {small.n_cells:,} cells, {backing}"
-        costs = {
-            "map time": (min(small.map_s) / small.n_cells, min(large.map_s) / large.n_cells),
-            "trim": (small.trim.cost, large.trim.cost),
-            "restore": (small.restore.cost, large.restore.cost),
-            "release": (small.release.cost, large.release.cost),
-        }
-        for name, (one, other) in costs.items():
-            yield figure(f"{name}: cost of a cell", "x", [other / max(one, 1e-15)], LINEAR, case=case)
+        for name, cost in _COSTS.items() if small is not large else ():
+            ratio = cost(large) / max(cost(small), 1e-15)
+            yield figure(f"{name}: cost of a cell", "x", [ratio], LINEAR, case=case)
 
 
 SCENE = Scene(

@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import shlex
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
@@ -27,12 +26,12 @@ from psikv_bench.record import Recorder, Report
 from psikv_bench.scene import Scene
 from psikv_bench.server.asking import (
     KINDS,
+    SILENT,
     Client,
     Dead,
-    Plan,
     Run,
     Sample,
-    conversations,
+    command,
     default_command,
     free_port,
     prompts,
@@ -66,17 +65,22 @@ def run(recorder: Recorder[ServerOptions]) -> Report:
     options = recorder.options
     words = shlex.split(options.server) or default_command(options.model)
     journal = recorder.journal(Run, msgspec.structs.replace(options, model="", repeats=0, calm_pairs=0))
-    interrupted, ratios = False, dict[str, list[float]]()
+    ratios: dict[str, list[float]] = {}
+
+    def one(what: tuple[int, bool]) -> Run:
+        recorder.say(f"run {what[0]} of {options.repeats}, {'governed' if what[1] else 'ungoverned'}")
+        return _play(words, options, governed=what[1])
+
+    order = [(number + 1, governed) for number in range(options.repeats) for governed in (False, True)]
+    journal.play(order[len(journal.parts) :], one)
+    interrupted = journal.interrupted
     try:
-        for number, governed in _order(options)[len(journal.parts) :]:
-            recorder.say(f"run {number} of {options.repeats}, {'governed' if governed else 'ungoverned'}")
-            journal.add(_play(words, options, governed=governed))
-        for kind, ratio in _calm(words, options, recorder) if options.calm_pairs else ():
+        for kind, ratio in _calm(words, options, recorder) if options.calm_pairs and not interrupted else ():
             ratios.setdefault(kind, []).append(ratio)
     except KeyboardInterrupt:
         interrupted = True
     runs: list[Run] = journal.parts
-    if interrupted and not runs and not ratios:
+    if not runs and not ratios:
         raise PsiKvError("interrupted before the first run was finished: there is nothing to report")
     report = recorder.report(
         list(_figures(runs, ratios)),
@@ -86,11 +90,6 @@ def run(recorder: Recorder[ServerOptions]) -> Report:
     )
     draw = [partial(plot, runs=runs[-2:], limit_bytes=options.limit_mib << 20)] if runs else []
     return recorder.save(report, (), *draw)
-
-
-def _order(options: ServerOptions) -> list[tuple[int, bool]]:
-    """Which repeat, and whether governed."""
-    return [(number + 1, governed) for number in range(options.repeats) for governed in (False, True)]
 
 
 def _short(run: Run) -> dict[str, object]:
@@ -106,44 +105,41 @@ def _short(run: Run) -> dict[str, object]:
     }
 
 
-def _command(words: Sequence[str], port: int, *, governed: bool, place: str) -> list[str]:
-    given = [word.replace("{port}", str(port)) for word in words]
-    where = ["--place", place] if place else []
-    ours = [sys.executable, "-m", "psi_kv_governor.cli", "exec", *where, "--"]
-    return [*(ours if governed else []), *given]
-
-
 def _play(words: Sequence[str], options: ServerOptions, *, governed: bool) -> Run:
     """One server, from start to end or death."""
-    done, limit, port = Run(governed=governed), Sandbox(options.limit_mib << 20), free_port()
-    begin_s, ended = time.monotonic(), threading.Event()
+    done, begin_s, ended = Run(governed=governed), time.monotonic(), threading.Event()
+    with Sandbox(options.limit_mib << 20) as limit:
 
-    def watch() -> None:
-        while not ended.wait(SAMPLE_S):
-            done.usage.append(Sample(time.monotonic() - begin_s, limit.group.usage_bytes()))
+        def watch() -> None:
+            while not ended.wait(SAMPLE_S):
+                done.usage.append(Sample(time.monotonic() - begin_s, limit.group.usage_bytes()))
 
-    watching = threading.Thread(target=watch)
-    process = limit.popen(
-        _command(words, port, governed=governed, place=options.place),
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    watching.start()
-    try:
-        client = Client(port, done, begin_s)
-        client.ready(process)
-        conversations(client, Plan(options.talks, options.shots, options.talk_tokens, options.shot_tokens))
-    except Dead as death:
-        done.died = str(death)
-    finally:
-        ended.set()
-        watching.join()
+        watching = threading.Thread(target=watch)
+        watching.start()
+        try:
+            with _serving(words, options, done, begin_s, limit.popen) as client:
+                _conversations(client, options)
+        except Dead as death:
+            done.died = str(death)
+        finally:
+            ended.set()
+            watching.join()
         done.kills = limit.group.oom_kills()
         done.peak_bytes = max((sample.usage_bytes for sample in done.usage), default=0)
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(30)
-        limit.close()
     return done
+
+
+def _conversations(client: Client, options: ServerOptions) -> None:
+    """Conversations begin, one-shot prompts come in between, and the conversations return. Raises Dead."""
+    between = max(1, options.shots // options.talks)
+    stories = [prompts("Story", number, options.talk_tokens) for number in range(options.talks)]
+    for number, story in enumerate(stories):
+        client.ask("first", number, story)
+    for number in range(options.shots):
+        client.ask("one-shot", number, prompts("Question", number, options.shot_tokens))
+        if number % between == between - 1:
+            returning = number // between % options.talks
+            client.ask("return", returning, stories[returning] + " And then")
 
 
 def _calm(
@@ -153,16 +149,16 @@ def _calm(
     first alternates."""
     with contextlib.ExitStack() as ending:
         clients = [
-            ending.enter_context(_standing(words, options, governed=governed)) for governed in (False, True)
+            ending.enter_context(_serving(words, options, Run(governed=governed), time.monotonic()))
+            for governed in (False, True)
         ]
 
         def ratio(kind: str, number: int, prompt: str) -> float:
             recorder.say(f"calm, {kind}, request {number} of {options.calm_pairs}")
-            took_s = {}
-            for side in (0, 1) if number % 2 else (1, 0):
-                clients[side].ask(kind, number, prompt)
-                took_s[side] = clients[side].run.requests[-1].seconds
-            return took_s[0] / took_s[1]
+            for client in clients if number % 2 else clients[::-1]:
+                client.ask(kind, number, prompt)
+            plain, governed = (client.run.requests[-1].seconds for client in clients)
+            return plain / governed
 
         talks = [prompts("Talk", number, _CALM_TOKENS) for number in range(_CALM_TALKS)]
         for number in range(options.calm_pairs + 1):
@@ -178,14 +174,14 @@ def _calm(
 
 
 @contextlib.contextmanager
-def _standing(words: Sequence[str], options: ServerOptions, *, governed: bool) -> Iterator[Client]:
+def _serving(
+    words: Sequence[str], options: ServerOptions, run: Run, begin_s: float, start: Any = subprocess.Popen
+) -> Iterator[Client]:
+    """A server that is ready, and is ended afterwards. Raises Dead."""
     port = free_port()
-    process = subprocess.Popen(
-        _command(words, port, governed=governed, place=options.place),
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = start(command(words, port, governed=run.governed, place=options.place), **SILENT)
     try:
-        client = Client(port, Run(governed=governed), time.monotonic())
+        client = Client(port, run, begin_s)
         client.ready(process)
         yield client
     finally:

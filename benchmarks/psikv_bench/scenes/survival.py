@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
-from psi_kv_governor.errors import BadInputError, PsiKvError
+from psi_kv_governor.errors import BadInputError
 from psi_kv_governor.preflight import Check
 from psi_kv_governor.sandbox.messages import Variant
 from psikv_bench.figures import Asked, Figure, figure
+from psikv_bench.journal import remaining
 from psikv_bench.options import Options
 from psikv_bench.record import Recorder, Report, Table
 from psikv_bench.scene import Scene
@@ -51,6 +51,12 @@ class Pair(msgspec.Struct, frozen=True, kw_only=True):
         return self.plain.outcome == "lives" != self.governed.outcome
 
     @property
+    def speed(self) -> float:
+        """Tokens a second over plain; 0 where one of them decoded nothing."""
+        plain, governed = self.plain.tokens_per_s, self.governed.tokens_per_s
+        return governed / plain if plain else 0.0
+
+    @property
     def answers(self) -> str:
         """How the governed one's answers compare with the plain one's."""
         if not (self.plain.tokens and self.governed.tokens):
@@ -67,28 +73,22 @@ def run(recorder: Recorder[SurvivalOptions]) -> Report:
     asked = recorder.options
     journal = recorder.journal(Pair, msgspec.structs.replace(asked, model="", repeats=1))
     pairs: list[Pair] = journal.parts
-    interrupted = False
+    ahead = remaining(asked.only * asked.repeats, [pair.surrounding for pair in pairs])
     with workshop() as folder:
         recorder.say("the context is decoded once", new=True)
         base, need = prepared(asked.model, asked.ctx, asked.tokens, folder)
-        try:
-            done = Counter(pair.surrounding for pair in pairs)
-            for number, name in enumerate(name for _ in range(asked.repeats) for name in asked.only):
-                if done[name]:
-                    done[name] -= 1
-                    continue
-                recorder.say(f"{number + 1} of {asked.repeats * len(asked.only)}: {name}", new=True)
-                plain, governed = (live(name, variant, base, need, folder) for variant in VARIANTS)
-                about = " ".join((SURROUNDINGS[name].__doc__ or "").split())
-                journal.add(Pair(surrounding=name, about=about, plain=plain, governed=governed))
-        except KeyboardInterrupt:
-            interrupted = True
-    if not pairs:
-        raise PsiKvError("interrupted before the first was finished: there is nothing to report")
+
+        def one(name: str) -> Pair:
+            recorder.say(f"{len(pairs) + 1} of {asked.repeats * len(asked.only)}: {name}", new=True)
+            plain, governed = (live(name, variant, base, need, folder) for variant in VARIANTS)
+            about = " ".join((SURROUNDINGS[name].__doc__ or "").split())
+            return Pair(surrounding=name, about=about, plain=plain, governed=governed)
+
+        journal.play(ahead, one)
     report = recorder.report(
         list(_figures(pairs)),
         [1],
-        interrupted=interrupted,
+        interrupted=journal.interrupted,
         tables=[table(pairs)],
         notes=[
             "tokens/s are of one run each, whatever else the machine did meanwhile: they are no record",
@@ -100,9 +100,6 @@ def run(recorder: Recorder[SurvivalOptions]) -> Report:
     return recorder.save(report)
 
 
-# -- telling -----------------------------------------------------------------------------------------------
-
-
 def _figures(pairs: Sequence[Pair]) -> Iterator[Figure]:
     here = [pair for pair in pairs if pair.plain.outcome != "not here"]
     none = Asked("<=", 0, "max")
@@ -112,9 +109,8 @@ def _figures(pairs: Sequence[Pair]) -> Iterator[Figure]:
     saved = sum(pair.governed.outcome == "lives" != pair.plain.outcome for pair in here)
     yield figure("governed lives and plain does not", "times", [saved])
     for pair in here:
-        if pair.plain.tokens_per_s and pair.governed.tokens_per_s:
-            ratio = pair.governed.tokens_per_s / pair.plain.tokens_per_s
-            yield figure("tokens/s over plain", "x", [ratio], case=pair.surrounding)
+        if pair.speed:
+            yield figure("tokens/s over plain", "x", [pair.speed], case=pair.surrounding)
 
 
 def by_surrounding(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
@@ -125,33 +121,21 @@ def by_surrounding(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
     return found
 
 
+_COLUMNS: dict[str, Callable[[list[Pair]], object]] = {
+    "surrounding": lambda times: times[-1].surrounding,
+    "what it is": lambda times: times[-1].about,
+    "plain": lambda times: _outcome([one.plain.outcome for one in times]),
+    "governed": lambda times: _outcome([one.governed.outcome for one in times]),
+    "answers": lambda times: times[-1].answers,
+    "tokens/s over plain": lambda times: f"{times[-1].speed:.2f}" if times[-1].speed else "-",
+    "MB returned": lambda times: f"{times[-1].governed.returned_bytes / 1e6:.0f}",
+    "ungoverned, or how it ended": lambda times: _why(times[-1].governed),
+}
+
+
 def table(pairs: Sequence[Pair]) -> Table:
     """Who lives in what. Of a surrounding that was played more often, the numbers are of the last time."""
-    rows = []
-    for times in by_surrounding(pairs).values():
-        pair = times[-1]
-        plain, governed = pair.plain, pair.governed
-        ratio = f"{governed.tokens_per_s / plain.tokens_per_s:.2f}" if plain.tokens_per_s else "-"
-        rows.append(
-            [
-                pair.surrounding,
-                pair.about,
-                _outcome([one.plain.outcome for one in times]),
-                _outcome([one.governed.outcome for one in times]),
-                pair.answers,
-                ratio if governed.tokens_per_s else "-",
-                f"{governed.returned_bytes / 1e6:.0f}",
-                _short(governed.ungoverned or (governed.why if governed.outcome != "lives" else "")),
-            ]
-        )
-    return Table(
-        title="who lives",
-        columns=[
-            "surrounding", "what it is", "plain", "governed", "answers", "tokens/s over plain",
-            "MB returned", "ungoverned, or how it ended",
-        ],
-        rows=rows,
-    )  # fmt: skip
+    return Table.of("who lives", _COLUMNS, by_surrounding(pairs).values())
 
 
 def _outcome(outcomes: Sequence[str]) -> str:
@@ -160,9 +144,9 @@ def _outcome(outcomes: Sequence[str]) -> str:
     return outcomes[0] if len(set(outcomes)) == 1 else alive
 
 
-def _short(why: str) -> str:
+def _why(run: Run) -> str:
     """A reason without the paths of this machine."""
-    return why.partition(" (")[0][:80]
+    return (run.ungoverned or (run.why if run.outcome != "lives" else "")).partition(" (")[0][:80]
 
 
 def _checks(options: SurvivalOptions, folder: Path | None) -> Iterator[Check]:

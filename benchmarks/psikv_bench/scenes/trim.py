@@ -20,8 +20,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from psi_kv_governor.cache import Range, Verb, cells_in
 from psi_kv_governor.errors import PsiKvError
-from psi_kv_governor.policy import Range
 from psi_kv_governor.sandbox.host import Host
 from psi_kv_governor.sandbox.messages import Setup
 from psi_kv_governor.sandbox.process_memory import own_memory
@@ -91,8 +91,7 @@ def ranges_in(tokens: int, share: float, count: int) -> list[Range]:
 
 def run(recorder: Recorder[TrimOptions]) -> Report:
     """Measure every case, those with the same context together."""
-    cases = _QUICK if recorder.quick else _FULL
-    figures = list(measure(recorder, cases))
+    figures = list(measure(recorder, _QUICK if recorder.quick else _FULL))
     return recorder.save(recorder.report(figures, [recorder.options.threads or cores()]))
 
 
@@ -106,7 +105,8 @@ def measure(recorder: Recorder[TrimOptions], cases: Sequence[Case]) -> Iterator[
             variant="fixed", model=options.model, context_tokens=tokens, decoded_tokens=_SPARE_CELLS,
             cache=cache, prefill_threads=options.threads or cores(),
         )  # fmt: skip
-        plain = _plain_digest(recorder, setup)
+        with Host(setup) as host:  # plain llama.cpp, in a process of its own
+            plain = until_opened(host, recorder.say).digest
         governed = msgspec.structs.replace(setup, variant="psi", auto=False)
         with _Filled(governed, recorder) as filled:
             for case in [case for case in cases if (case.cache, case.tokens) == (cache, tokens)]:
@@ -114,20 +114,14 @@ def measure(recorder: Recorder[TrimOptions], cases: Sequence[Case]) -> Iterator[
             yield from _comeback_figures(filled, cache, recorder)
 
 
-def _plain_digest(recorder: Recorder[TrimOptions], setup: Setup) -> str:
-    """Of the logits of plain llama.cpp, in a process of its own."""
-    with Host(setup) as host:
-        return until_opened(host, recorder.say).digest
-
-
 class _Filled(Context):
     """A governed context full of text, which is decoded anew where a range was taken out of it for good."""
 
     def __init__(self, setup: Setup, recorder: Recorder[TrimOptions]) -> None:
         super().__init__(setup, setup.context_tokens + _SPARE_CELLS)
-        *self._prompt, self._probe = prompt_tokens(self.llm, setup.context_tokens + 1)
-        recorder.say(f"decoding {len(self._prompt):,} tokens", new=True)
-        self.read(self._prompt)
+        *self.prompt, self._probe = prompt_tokens(self.llm, setup.context_tokens + 1)
+        recorder.say(f"decoding {len(self.prompt):,} tokens", new=True)
+        self.read(self.prompt)
         self._state = self.llm.save_state()
 
     def refill(self) -> None:
@@ -137,23 +131,30 @@ class _Filled(Context):
     def next_logits(self) -> Logits:
         """Logits after the probe token, shape (1, vocabulary); the probe is taken out again."""
         found = self.logits([self._probe])
-        self.cut(len(self._prompt))
+        self.cut(len(self.prompt))
         return found
 
+    def remove(self, ranges: Sequence[Range]) -> None:
+        """Take the cells of `ranges` out of the metadata, as upstream does: the rows stay as they are."""
+        for start, stop in ranges:
+            self.llm._ctx.kv_cache_seq_rm(0, start, stop)
 
-class _Round(msgspec.Struct, frozen=True, kw_only=True):
-    """One pass of the first two ways."""
+    def release(self) -> int:
+        """Return the pages of cells nobody uses; gives the bytes."""
+        return self.apply(Verb.RELEASE, sequence=None).bytes_returned
 
-    released_share: float
-    release_bytes_per_s: float
-    masked_share: float
-    mask_bytes_per_s: float
-    unmask_bytes_per_s: float
-    changed_by_release: int
-    """Logits that differ, as in the next one."""
-    unlike_never_trimmed: int
-    unlike_plain: int
-    """Whether the digest of the logits is another than that of plain llama.cpp."""
+
+_FIGURES: tuple[tuple[str, str, Asked | None], ...] = (
+    ("returned by a release", "share", RETURNED),
+    ("returned by a trim", "share", RETURNED),
+    ("release", "GB/s", RELEASE_SPEED),
+    ("trim", "GB/s", None),
+    ("restore", "GB/s", None),
+    ("logits changed by the release", "logits", IDENTICAL),
+    ("logits unlike never trimmed, after restore", "logits", IDENTICAL),
+    ("rounds unlike plain llama.cpp, after restore", "times", IDENTICAL),
+)
+"""Of each case, in the order in which a round gives them."""
 
 
 def _case_figures(
@@ -165,24 +166,14 @@ def _case_figures(
     for number in range(recorder.options.repeats):
         recorder.say(f"{case}: {number + 1} of {recorder.options.repeats}")
         rounds.append(_round(filled, ranges, plain))
-
-    def of(name: str, unit: str, field: str, asked: Asked | None = None, scale: float = 1.0) -> Figure:
-        values = [getattr(passed, field) / scale for passed in rounds]
-        return figure(name, unit, values, asked, case=str(case))
-
-    yield figure("trimmed", "share", [_cells(ranges) / case.tokens], LEAST_TRIMMED, case=str(case))
-    yield of("returned by a release", "share", "released_share", RETURNED)
-    yield of("returned by a trim", "share", "masked_share", RETURNED)
-    yield of("release", "GB/s", "release_bytes_per_s", RELEASE_SPEED, 1e9)
-    yield of("trim", "GB/s", "mask_bytes_per_s", scale=1e9)
-    yield of("restore", "GB/s", "unmask_bytes_per_s", scale=1e9)
-    yield of("logits changed by the release", "logits", "changed_by_release", IDENTICAL)
-    yield of("logits unlike never trimmed, after restore", "logits", "unlike_never_trimmed", IDENTICAL)
-    yield of("rounds unlike plain llama.cpp, after restore", "times", "unlike_plain", IDENTICAL)
+    yield figure("trimmed", "share", [cells_in(ranges) / case.tokens], LEAST_TRIMMED, case=str(case))
+    for (name, unit, asked), values in zip(_FIGURES, zip(*rounds, strict=True), strict=True):
+        yield figure(name, unit, values, asked, case=str(case))
 
 
-def _round(filled: _Filled, ranges: Sequence[Range], plain: str) -> _Round:
-    n_bytes = _cells(ranges) * filled.cell_bytes
+def _round(filled: _Filled, ranges: Sequence[Range], plain: str) -> tuple[float, ...]:
+    """One pass of the first two ways: the values of _FIGURES."""
+    n_bytes = cells_in(ranges) * filled.cell_bytes
     filled.refill()
     never = filled.next_logits()
     filled.remove(ranges)
@@ -200,22 +191,21 @@ def _round(filled: _Filled, ranges: Sequence[Range], plain: str) -> _Round:
     masked = before.resident_bytes - own_memory().resident_bytes
     unmask_s = filled.unmask()
     restored = filled.next_logits()
-    return _Round(
-        released_share=released / n_bytes,
-        release_bytes_per_s=returned / release_s,
-        masked_share=masked / n_bytes,
-        mask_bytes_per_s=n_bytes / mask_s,
-        unmask_bytes_per_s=n_bytes / unmask_s,
-        changed_by_release=differing(by_metadata, after_release),
-        unlike_never_trimmed=differing(never, restored),
-        unlike_plain=int(hashlib.sha256(restored.tobytes()).hexdigest()[: len(plain)] != plain),
+    return (
+        released / n_bytes,
+        masked / n_bytes,
+        returned / release_s / 1e9,
+        n_bytes / mask_s / 1e9,
+        n_bytes / unmask_s / 1e9,
+        differing(by_metadata, after_release),
+        differing(never, restored),
+        int(hashlib.sha256(restored.tobytes()).hexdigest()[: len(plain)] != plain),
     )
 
 
 def _comeback_figures(filled: _Filled, cache: CacheType, recorder: Recorder[TrimOptions]) -> Iterator[Figure]:
-    options = recorder.options
-    tokens = len(filled._prompt)
-    first = ranges_in(tokens, SHARE, 1)[0]
+    options, tokens = recorder.options, filled.prompt
+    first = ranges_in(len(tokens), SHARE, 1)[0]
     part = Range(first.start, min(first.stop, first.start + (options.again_cells or first.cells)))
     restore_s, again_s = [], []
     for number in range(options.again):
@@ -223,19 +213,15 @@ def _comeback_figures(filled: _Filled, cache: CacheType, recorder: Recorder[Trim
         filled.refill()
         filled.mask([part])
         restore_s.append(filled.unmask())
-        filled.evict([part])
+        filled.cut(part.start)
         began_s = time.perf_counter()
-        filled.decode_again()
+        filled.read(tokens[part.start : part.stop])
         again_s.append(time.perf_counter() - began_s)
-    case = f"{cache}, {part.cells:,} of {tokens:,} tokens"
+    case = f"{cache}, {part.cells:,} of {len(tokens):,} tokens"
     gains = [slow / fast for slow, fast in zip(again_s, restore_s, strict=True)]
     yield figure("decoded again", "s", again_s, case=case)
     yield figure("restored", "s", restore_s, case=case)
     yield figure("decoding again over restoring", "x", gains, RESTORE_GAIN, case=case)
-
-
-def _cells(ranges: Sequence[Range]) -> int:
-    return sum(part.cells for part in ranges)
 
 
 SCENE = Scene(

@@ -10,8 +10,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -22,6 +23,8 @@ SENTENCE_TOKENS = 13
 KINDS = ("first", "return", "one-shot")
 """Of requests: the first turn of a conversation, a later one, a prompt that nobody comes back to."""
 READY_S, ANSWER_S = 300.0, 600.0
+SILENT: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+"""How a server is started."""
 
 
 class Sample(msgspec.Struct):
@@ -71,6 +74,7 @@ class Client:
         self._port, self._begin_s = port, begin_s
 
     def ready(self, process: subprocess.Popen[bytes]) -> None:
+        """Wait until it serves. Raises Dead."""
         deadline = time.monotonic() + READY_S
         while time.monotonic() < deadline:
             if process.poll() is not None:
@@ -109,28 +113,20 @@ class Client:
 
 
 def prompts(kind: str, number: int, tokens: int) -> str:
+    """A text of some tokens that no other begins like."""
     return f"{kind} number {number}. " + SENTENCE * max(1, tokens // SENTENCE_TOKENS)
 
 
-class Plan(NamedTuple):
-    """How much is asked."""
-
-    talks: int
-    shots: int
-    talk_tokens: int
-    shot_tokens: int
+def command(words: Sequence[str], port: int, *, governed: bool, place: str) -> list[str]:
+    """The server's, with its port, by itself or governed."""
+    given = [word.replace("{port}", str(port)) for word in words]
+    return [*sidecar(place), "--", *given] if governed else given
 
 
-def conversations(client: Client, plan: Plan) -> None:
-    """Conversations begin, one-shot prompts come in between, and the conversations return. Raises Dead."""
-    between = max(1, plan.shots // plan.talks)
-    for number in range(plan.talks):
-        client.ask("first", number, prompts("Story", number, plan.talk_tokens))
-    for number in range(plan.shots):
-        client.ask("one-shot", number, prompts("Question", number, plan.shot_tokens))
-        if number % between == between - 1:
-            returning = number // between % plan.talks
-            client.ask("return", returning, prompts("Story", returning, plan.talk_tokens) + " And then")
+def sidecar(place: str) -> list[str]:
+    """`psi-kv exec`, which parks in `place` where one is given."""
+    where = ["--place", place] if place else []
+    return [sys.executable, "-m", "psi_kv_governor.cli", "exec", *where]
 
 
 def free_port() -> int:

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from psi_kv_governor.sandbox.host import MIB
 from psikv_bench.plots import GREEN, RED, saved
 from psikv_bench.server.asking import Run
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-MIB = 1 << 20
 
 
 def plot(folder: Path, runs: Sequence[Run], limit_bytes: int) -> str:
     """Memory over time and time to first token, ungoverned and governed; gives the file's name."""
 
-    def draw(figure: Figure, axes: Any) -> None:
-        del figure
-        memory, times = axes.flat if hasattr(axes, "flat") else axes
+    def draw(_figure: Any, grid: Any) -> None:
+        memory, times = grid[:, 0]
         for run in runs:
             name, colour = ("governed", GREEN) if run.governed else ("ungoverned", RED)
             at_s = [sample.time_s for sample in run.usage]
@@ -28,17 +23,15 @@ def plot(folder: Path, runs: Sequence[Run], limit_bytes: int) -> str:
             if run.died and at_s:
                 memory.plot(at_s[-1], limit_bytes / MIB, "x", color=colour, markersize=12)
             for kind, mark in (("first", "o"), ("return", "v")):
-                asked = [one for one in run.requests if one.kind == kind]
+                asked = [(one.time_s, one.first_token_s) for one in run.requests if one.kind == kind]
                 if asked:
-                    seconds = [one.first_token_s for one in asked]
-                    label = f"{name}: {kind}"
-                    times.semilogy([one.time_s for one in asked], seconds, mark, color=colour, label=label)
+                    times.semilogy(*zip(*asked, strict=True), mark, color=colour, label=f"{name}: {kind}")
         memory.axhline(limit_bytes / MIB, color="black", linestyle="--", label="limit")
         memory.set_ylabel("memory of the container (MiB)")
         times.set_ylabel("time to first token (s)")
         times.set_xlabel("seconds")
-        for one in (memory, times):
-            if one.get_legend_handles_labels()[0]:
-                one.legend()
+        for axes in (memory, times):
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend()
 
     return saved(folder / "server.png", draw, size_in=(9, 7), grid=(2, 1))

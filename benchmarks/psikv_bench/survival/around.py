@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from psi_kv_governor.sandbox.host import MIB, Neighbour
 from psi_kv_governor.sandbox.sandbox import Sandbox
 
-MIB = 1 << 20
 NOBODY = "54321"
 """A user number without name, home or group, as a container platform gives out."""
 
@@ -49,12 +48,10 @@ class Around:
         """In a memory cgroup of so many bytes."""
         self.sandbox = self.ending.enter_context(Sandbox(n_bytes, **swap))
 
-    def ramp(self, mib: int, rate: float) -> None:
+    def ramp(self, mib: int, mib_per_s: float) -> None:
         """A neighbour that takes memory and goes on using it."""
-        self.neighbour = [
-            sys.executable, "-m", "psi_kv_governor.sandbox.load", "--kind", "ramp", "--mib", str(mib),
-            "--rate-mib-s", str(rate),
-        ]  # fmt: skip
+        rate = mib_per_s * MIB
+        self.neighbour = Neighbour(kind="ramp", n_bytes=mib * MIB, rate_bytes_per_s=rate).argv()
 
     def mounts(self, *commands: str) -> None:
         """In a mount namespace of its own, in which `commands` were run."""

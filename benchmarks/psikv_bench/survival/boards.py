@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 
+from psi_kv_governor.sandbox.host import MIB
 from psikv_bench.survival import whole
-from psikv_bench.survival.around import MIB, Around
+from psikv_bench.survival.around import Around
 
 FILES_BYTES = 36 * MIB
 """Of libraries and interpreters, which both read from files: with less, they are read over and over. Found by

@@ -8,6 +8,7 @@ import select
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Literal
 
 import msgspec
 
+from psi_kv_governor.children import reason
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.sandbox import llm as models
 from psi_kv_governor.sandbox.messages import Setup, Variant
@@ -47,57 +49,52 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_s: float = 0.0
     masked: int = 0
     returned_bytes: int = 0
-    written_bytes: int = 0
     ungoverned: str = ""
+
+
+class EndedError(PsiKvError):
+    """It did not say in time what was waited for."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(f"plain llama.cpp can't be run: {outcome}")
+        self.outcome = outcome
 
 
 @contextlib.contextmanager
 def workshop() -> Iterator[Path]:
     """A folder that every user can enter, on a disk."""
-    folder = Path("/var/tmp") / f"psi-kv-survival-{os.getpid()}"
-    folder.mkdir()
-    folder.chmod(0o755)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(
+        prefix="psi-kv-survival-", dir="/var/tmp", ignore_cleanup_errors=True
+    ) as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
 
 
 def prepared(
     model_path: str, n_context: int, tokens: int, folder: Path
 ) -> tuple[subject.Order, tuple[int, int]]:
     """The order without a variant, and what plain llama.cpp takes in all and for its cache."""
-    model = folder / "model.gguf"
-    with contextlib.suppress(OSError):
+    model, state = folder / "model.gguf", folder / "state"
+    try:
         os.link(model_path, model)
-    if not model.exists():
+    except OSError:  # on another disk
         shutil.copyfile(model_path, model)
     cells = -(-(n_context + tokens + subject.CALM_TOKENS + 1) // 256) * 256
-    llm = models.open_llm(Setup(variant="file-only", model=str(model), settings={}), cells, 1)
+    llm = models.open_llm(Setup(variant="file-only", model=str(model)), cells, 1)
     try:
         context = prompt_tokens(llm, n_context)
         llm.eval(context[:-1])
         cache_bytes = models.cell_bytes(llm) * cells
-        models.save_state(llm, str(folder / "state"), len(context) - 1)
+        models.save_state(llm, str(state), len(context) - 1)
     finally:
         llm.close()
-    (folder / "state").chmod(0o644)
+    state.chmod(0o644)
     order = subject.Order(
-        variant="fixed",
-        model=str(model),
-        state=str(folder / "state"),
-        context=context,
-        cells=cells,
-        tokens=tokens,
+        variant="fixed", model=str(model), state=str(state), context=context, cells=cells, tokens=tokens
     )
-    with contextlib.ExitStack() as ending:
-        place = folder / "need"
-        place.mkdir()
-        around = Around(place, 0, cache_bytes, ending)
-        with _started(order, around) as child:
-            _hear(child, "ready", _OPEN_S)
-            need_bytes = getattr(glance(child.pid), "anonymous_bytes", 0)
-    return order, (need_bytes, cache_bytes)
+    with contextlib.ExitStack() as ending, _started(order, Around(folder, 0, cache_bytes, ending)) as child:
+        _hear(child, "ready", _OPEN_S)
+        return order, (getattr(glance(child.pid), "anonymous_bytes", 0), cache_bytes)
 
 
 def live(name: str, variant: Variant, base: subject.Order, need: tuple[int, int], folder: Path) -> Run:
@@ -107,14 +104,10 @@ def live(name: str, variant: Variant, base: subject.Order, need: tuple[int, int]
     place.chmod(0o1777)
     try:
         with contextlib.ExitStack() as ending:
-            around = Around(place, need[0], need[1], ending)
+            around = Around(place, *need, ending)
             SURROUNDINGS[name](around)
             order = msgspec.structs.replace(
-                base,
-                variant=variant,
-                locks=around.locks,
-                settings=around.settings,
-                beside=around.beside,
+                base, variant=variant, locks=around.locks, settings=around.settings, beside=around.beside
             )
             return _lived(name, order, around)
     except PsiKvError as error:
@@ -127,54 +120,42 @@ def _lived(name: str, order: subject.Order, around: Around) -> Run:
     said: dict[str, subject.Said] = {}
     outcome: Outcome = "lives"
     with _started(order, around) as child:
-        for event, limit_s in (("ready", _OPEN_S), ("decoded", _DECODE_S), ("calm", _DECODE_S)):
-            found = _heard_during(child, event, limit_s, around)
-            if isinstance(found, str):
-                outcome = found
-                break
-            said[event] = found
-        why = _end(child, kill=outcome == "stuck") or (f"no `{event}`" if outcome == "stuck" else "")
+        try:
+            said["ready"] = _hear(child, "ready", _OPEN_S)
+            with _neighbour(around):
+                _go_on(child)
+                with around.during():
+                    said["decoded"] = _hear(child, "decoded", _DECODE_S)
+            _go_on(child)
+            said["calm"] = _hear(child, "calm", _DECODE_S)
+        except EndedError as end:
+            outcome = end.outcome
+        why = _end(child, kill=outcome == "stuck") or ("it said nothing" if outcome == "stuck" else "")
         if outcome == "lives" and child.returncode:
-            outcome = "killed" if child.returncode in _KILLED else "error"
-    decoded = said.get("decoded", subject.Said(event=""))
+            outcome = _outcome(child.returncode)
+    nothing = subject.Said(event="")
+    ready, decoded, calm = (said.get(event, nothing) for event in ("ready", "decoded", "calm"))
     return Run(
         surrounding=name,
         variant=order.variant,
         outcome=outcome,
         why=why,
         tokens=decoded.tokens,
-        again=said["calm"].tokens if "calm" in said else [],
+        again=calm.tokens,
         tokens_per_s=len(decoded.tokens) / decoded.seconds if decoded.seconds else 0.0,
         masked=decoded.masked,
         returned_bytes=decoded.returned_bytes,
-        written_bytes=decoded.written_bytes,
-        ungoverned=said["ready"].ungoverned if "ready" in said else "",
+        ungoverned=ready.ungoverned,
     )
 
 
-def _heard_during(
-    child: subprocess.Popen[bytes], event: str, limit_s: float, around: Around
-) -> subject.Said | Outcome:
-    """What it says after `event`; with the neighbour beside it while it decodes."""
-    if event == "ready":
-        return _hear(child, event, limit_s)
-    assert child.stdin is not None
-    with contextlib.ExitStack() as ending:
-        if event == "decoded" and around.neighbour is not None:
-            ending.enter_context(_neighbour(around))
-        with contextlib.suppress(BrokenPipeError):
-            child.stdin.write(b"go\n")
-            child.stdin.flush()
-        if event == "decoded":
-            ending.enter_context(around.during())
-        return _hear(child, event, limit_s)
+def _outcome(status: int) -> Outcome:
+    return "killed" if status in _KILLED else "error"
 
 
 @contextlib.contextmanager
 def _started(order: subject.Order, around: Around) -> Iterator[subprocess.Popen[bytes]]:
-    argv = around.wrap(
-        [sys.executable, "-m", "psikv_bench.survival.subject", msgspec.json.encode(order).decode()]
-    )
+    argv = around.wrap([sys.executable, "-m", subject.__name__, msgspec.json.encode(order).decode()])
     start = subprocess.Popen if around.sandbox is None else around.sandbox.popen
     environ = {"PATH": os.environ["PATH"], "OPENBLAS_NUM_THREADS": "1", "HOME": os.environ.get("HOME", "/")}
     child: subprocess.Popen[bytes] = start(
@@ -186,53 +167,56 @@ def _started(order: subject.Order, around: Around) -> Iterator[subprocess.Popen[
     finally:
         whole.kill(child)
         child.wait()
-        for pipe in (child.stdin, child.stdout, child.stderr):
-            if pipe is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
+        for pipe in filter(None, (child.stdin, child.stdout, child.stderr)):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
 
 
 @contextlib.contextmanager
 def _neighbour(around: Around) -> Iterator[None]:
+    """Beside it, where there is one."""
     where = around.other or around.sandbox
-    assert where is not None
-    assert around.neighbour is not None
-    child = where.popen(around.neighbour, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    try:
-        assert child.stdout is not None
-        child.stdout.readline()  # it begins
+    if around.neighbour is None or where is None:
         yield
-    finally:
-        child.kill()
-        child.wait()
-        assert child.stdout is not None
-        child.stdout.close()
+        return
+    with where.popen(around.neighbour, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+        try:
+            assert child.stdout is not None, "it is started with a pipe"
+            child.stdout.readline()  # it begins
+            yield
+        finally:
+            child.kill()
 
 
-def _hear(child: subprocess.Popen[bytes], event: str, limit_s: float) -> subject.Said | Outcome:
-    assert child.stdout is not None
+def _go_on(child: subprocess.Popen[bytes]) -> None:
+    assert child.stdin is not None, "it is started with a pipe"
+    with contextlib.suppress(BrokenPipeError):
+        child.stdin.write(b"go\n")
+        child.stdin.flush()
+
+
+def _hear(child: subprocess.Popen[bytes], event: str, limit_s: float) -> subject.Said:
+    """What it says of `event`. Raises EndedError."""
+    assert child.stdout is not None, "it is started with a pipe"
     until_s = time.monotonic() + limit_s
-    while (left_s := until_s - time.monotonic()) > 0:
-        if not select.select([child.stdout], [], [], left_s)[0]:
-            break
+    while (left_s := until_s - time.monotonic()) > 0 and select.select([child.stdout], [], [], left_s)[0]:
         line = child.stdout.readline()
         if not line:
-            child.wait()
-            return "killed" if child.returncode in _KILLED else "error"
+            raise EndedError(_outcome(child.wait()))
         if line.startswith(b"ended "):  # on a whole machine, which outlives it
-            return "killed" if int(line.split()[1]) in _KILLED else "error"
+            raise EndedError(_outcome(int(line.split()[1])))
         with contextlib.suppress(msgspec.DecodeError):
             said = msgspec.json.decode(line, type=subject.Said)
             if said.event == event:
                 return said
-    return "stuck"
+    raise EndedError("stuck")
 
 
 def _end(child: subprocess.Popen[bytes], *, kill: bool) -> str:
     """Wait for its end; gives the last that it said on stderr, which is a pipe: it may be allowed no file."""
     if kill:
         whole.kill(child)
-    assert child.stderr is not None
-    lines = child.stderr.read().decode(errors="replace").strip().splitlines()
+    assert child.stderr is not None, "it is started with a pipe"
+    said = child.stderr.read()
     child.wait()
-    return lines[-1][:300] if lines else ""
+    return reason(said)[:300] if said else ""

@@ -41,8 +41,6 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     """Decoded while the others are there."""
     locks: bool = False
     """Whether all memory is locked once the context is there."""
-    in_memory: bool = True
-    """Whether the weights are read into memory instead of being mapped."""
     settings: dict[str, Any] = {}
     beside: list[str] = []
     """The neighbour, where it has to be started from within: it is ended when the tokens are there."""
@@ -57,7 +55,6 @@ class Said(msgspec.Struct, frozen=True, kw_only=True):
     masked: int = 0
     """Of its cells, those that some of the tokens were decoded without: it is told with the result."""
     returned_bytes: int = 0
-    written_bytes: int = 0
     ungoverned: str = ""
     """Why nothing of it can be given up."""
 
@@ -66,16 +63,12 @@ def main() -> None:
     """Entry point of the process."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     order = msgspec.json.decode(sys.argv[1], type=Order)
-    setup = Setup(
-        variant=order.variant,
-        model=order.model,
-        context_cells=order.cells,
-        mmap=not order.in_memory,
-        settings=order.settings,
-    )
+    setup = Setup(variant=order.variant, model=order.model, mmap=False, settings=order.settings)
     llm = models.open_llm(setup, order.cells, 1)
     governed = models.is_governed(order.variant)
-    tally = _Tally(llm) if governed else None
+    returned: list[int] = []
+    if governed:
+        llm.governor.subscribe(lambda event: returned.append(getattr(event, "bytes_returned", 0)))
     models.load_state(llm, order.state, order.context[:-1])
     llm.eval(order.context[-1:])
     _say(Said(event="ready", ungoverned=models.why_not_governable(llm) if governed else ""))
@@ -86,21 +79,12 @@ def main() -> None:
         last, masked = False, 0
         while not last:
             last = all_taken()
-            began_s, tokens, most = time.monotonic(), *_decoded(llm, order, governed)
+            began_s, tokens, most = time.monotonic(), *_decoded(llm, order, order.tokens)
             seconds, masked = time.monotonic() - began_s, max(masked, most)
             if not last:
-                models.cut(llm, len(order.context) - 1)
-                llm.eval(order.context[-1:])
-    _say(
-        Said(
-            event="decoded",
-            tokens=tokens,
-            seconds=seconds,
-            masked=masked,
-            returned_bytes=tally.returned if tally else 0,
-            written_bytes=tally.written if tally else 0,
-        )
-    )
+                _from_the_end(llm, order)
+    given = sum(returned)
+    _say(Said(event="decoded", tokens=tokens, seconds=seconds, masked=masked, returned_bytes=given))
     sys.stdin.readline()
     _say(Said(event="calm", tokens=_again(llm, order, governed)))
     llm.close()
@@ -130,15 +114,20 @@ def _beside(argv: list[str]) -> Iterator[Callable[[], bool]]:
         child.kill()
 
 
-def _decoded(llm: Any, order: Order, governed: bool) -> tuple[list[int], int]:
+def _decoded(llm: Any, order: Order, count: int) -> tuple[list[int], int]:
     """The tokens, and the most cells that were masked meanwhile."""
     tokens, masked = [], 0
-    for _ in range(order.tokens):
+    for _ in range(count):
         tokens.append(models.greedy(llm))
-        if governed:
-            masked = max(masked, models.cells_of(llm, order.variant).masked)
+        masked = max(masked, models.cells_of(llm, order.variant).masked)
         llm.eval(tokens[-1:])
     return tokens, masked
+
+
+def _from_the_end(llm: Any, order: Order) -> None:
+    """Back to the end of the context."""
+    models.cut(llm, len(order.context) - 1)
+    llm.eval(order.context[-1:])
 
 
 def _again(llm: Any, order: Order, governed: bool) -> list[int]:
@@ -146,25 +135,8 @@ def _again(llm: Any, order: Order, governed: bool) -> list[int]:
     until_s = time.monotonic() + _BACK_S
     while governed and models.put_back(llm) and time.monotonic() < until_s:
         time.sleep(0.2)
-    models.cut(llm, len(order.context) - 1)
-    llm.eval(order.context[-1:])
-    tokens = []
-    for _ in range(CALM_TOKENS):
-        tokens.append(models.greedy(llm))
-        llm.eval(tokens[-1:])
-    return tokens
-
-
-class _Tally:
-    """What the governor said that it gave back and wrote."""
-
-    def __init__(self, llm: Any) -> None:
-        self.returned = self.written = 0
-        llm.governor.subscribe(self._hear)
-
-    def _hear(self, event: Any) -> None:
-        self.returned += getattr(event, "bytes_returned", 0)
-        self.written += getattr(event, "written_bytes", 0)
+    _from_the_end(llm, order)
+    return _decoded(llm, order, CALM_TOKENS)[0]
 
 
 def _say(said: Said) -> None:

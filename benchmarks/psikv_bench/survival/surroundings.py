@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from psi_kv_governor.errors import PsiKvError
+from psi_kv_governor.sandbox.host import MIB
 from psi_kv_governor.sandbox.sandbox import Sandbox
 from psikv_bench.survival import boards, filtered
-from psikv_bench.survival.around import MIB, Around
+from psikv_bench.survival.around import Around
 
 _MAPPED = """
 import mmap, os, sys, tempfile, time
@@ -227,20 +230,17 @@ def locked(around: Around) -> None:
 def frozen(around: Around) -> None:
     """Frozen for two seconds, and thawed."""
     around.limited(around.need_bytes + 260 * MIB)
-    assert around.sandbox is not None
+    assert around.sandbox is not None, "it was made just now"
     pids = around.sandbox.group.pids
 
     @contextlib.contextmanager
     def freeze() -> Iterator[None]:
-        import signal
-        import time
-
         there = [pid for pid in pids() if _is_subject(pid)]
-        for number in (signal.SIGSTOP, signal.SIGCONT):
+        for number, pause_s in ((signal.SIGSTOP, 2.0), (signal.SIGCONT, 0.0)):
             for pid in there:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
-            time.sleep(2.0 if number == signal.SIGSTOP else 0.0)
+            time.sleep(pause_s)
         yield
 
     around.during = freeze

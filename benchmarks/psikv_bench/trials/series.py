@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from psi_kv_governor.events import Restored, Trimmed
 from psi_kv_governor.sandbox.messages import Token
 from psi_kv_governor.sandbox.watch import Look
 
@@ -86,6 +87,11 @@ class Near(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Span = tuple[float, float]
+
+
+def span(event: Trimmed | Restored) -> Span:
+    """From when to when it was done."""
+    return event.time_s - event.seconds, event.time_s
 
 
 def near(tokens: Sequence[Token], trims: Sequence[Span], restores: Sequence[Span], pressed: Span) -> Near:

@@ -7,15 +7,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple
 
 import msgspec
 
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.events import Released, Trimmed
 from psi_kv_governor.sandbox import messages
-from psi_kv_governor.sandbox.host import Host, ModelKilledError, Neighbour, SilentError
+from psi_kv_governor.sandbox.host import MIB, Host, ModelKilledError, Neighbour, SilentError
 from psi_kv_governor.sandbox.messages import Setup, Variant
 from psi_kv_governor.sandbox.sandbox import Swap
 from psi_kv_governor.sandbox.watch import Watcher
@@ -24,9 +22,7 @@ from psikv_bench.trials.sizing import Need, Sizes, until_opened
 
 MB = 1_000_000
 
-SPARE_TOKENS = 192
-"""Decoded before it goes back to the end of the context: fewer than the window that is never given up (256
-cells), so that the cut is always between live cells."""
+SWAP_BYTES = 512 * MIB
 STARTS = 5
 """Attempts to begin whole: while a model opens, its own growth can look like pressure to its governor."""
 _ANSWER_S = 300.0
@@ -35,52 +31,36 @@ _HEAR_S = 0.02
 _TRAIL = 40
 
 
-class Place(NamedTuple):
-    """The cgroup of every start."""
-
-    sizes: Sizes
-    swap: Swap
-    swap_bytes: int
-
-
 class Serving:
-    """Starts the model's process anew where it is no longer good for the next trial.
+    """Starts the model's process anew where it is no longer good for the next trial. To be closed.
 
-    A context manager: what still runs ends with it. `setup` and `need` come from `sizing.prepared`.
+    `setup` and `need` come from `sizing.prepared`.
     """
 
-    def __init__(self, setup: Setup, need: Need, place: Place, say: Say) -> None:
-        self._setup, self._need, self._place, self._say = setup, need, place, say
+    def __init__(self, setup: Setup, need: Need, sizes: Sizes, swap: Swap, say: Say) -> None:
+        self._setup, self._need, self._sizes, self._swap, self._say = setup, need, sizes, swap, say
         self._host: Host | None = None
         self._variant: Variant | None = None
         self.given_up: list[tuple[float, int]] = []
         """(time, cells) of each trim since the process began."""
 
-    def __enter__(self) -> Serving:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.end()
-
-    def ready(self, variant: Variant, fit: Callable[[], bool] = lambda: True) -> tuple[Host, bool]:
-        """A process of `variant` that is whole and `fit`, and whether it is a new one.
+    def ready(self, variant: Variant, fit: Callable[[], bool] = lambda: True) -> Host:
+        """A process of `variant` that is whole and `fit`.
 
         Raises PsiKvError where none can be had: the model alone does not fit, or is not left whole.
         """
         if self._host is not None and self._variant == variant and fit():
-            return self._host, False
+            return self._host
         why = ""
         for number in range(STARTS):
-            self.end()
+            self.close()
             self._say(f"starting the model, {variant}" + (f", again: {why}" if number else ""), new=True)
             self._host, self._variant = self._opened(variant), variant
             why = self.make_whole(self._host)
             if not why and fit():
-                return self._host, True
+                return self._host
             why = why or "it has given up too much at its start"
-        self.end()
+        self.close()
         raise PsiKvError(
             f"the model ({variant}) is not left whole in {self._limit_mib} MiB with no neighbour beside it "
             f"({why}): give a higher --limit-mib"
@@ -88,23 +68,20 @@ class Serving:
 
     @property
     def _limit_mib(self) -> int:
-        return self._place.sizes.limit_bytes >> 20
+        return self._sizes.limit_bytes // MIB
 
     def _opened(self, variant: Variant) -> Host:
         setup = msgspec.structs.replace(self._setup, variant=variant)
-        place = self._place
-        host = Host(setup, place.sizes.limit_bytes, place.swap, place.swap_bytes)
-        try:
-            until_opened(host, self._say)
-        except ModelKilledError:
-            host.close()
-            raise PsiKvError(
-                f"the model alone does not fit into {self._limit_mib} MiB: give a higher --limit-mib or a "
-                "smaller --ctx"
-            ) from None
-        except BaseException:
-            host.close()
-            raise
+        with contextlib.ExitStack() as ending:
+            host = ending.enter_context(Host(setup, self._sizes.limit_bytes, self._swap, SWAP_BYTES))
+            try:
+                until_opened(host, self._say)
+            except ModelKilledError:
+                raise PsiKvError(
+                    f"the model alone does not fit into {self._limit_mib} MiB: give a higher --limit-mib or "
+                    "a smaller --ctx"
+                ) from None
+            ending.pop_all()
         return host
 
     def make_whole(self, host: Host) -> str:
@@ -131,9 +108,9 @@ class Serving:
         try:
             return host.model_killed()
         finally:
-            self.end()
+            self.close()
 
-    def end(self) -> None:
+    def close(self) -> None:
         """End the process, if there is one."""
         self.given_up = []
         if self._host is not None:
@@ -144,7 +121,7 @@ class Serving:
 class Onset:
     """A neighbour comes to a model that goes on with something; and all that is said and seen meanwhile.
 
-    A context manager: looks are taken while it is entered.
+    Looks are taken while `watcher` is entered.
     """
 
     def __init__(self, host: Host, serving: Serving, look_s: float) -> None:
@@ -157,16 +134,8 @@ class Onset:
         """The governor's last turns."""
         self.killed = self.neighbour_killed = False
         self.ended_s = 0.0
-        _forget_peak(host.pid)
-
-    def __enter__(self) -> Onset:
-        self.watcher.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.watcher.__exit__(kind, error, trace)
+        with contextlib.suppress(OSError):  # VmHWM counts from now on (proc_pid_clear_refs(5)), or for life
+            Path(f"/proc/{host.pid}/clear_refs").write_text("5")
 
     def listen(self, seconds: float, is_over: Callable[[], bool] = lambda: False) -> bool:
         """Take in what is said until `is_over`; False where it never was. Raises ModelKilledError."""
@@ -179,14 +148,22 @@ class Onset:
             self.host.check_alive()
         return True
 
-    def press(self, n_bytes: int, rate: float, is_over: Callable[[], bool], most_s: float) -> bool:
-        """A neighbour takes `n_bytes` at `rate` MB/s (0: as fast as it can) and holds them until `is_over`,
-        or one of the two is killed; False where none of it came within `most_s` after the ramp."""
-        ramp_s = n_bytes / (rate * MB) if rate else 0.0
-        over = True
+    def press(
+        self, n_bytes: int, rate: float, hold_s: float, most_s: float,
+        is_over: Callable[[], bool] = lambda: True,
+    ) -> bool:  # fmt: skip
+        """A neighbour takes `n_bytes` at `rate` MB/s (0: as fast as it can) and holds them for `hold_s` and
+        until `is_over`, or one of the two is killed; False where that took `most_s` more than the ramp."""
         self.host.bring(Neighbour(kind="ramp", n_bytes=n_bytes, rate_bytes_per_s=rate * MB))
+
+        def ended() -> bool:
+            taken = self.host.said_at("taken")
+            held = taken is not None and time.monotonic() - taken.time_s >= hold_s
+            return self.host.neighbour_killed() or (held and is_over())
+
+        over = True
         try:
-            over = self.listen(ramp_s + most_s, lambda: self.host.neighbour_killed() or is_over())
+            over = self.listen((n_bytes / (rate * MB) if rate else 0.0) + most_s, ended)
             if self.host.neighbour_killed():
                 self.listen(_HEAR_S)  # the model may have been killed with it
         except ModelKilledError:
@@ -195,11 +172,6 @@ class Onset:
         self.neighbour_killed = self.host.neighbour_killed()
         self.host.end_neighbour()
         return over
-
-    def held_s(self) -> float:
-        """How long all of the load has been held."""
-        taken = self.host.said_at("taken")
-        return 0.0 if taken is None else time.monotonic() - taken.time_s
 
     @property
     def began_s(self) -> float:
@@ -211,12 +183,9 @@ class Onset:
         """What gave bytes back since the neighbour's first byte."""
         if self.host.said_at("begin") is None:
             return []
-        events = (message.event for message in self.events)
-        return [
-            event
-            for event in events
-            if isinstance(event, Trimmed | Released) and event.time_s >= self.began_s and event.bytes_returned
-        ]
+        events = [message.event for message in self.events]
+        given = [event for event in events if isinstance(event, Trimmed | Released) and event.bytes_returned]
+        return [event for event in given if event.time_s >= self.began_s]
 
     def _take_in(self, message: messages.Message) -> None:
         self._serving.note(message)
@@ -226,9 +195,3 @@ class Onset:
             self.events.append(message)
         elif isinstance(message, messages.Turned):
             self.trail.append(message)
-
-
-def _forget_peak(pid: int) -> None:
-    """VmHWM counts from now on (proc_pid_clear_refs(5)); kernels without it keep the life's peak."""
-    with contextlib.suppress(OSError):
-        Path(f"/proc/{pid}/clear_refs").write_text("5")

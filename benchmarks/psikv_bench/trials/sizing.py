@@ -15,8 +15,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.errors import BadInputError, PsiKvError
@@ -26,19 +28,45 @@ from psi_kv_governor.sandbox import messages
 from psi_kv_governor.sandbox.host import MIB, Host
 from psi_kv_governor.sandbox.messages import Setup
 from psi_kv_governor.sandbox.sandbox import Sandbox, Swap
+from psikv_bench.options import Options
 from psikv_bench.record import Say
 
+SPARE_TOKENS = 192
+"""Decoded before it goes back to the end of the context: fewer than the window that is never given up (256
+cells), so that the cut is always between live cells."""
 NEIGHBOUR_BYTES = 8 * MIB
 """The neighbour's interpreter and its page tables, charged to the cgroup: 7.2 to 7.9 MiB with Python 3.11."""
 KILL_BYTES = 16 * MIB
 """How far the whole cache and the load are over the limit: what the kernel still finds is less than this."""
 CALM_SHARE = 0.12
 """Of the limit that is free before the neighbour comes: three times the line at which trimming begins."""
-_CTX_STEP = 1024
-_CTX_MOST = 1 << 20
 _SAVE_TIMEOUT_S = 300.0
 _OPEN_TIMEOUT_S = 3600.0
 _CALM_TOKENS = 8
+
+
+class TrialOptions(Options, frozen=True, kw_only=True):
+    """What every scene of trials is asked for. None: worked out from what the model takes."""
+
+    ctx: Annotated[int, Meta(ge=1, description="Tokens in the context.")] = 8192
+    limit_mib: Annotated[int, Meta(ge=1, description="Of the cgroup [from what the model takes].")] | None = (
+        None
+    )
+    load_mib: Annotated[int, Meta(ge=1, description="What the neighbour takes [the same].")] | None = None
+    hold_s: Annotated[float, Meta(ge=0, description="How long the load is held, at least.")] = 2.0
+    swap: Annotated[Swap, Meta(description="Inside of the cgroup.")] = "none"
+
+    @property
+    def given_bytes(self) -> tuple[int | None, int | None]:
+        """The limit and the load that were asked for."""
+        return self.limit_mib and self.limit_mib * MIB, self.load_mib and self.load_mib * MIB
+
+    def setup(self, **more: Any) -> Setup:
+        """What every start has in common."""
+        return Setup(
+            variant="fixed", model=self.model, context_tokens=self.ctx, decoded_tokens=SPARE_TOKENS,
+            threads=self.threads or 1, **more,
+        )  # fmt: skip
 
 
 class Need(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,20 +100,15 @@ def deadly(need: Need, config: GovernorConfig, limit_bytes: int | None, load_byt
 
     Raises BadInputError where no load does both: the cache that may go has to be larger than the weights.
     """
-    sizes = _deadly(need, limit_bytes, load_bytes)
+    limit = limit_bytes or calm_limit(need)
+    load = load_bytes or _whole_mib(limit - need.hard_bytes - NEIGHBOUR_BYTES + KILL_BYTES)
+    sizes = _sensible(limit, load)
     if load_bytes is None and (left := trimmed_bytes(need, config, sizes)) < 0:
         raise BadInputError(
             f"with a context of {need.context_tokens} tokens a trimmed cache and the load lack "
-            f"{-(left // MIB)} MiB in {sizes.limit_bytes // MIB} MiB: "
-            f"give --ctx {_enough(need, config, limit_bytes)}"
+            f"{-(left // MIB)} MiB in {sizes.limit_bytes // MIB} MiB: give a larger --ctx"
         )
     return sizes
-
-
-def _deadly(need: Need, limit_bytes: int | None, load_bytes: int | None) -> Sizes:
-    limit = limit_bytes or calm_limit(need)
-    load = load_bytes or _whole_mib(limit - need.hard_bytes - NEIGHBOUR_BYTES + KILL_BYTES)
-    return _sensible(Sizes(limit_bytes=limit, load_bytes=load))
 
 
 def calm_limit(need: Need) -> int:
@@ -93,37 +116,20 @@ def calm_limit(need: Need) -> int:
     return _whole_mib((need.hard_bytes + need.weights_bytes) / (1 - CALM_SHARE))
 
 
-def _enough(need: Need, config: GovernorConfig, limit_bytes: int | None) -> int:
-    """Tokens of a context with which a scene is deadly, as the need grows by cells alone."""
-    tokens = need.context_tokens
-    while True:
-        tokens = (tokens // _CTX_STEP + 1) * _CTX_STEP
-        larger = grown(need, tokens)
-        if trimmed_bytes(larger, config, _deadly(larger, limit_bytes, None)) >= 0 or tokens >= _CTX_MOST:
-            return tokens
-
-
-def grown(need: Need, context_tokens: int) -> Need:
-    """The need with a longer context."""
-    more_bytes = (context_tokens - need.context_tokens) * need.cell_bytes
-    return msgspec.structs.replace(
-        need, context_tokens=context_tokens, hard_bytes=need.hard_bytes + more_bytes
-    )
-
-
 def mild(need: Need, config: GovernorConfig, limit_bytes: int | None, load_bytes: int | None) -> Sizes:
     """Sizes by which something has to go and nobody is killed: half of what may go is asked for."""
     limit = limit_bytes or calm_limit(need)
     left = limit - need.hard_bytes - need.weights_bytes - NEIGHBOUR_BYTES
     load = load_bytes or _whole_mib(left + need.may_go_bytes(config) / 2)
-    return _sensible(Sizes(limit_bytes=limit, load_bytes=load))
+    return _sensible(limit, load)
 
 
-def _sensible(sizes: Sizes) -> Sizes:
-    for name, value in (("--limit-mib", sizes.limit_bytes), ("--load-mib", sizes.load_bytes)):
-        if value < MIB:
-            raise BadInputError(f"{name} = {value // MIB} is not usable: give 1 or more")
-    return sizes
+def _sensible(limit_bytes: int, load_bytes: int) -> Sizes:
+    if load_bytes < MIB:
+        raise BadInputError(
+            f"--limit-mib {limit_bytes // MIB} leaves no load that asks for anything: give less"
+        )
+    return Sizes(limit_bytes=limit_bytes, load_bytes=load_bytes)
 
 
 def kill_excess(need: Need, sizes: Sizes) -> int:
