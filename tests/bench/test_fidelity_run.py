@@ -216,4 +216,4 @@ def test_the_governor_itself_gave_up_what_was_asked_in_the_chats(shallow_model, 
         ("full", len(FACTS)), ("window", len(FACTS)), ("random", 2 * len(FACTS))
     ]  # fmt: skip
     assert sum(share >= 0.5 for share in away) == 3  # once a policy and seed, at the last turn
-    assert away.count(0.0) == 3
+    assert away[0] == 0.0
