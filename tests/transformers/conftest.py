@@ -48,28 +48,10 @@ else:
         with torch.no_grad():
             yield
 
-    def made_of(gguf: Path):
-        """Makes the model of a file, with a kind of attention and a type."""
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        weights = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).state_dict()
-        config = AutoConfig.from_pretrained(**where)
-
-        def make(attention: str, dtype: torch.dtype):
-            # Anew: what was loaded from a GGUF counts as quantized, and refuses another type.
-            made = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
-            made.load_state_dict(weights)
-            return made.eval()
-
-        return make
-
     @pytest.fixture(scope="session")
     def demo(demo_model: Path):
-        """Makes the real demo model, of 30 layers."""
-        return made_of(demo_model)
+        """The real demo model, of 30 layers."""
+        from transformers import AutoModelForCausalLM
 
-    @pytest.fixture(scope="session")
-    def shallow(shallow_model: Path):
-        """Makes the first layers of it."""
-        return made_of(shallow_model)
+        where = {"pretrained_model_name_or_path": str(demo_model.parent), "gguf_file": demo_model.name}
+        return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()

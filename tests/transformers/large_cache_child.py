@@ -1,4 +1,4 @@
-"""A program with a large cache, of a kind that its first argument names; says how it fares line by line.
+"""A program with a large cache of some kind; says how it fares line by line.
 
 Run by the tests in a process of its own, since they look at the memory of the whole process or kill it.
 The model is small, and its cache as wide as an 8B's: 32 layers of 8 heads of 128. In f32: half as many tokens
@@ -58,7 +58,3 @@ def main(kind: str, layers: int, tokens: int, steps: int) -> None:
     print("resident", anonymous_bytes() - before, flush=True)
     print("step_s", sorted(times)[len(times) // 2], flush=True)
     print("tokens", *chosen, flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:5]))

@@ -83,7 +83,7 @@ def since(engine, before: Recalled) -> Recalled:
 def demo_story(demo, tokenizer, place):
     torch.set_num_threads(1)
     with torch.no_grad():
-        story = Story(demo("sdpa", torch.float32), tokenizer, place)
+        story = Story(demo, tokenizer, place)
     yield story
     story.engine.close()
 
