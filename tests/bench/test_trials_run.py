@@ -19,6 +19,7 @@ from psikv_bench.scenes import capacity, latency, oom
 from psikv_bench.scenes.capacity import CapacityOptions
 from psikv_bench.scenes.latency import LatencyOptions
 from psikv_bench.scenes.oom import OomOptions
+from psikv_bench.wide_model import write_wide_model
 from sandbox_help import leftovers, pids_in, sandboxes_of
 
 MIB = 1 << 20
@@ -33,11 +34,17 @@ def ran(scene, model, options, folder=None, say=say_nothing, *, resume=False):
 
 pytestmark = [pytest.mark.llama, pytest.mark.cgroup, pytest.mark.slow]
 
-OOM = OomOptions(ctx=2048, runs=2, rates=(50.0, 100.0, 200.0), hold_s=0.5, mmap=False)
+OOM = OomOptions(ctx=640, runs=2, rates=(50.0, 100.0, 200.0), hold_s=0.5, mmap=False)
 GENTLE = OomOptions(ctx=256, runs=2, rates=(0.0,), hold_s=0.2, limit_mib=400, load_mib=20)
 LATENCY = LatencyOptions(
-    ctx=1024, onsets=1, control=0, modes=("decode",), rate=0.0, hold_s=0.5, hold_max_s=5.0
+    ctx=640, onsets=1, control=0, modes=("decode",), rate=0.0, hold_s=0.5, hold_max_s=5.0
 )
+
+
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory) -> Path:
+    """An 8B's cache and nothing else: what is shown here is memory, and 640 cells of it take 80 MiB."""
+    return write_wide_model(tmp_path_factory.mktemp("model") / "wide.gguf", 4096)
 
 
 @pytest.fixture(autouse=True)
@@ -46,14 +53,14 @@ def _nothing_is_left():
     assert leftovers() == []
 
 
-def test_a_fixed_cache_is_killed_and_a_governed_one_is_not_in_ten_runs(demo_model, tmp_path):
+def test_a_fixed_cache_is_killed_and_a_governed_one_is_not_in_ten_runs(wide_model, tmp_path):
     said: list[str] = []
-    begun = ran(oom, demo_model, OOM, tmp_path, lambda doing, **_: said.append(doing))
+    begun = ran(oom, wide_model, OOM, tmp_path, lambda doing, **_: said.append(doing))
     assert sum(row["killed"]["trials"] for row in begun.rows) == 2
     assert any("decoding the context once" in word for word in said)
     lines = (tmp_path / "journal.jsonl").read_bytes()
     ten = msgspec.structs.replace(OOM, runs=10)
-    report = ran(oom, demo_model, ten, tmp_path, resume=True)
+    report = ran(oom, wide_model, ten, tmp_path, resume=True)
     assert not report.interrupted
     assert (tmp_path / "journal.jsonl").read_bytes().startswith(lines)  # what was finished is not run again
     fixed, governed = ([row for row in report.rows if row["variant"] == which] for which in ("fixed", "psi"))
@@ -68,26 +75,26 @@ def test_a_fixed_cache_is_killed_and_a_governed_one_is_not_in_ten_runs(demo_mode
     assert any(n_bytes > 5 * MIB for row in lived for n_bytes in row["returned_bytes"])
     assert (tmp_path / "kills.png").exists()
     lines = (tmp_path / "journal.jsonl").read_bytes()
-    again = ran(oom, demo_model, ten, tmp_path, resume=True)
+    again = ran(oom, wide_model, ten, tmp_path, resume=True)
     assert (tmp_path / "journal.jsonl").read_bytes() == lines
     assert again.rows == report.rows
     with pytest.raises(BadInputError, match="other options"):
-        ran(oom, demo_model, OomOptions(), tmp_path, resume=True)
+        ran(oom, wide_model, OomOptions(), tmp_path, resume=True)
 
 
-def test_an_interrupted_run_reports_what_is_finished(demo_model, tmp_path):
+def test_an_interrupted_run_reports_what_is_finished(wide_model, tmp_path):
     def say(doing: str, **_: object) -> None:
         if doing.startswith("run 2"):
             raise KeyboardInterrupt
 
-    report = ran(oom, demo_model, GENTLE, tmp_path, say)
+    report = ran(oom, wide_model, GENTLE, tmp_path, say)
     assert report.interrupted
     assert sum(row["killed"]["trials"] for row in report.rows) == 1
     assert "Interrupted" in (tmp_path / "summary.md").read_text()
 
 
-def test_an_onset_is_answered_and_the_context_is_whole_again(demo_model, tmp_path):
-    report = ran(latency, demo_model, LATENCY, tmp_path)
+def test_an_onset_is_answered_and_the_context_is_whole_again(wide_model, tmp_path):
+    report = ran(latency, wide_model, LATENCY, tmp_path)
     (onset,) = report.rows
     assert not onset["killed"]
     assert onset["whole"]
@@ -97,9 +104,9 @@ def test_an_onset_is_answered_and_the_context_is_whole_again(demo_model, tmp_pat
     assert 0.0 < onset["watch_share"] < 0.5
 
 
-def test_a_limit_is_probed_until_the_longest_is_known(demo_model, tmp_path):
+def test_a_limit_is_probed_until_the_longest_is_known(wide_model, tmp_path):
     options = CapacityOptions(limits=(400,), max_ctx=512, tokens=4, resolution=2.0, least_tokens_s=0.5)
-    report = ran(capacity, demo_model, options, tmp_path)
+    report = ran(capacity, wide_model, options, tmp_path)
     assert [(probe.variant, probe.length, probe.ending) for probe in report.rows] == [
         ("fixed", 512, "survived"),
         ("psi", 512, "survived"),
@@ -109,23 +116,23 @@ def test_a_limit_is_probed_until_the_longest_is_known(demo_model, tmp_path):
     assert (tmp_path / "capacity.csv").read_text().count("\n") == 3
 
 
-def test_a_context_that_does_not_fit_survives_in_no_variant(demo_model):
+def test_a_context_that_does_not_fit_survives_in_no_variant(wide_model):
     options = CapacityOptions(limits=(32,), max_ctx=256, tokens=4)
-    report = ran(capacity, demo_model, options)
+    report = ran(capacity, wide_model, options)
     # Where no page is to be had it is killed; where mapped files still give some, it thrashes first.
     assert {probe.ending for probe in report.rows} <= {"killed", "slow"}
     assert report.figures == []
 
 
-def test_a_model_that_does_not_fit_alone_says_so(demo_model):
+def test_a_model_that_does_not_fit_alone_says_so(wide_model):
     options = OomOptions(ctx=256, runs=1, limit_mib=64, load_mib=32, rates=(0.0,), mmap=False)
     with pytest.raises(PsiKvError, match="does not fit into 64 MiB"):
-        ran(oom, demo_model, options)
+        ran(oom, wide_model, options)
 
 
-def test_a_killed_benchmark_leaves_nothing(demo_model):
+def test_a_killed_benchmark_leaves_nothing(wide_model):
     argv = [sys.executable, "-m", "psi_kv_governor.cli", "bench", "oom", "--ctx", "256", "--limit-mib", "400"]
-    argv += ["--load-mib", "20", "--rates", "10", "--hold-s", "60", "--model", str(demo_model)]
+    argv += ["--load-mib", "20", "--rates", "10", "--hold-s", "60", "--model", str(wide_model)]
     process = subprocess.Popen(
         argv,
         env={**os.environ, "PYTHONPATH": guardian.package_path()},

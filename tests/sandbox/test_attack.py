@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.timeout(200),
 ]
 
-LIMIT_BYTES = 300 * MIB
+LIMIT_BYTES = 200 * MIB
 ATTACKS = 3
 
 VICTIM = """
@@ -33,7 +33,7 @@ from psi_kv_governor.events import ModeChanged, Trimmed
 import llama_cpp
 
 config = GovernorConfig(quiet_s=1.0)
-llm = GovernedLlama(sys.argv[1], n_ctx=4096, n_threads=1, n_threads_batch=2, verbose=False, flash_attn=True,
+llm = GovernedLlama(sys.argv[1], n_ctx=8192, n_threads=1, n_threads_batch=2, verbose=False, flash_attn=True,
                     config=config)
 governor = llm.governor
 text = "".join(pydoc_data.topics.topics.values())[:12000]
@@ -41,13 +41,14 @@ prompt = llm.tokenize(text.encode())[:1500]
 llm.eval(prompt)
 
 def rows():
-    # Every K and V row of the prompt, as llama.cpp saves them: 30 layers of each, rows of 384 bytes.
+    # Every K and V row of the prompt, as llama.cpp saves them: a layer after the other, rows of 384 bytes.
     size = llama_cpp.llama_state_seq_get_size(llm.ctx, 0)
     buffer = (ctypes.c_uint8 * size)()
     size = llama_cpp.llama_state_seq_get_data(llm.ctx, buffer, size, 0)
     saved = np.frombuffer(bytes(buffer)[:size], dtype=np.uint8)
     layer_bytes = 12 + llm.n_tokens * 384
-    layers = saved[-60 * layer_bytes:].reshape(60, layer_bytes)[:, 12:].reshape(60, llm.n_tokens, 384)
+    kinds = 2 * llama_cpp.llama_model_n_layer(llm.model)
+    layers = saved[-kinds * layer_bytes:].reshape(kinds, layer_bytes)[:, 12:].reshape(kinds, -1, 384)
     return [hashlib.sha256(layers[:, position].tobytes()).hexdigest() for position in range(len(prompt))]
 
 before = rows()
@@ -60,7 +61,7 @@ def hear(event):
 governor.subscribe(hear)
 print("ready", flush=True)
 tokens = 0
-while not select.select([sys.stdin], [], [], 0)[0] and llm.n_tokens < 4000:
+while not select.select([sys.stdin], [], [], 0)[0] and llm.n_tokens < 8000:
     logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), (llm.n_vocab(),))
     llm.eval([int(logits.argmax())])
     tokens += 1
@@ -93,21 +94,21 @@ def hear(children: Children, victim: Child, seconds: float) -> list[bytes]:
     return said
 
 
-def test_whatever_a_neighbour_does_the_context_is_there_at_the_end(demo_model):
-    drop_file_cache(demo_model)
+def test_whatever_a_neighbour_does_the_context_is_there_at_the_end(shallow_model):
+    drop_file_cache(shallow_model)
     with (
         Sandbox(LIMIT_BYTES, swap="zram", swap_bytes=2 * LIMIT_BYTES) as sandbox,
         Children(sandbox.popen) as children,
     ):
-        victim = children.start([sys.executable, "-c", VICTIM, str(demo_model)])
+        victim = children.start([sys.executable, "-c", VICTIM, str(shallow_model)])
         while b"ready" not in hear(children, victim, 0.5):
             pass
         answered = []
         for _ in range(ATTACKS):
             attacker = children.start(
-                [sys.executable, "-m", load.__name__, "--mib", "260", "--step-mib", "65", "--pause-s", "0.01"]
+                [sys.executable, "-m", load.__name__, "--mib", "180", "--step-mib", "45", "--pause-s", "0.01"]
             )
-            answered.append(hear(children, victim, 4.0).count(b"token"))
+            answered.append(hear(children, victim, 2.5).count(b"token"))
             children.end(attacker)
             hear(children, victim, 2.5)  # just long enough for some of it to be restored
         victim.send(b"end")

@@ -6,11 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import large_cache_child
 import pytest
-
 from tiny import tiny_model
 
 from psi_kv_governor.sandbox.cgroups import set_limit
@@ -37,8 +35,8 @@ def _imported():
 
 
 class Forked:
-    """A program with a large cache, in a process forked from this one: to import torch anew takes ten times as
-    long as what it does."""
+    """A program with a large cache, in a process forked from this one: to import torch anew takes 12 s of a
+    processor, and what it does takes one."""
 
     def __init__(self, *what: object, within: Sandbox | None = None) -> None:
         theirs_in, ours_out = os.pipe()
@@ -49,14 +47,14 @@ class Forked:
             self._run(what, within, theirs_in, theirs_out, [ours_in, ours_out])
         os.close(theirs_in)
         os.close(theirs_out)
-        self.stdin, self.stdout = open(ours_out, "w"), open(ours_in)
+        self.stdin, self.stdout = os.fdopen(ours_out, "w"), os.fdopen(ours_in)
 
     def _run(self, what, within, stdin: int, stdout: int, others: list[int]) -> None:
         code = 1
         try:
             for number in others:
                 os.close(number)
-            sys.stdin, sys.stdout = open(stdin), open(stdout, "w")
+            sys.stdin, sys.stdout = os.fdopen(stdin), os.fdopen(stdout, "w")
             for folder in within.group.folders if within is not None else ():
                 (folder / "cgroup.procs").write_text(str(os.getpid()))
             # No holes in the heap, which vary from run to run by a third of the cache.
