@@ -30,6 +30,10 @@ class Subscribers(Generic[_T]):
         self._subscribers.append(subscriber)
         return lambda: self._subscribers.remove(subscriber) if subscriber in self._subscribers else None
 
+    def __bool__(self) -> bool:
+        """Whether anybody is told."""
+        return bool(self._subscribers)
+
     def tell(self, what: _T) -> None:
         """Give `what` to everybody. One who fails is dropped."""
         for subscriber in list(self._subscribers):

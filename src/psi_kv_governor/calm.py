@@ -43,7 +43,9 @@ class Calm:
         """Whether a turn can end with its reading."""
         return nothing_new(self._config, state, reading, self.last_used_s)
 
-    def goes_by(self, state: LawState, reading: Reading, pause_s: float) -> None:
-        """What the next glances are compared with."""
-        self._bounds = bounds(self._config, state, reading, self.last_used_s)
+    def goes_by(self, state: LawState, reading: Reading, pause_s: float) -> float:
+        """What the next glances are compared with, after `pause_s` each. Gives that."""
+        known = self._sensor.glances
+        self._bounds = bounds(self._config, state, reading, self.last_used_s) if known else None
         self._pause_s = pause_s
+        return pause_s

@@ -217,7 +217,8 @@ class Governor(Results):
                 self._reading = reading = self.work.taken_off(reading)
                 if not self._calm.nothing_new(self._state, reading):
                     self._turn(reading)
-                self._calm.goes_by(self._state, reading, pause_s(self.config, reading, self._state))
+                pause = pause_s(self.config, reading, self._state)
+                return self._calm.goes_by(self._state, reading, pause)
         except EngineError as error:
             _log.info("the engine is gone, and its governor ends: %s", error)
             self._acting.tell_caches(Snapshot(time_s=self._clock()))
@@ -239,11 +240,11 @@ class Governor(Results):
         limit = self._limit.share_of(cache.total_bytes)
         decision, self._state = decide(self.config, self._state, reading, cache, limit)
         self._reason = decision.reason
-        self._turns.tell(
-            Turn(
-                reading=reading, cache=cache, cache_limit=limit, decision=decision, jitter=self._state.jitter
+        if self._turns:
+            jitter = self._state.jitter
+            self._turns.tell(
+                Turn(reading=reading, cache=cache, cache_limit=limit, decision=decision, jitter=jitter)
             )
-        )
         if decision.mode is not old:
             self._bus.tell(
                 ModeChanged(time_s=reading.time_s, old=old, new=decision.mode, reason=decision.reason)

@@ -51,6 +51,8 @@ class Recalling:
             EngineError: the engine is gone.
         """
         self._acute = acute
+        if self._engine is None:
+            return
         heads = [
             head_of(one.head_cells, one.next_position, self._config.head_share)
             for cache in snapshot.caches
@@ -64,7 +66,7 @@ class Recalling:
             paused=acute,
             bytes_per_s=self._config.recall_bytes_per_s,
         )
-        if self._engine is not None and settings != self._said:
+        if settings != self._said:
             self._engine.recall(settings)
             self._said = settings
 

@@ -23,19 +23,20 @@ class Refusing:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._refusing = engine if isinstance(engine, RefusesBlobs) else None
         self._waiting_s: dict[tuple[int, int], float] = {}
         self._refuses = False
 
     def turn(self, snapshot: Snapshot, *, pressed: bool) -> None:
         """One turn of the loop. Raises EngineError."""
-        if not isinstance(self._engine, RefusesBlobs):
+        if self._refusing is None:
             return
         wanted = pressed and self._no_place(snapshot)
         if not pressed:
             self._waiting_s.clear()
         if wanted is not self._refuses:
             self._refuses = wanted
-            self._engine.refuse_blobs(wanted)
+            self._refusing.refuse_blobs(wanted)
 
     def _no_place(self, snapshot: Snapshot) -> bool:
         since_s = {

@@ -84,6 +84,11 @@ class Sensor:
         """End the sleep of another thread, or its next one."""
         self.sleeper.wake()
 
+    @property
+    def glances(self) -> bool:
+        """Whether the source knows a glance."""
+        return isinstance(self.source, MachineSource)
+
     def glance(self, bounds: Bounds) -> float | None:
         """The time, where nothing is to be seen that the last reading did not tell; None where one is due.
 
@@ -105,7 +110,8 @@ class Sensor:
             self._reading = self.source.read()
             if self.neighbours is not None:
                 near = self.neighbours.read(self._reading.levels)
-                self._reading = msgspec.structs.replace(self._reading, neighbours=near)
+                if near != self._reading.neighbours:
+                    self._reading = msgspec.structs.replace(self._reading, neighbours=near)
             return self._reading
         except MovedError as error:
             self._leave(str(error))

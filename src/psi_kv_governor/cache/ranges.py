@@ -20,7 +20,10 @@ class Range(NamedTuple):
 
 def cells_in(ranges: Sequence[Range]) -> int:
     """Number of positions in disjoint `ranges`."""
-    return sum(part.cells for part in ranges)
+    cells = 0
+    for start, stop in ranges:
+        cells += stop - start
+    return cells
 
 
 def without(part: Range, gone: Range) -> Iterator[Range]:

@@ -82,7 +82,7 @@ def command(  # noqa: PLR0917  (one parameter an option)
         _matrix(config, seed=seed, seconds=seconds, as_json=as_json)
         return
     if plot is not None:
-        check_plotting()
+        check_plotting(plot)
     if trace is not None:
         if names:
             raise BadInputError("give --scenario or --trace, not both: a trace brings its own pressure")

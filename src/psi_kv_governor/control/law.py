@@ -12,7 +12,7 @@ from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.control.decision import Action, CacheSnapshot, Decision, Mode
 from psi_kv_governor.control.levels import limited
 from psi_kv_governor.control.order import Order, order_of
-from psi_kv_governor.control.past import seen_before
+from psi_kv_governor.control.past import Past, look_of
 from psi_kv_governor.control.restoring import slice_pause_s, when_quiet
 from psi_kv_governor.control.room import line_bytes, spare_bytes
 from psi_kv_governor.control.state import (
@@ -58,10 +58,11 @@ def decide(
         doubt = msgspec.structs.replace(state, quiet_since_s=None, run_bytes=0)
         return nothing(state.mode, f"reading not used: {wrong}"), doubt
     reading = limited(reading)
-    now = view(config, reading, thresholds_of(config, state), seen_before(state.looks, reading))
-    state = seen(config, state, reading, now)
+    past = Past(state.looks, reading, look_of(state.looks, reading))
+    now = view(config, thresholds_of(config, state), past)
+    state = seen(state, past, now)
     order = order_of(reading, now, cache)
-    if now.zone in {Zone.ACUTE, Zone.PRESSURE}:
+    if now.zone is Zone.ACUTE or now.zone is Zone.PRESSURE:
         decision, state = _under_pressure(config, state, _Given(now, cache, order, cache_limit))
     elif now.zone is Zone.BETWEEN:
         decision = nothing(Mode.WATCHING, now.why)
@@ -72,11 +73,10 @@ def decide(
     mode = _settled(state, decision.mode)
     # Not on a calm machine with less than plenty: every token that is decoded would be written, 18 GB an hour
     # of an 8B model's, for a neighbour that may never come.
-    behind = now.near or (not now.plenty and now.zone is not Zone.QUIET)
-    decision = msgspec.structs.replace(
-        decision, mode=mode, write_behind=behind and now.zone is not Zone.UNKNOWN
-    )
-    return decision, msgspec.structs.replace(state, mode=mode)
+    behind = now.zone is not Zone.UNKNOWN and (now.near or (not now.plenty and now.zone is not Zone.QUIET))
+    if behind or mode is not decision.mode:
+        decision = msgspec.structs.replace(decision, mode=mode, write_behind=behind)
+    return decision, state if mode is state.mode else msgspec.structs.replace(state, mode=mode)
 
 
 def pause_s(config: GovernorConfig, reading: Reading, state: LawState | None = None) -> float:

@@ -17,25 +17,33 @@ def limited(reading: Reading) -> Reading:
     - A limit without PSI of its own takes what a cgroup without a limit tells, else the machine.
     - Where nothing has a limit, each stall counts as it is.
     """
-    bound = [level for level in reading.levels if level.limit_bytes and level.headroom_bytes is not None]
+    if reading.levels and all(map(_speaks_for_itself, reading.levels)):
+        return reading  # as on most machines at most moments
+    bound: list[Level] = []
+    free: list[Level] = []
+    for level in reading.levels:
+        (bound if level.limit_bytes and level.headroom_bytes is not None else free).append(level)
     if not bound:
-        levels = reading.levels or (Level(name=MACHINE),)
-        return msgspec.structs.replace(reading, levels=levels)
-    free = [level for level in reading.levels if level not in bound]
+        return reading if reading.levels else msgspec.structs.replace(reading, levels=(Level(name=MACHINE),))
     machine = next((level for level in bound if level.name == MACHINE), None)
     return msgspec.structs.replace(reading, levels=tuple(_own_stall(level, free, machine) for level in bound))
+
+
+def _speaks_for_itself(level: Level) -> bool:
+    limited = bool(level.limit_bytes) and level.headroom_bytes is not None
+    return limited and level.some is not None and level.bites is not False
 
 
 def _own_stall(level: Level, free: list[Level], machine: Level | None) -> Level:
     if level.bites is False:
         return msgspec.structs.replace(level, some=0.0, full=0.0)
     told = [level, *free] if level.name == MACHINE or level.some is None else [level]
-    some, full = _most(told, "some"), _most(told, "full")
+    some = _most([one.some for one in told])
+    full = _most([one.full for one in told])
     if some is None and machine is not None:
         some, full = machine.some, machine.full
     return msgspec.structs.replace(level, some=some, full=full)
 
 
-def _most(levels: list[Level], kind: str) -> float | None:
-    shares: list[float] = [share for level in levels if (share := getattr(level, kind)) is not None]
-    return max(shares, default=None)
+def _most(shares: list[float | None]) -> float | None:
+    return max([share for share in shares if share is not None], default=None)

@@ -47,12 +47,17 @@ class Order(NamedTuple):
         return None if self.alone else _TURN_S * self.takers_before
 
 
+_ALONE = Order()
+
+
 def order_of(reading: Reading, now: View, cache: CacheSnapshot) -> Order:
     """The order at the level that decides; who was used at the same moment is ordered by its name."""
+    if not reading.neighbours:
+        return _ALONE
     sharing = [one for one in reading.neighbours if now.level in one.levels or MACHINE in one.levels]
     near = [one for one in sharing if now.level in one.levels]
     if not sharing:
-        return Order()
+        return _ALONE
     all_bytes = cache.trimmable_bytes + sum(one.trimmable_bytes for one in near)
     own = (cache.last_used_s, "")
     return Order(

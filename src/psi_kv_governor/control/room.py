@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+
+import msgspec
 
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.pressure.reading import Level, Reading
@@ -23,71 +24,36 @@ def plenty_bytes(config: GovernorConfig, limit_bytes: int) -> int:
     return min(int(config.headroom_plenty * limit_bytes), config.headroom_plenty_bytes)
 
 
-class Room(NamedTuple):
+class Room(msgspec.Struct, frozen=True, kw_only=True):
     """The headroom of a level, and where it is going."""
 
     headroom_bytes: int
     """With others' mapped file pages, as long as nobody misses them."""
-    sure_bytes: int
-    """Without them: what comes back must not drop them."""
-    all_bytes: int
-    """With them: when it is gone, somebody is killed."""
     limit_bytes: int
     line_bytes: int
     plenty_bytes: int
     fall_bytes_per_s: float
-    fall_bytes: float
-    """What falls in `lead_s` if it goes on as it does."""
-    claimed_bytes: int
-    """What neighbours that restore may still take of it."""
-    told: bool
-    """False where the line is finer than the kernel's count, and the limit was not met."""
+    spare_bytes: int
+    """What may be filled: above the line, and nobody else's. What comes back must not drop mapped pages."""
+    missing_bytes: int
+    """What has to come back for it to be at its line in twice `lead_s`."""
+    excess: float
+    """How far under the line it is or will be, 0 to 1."""
+    plenty: bool
+    short: bool
+    """Below the line, now or in `lead_s`."""
+    near: bool
+    """Within one and a half times the line: what has to be written before it can go is written now."""
+    going: bool
+    """Half of the line is gone or will be in `lead_s`, or is crossed by a fall that would take as much.
 
-    @property
-    def short(self) -> bool:
-        """Below the line, now or in `lead_s`."""
-        return self.told and self.headroom_bytes - self.fall_bytes < self.line_bytes
-
-    @property
-    def going(self) -> bool:
-        """Half of the line is gone or will be in `lead_s`, or is crossed by a fall that would take as much.
-
-        One who takes memory at such a rate is not met by small steps. Others' mapped pages count: to drop
-        them is slow for those who use them, and kills nobody.
-        """
-        half_bytes, ahead_bytes = self.line_bytes / 2, self.all_bytes - self.fall_bytes
-        return self.told and (
-            ahead_bytes < half_bytes or (ahead_bytes < self.line_bytes and self.fall_bytes >= half_bytes > 0)
-        )
-
-    @property
-    def near(self) -> bool:
-        """Within one and a half times the line: what has to be written before it can go is written now."""
-        return self.told and self.headroom_bytes - self.fall_bytes < 1.5 * self.line_bytes
-
-    @property
-    def plenty(self) -> bool:
-        return self.headroom_bytes > self.plenty_bytes
-
-    @property
-    def excess(self) -> float:
-        """How far under the line it is or will be, 0 to 1."""
-        under_bytes = self.line_bytes - self.headroom_bytes + self.fall_bytes
-        return min(1.0, max(0.0, under_bytes) / self.line_bytes) if self.line_bytes and self.told else 0.0
-
-    @property
-    def missing_bytes(self) -> int:
-        """What has to come back for it to be at its line in twice `lead_s`."""
-        missing = self.line_bytes - self.headroom_bytes + 2 * self.fall_bytes
-        return max(0, math.ceil(missing)) if self.told else 0
-
-    @property
-    def spare_bytes(self) -> int:
-        """What may be filled: above the line, and nobody else's."""
-        return max(0, self.sure_bytes - self.line_bytes - self.claimed_bytes)
+    One who takes memory at such a rate is not met by small steps. Others' mapped pages count: to drop
+    them is slow for those who use them, and kills nobody.
+    """
 
     @property
     def figures(self) -> str:
+        """In words."""
         share = min(1.0, self.headroom_bytes / self.limit_bytes)
         if self.headroom_bytes < self.line_bytes:
             text = f"headroom {share:.1%} under {self.line_bytes / self.limit_bytes:.1%} of the limit"
@@ -104,27 +70,48 @@ def room_of(
     config: GovernorConfig, reading: Reading, level: Level, fall_bytes_per_s: float, *, calm: bool
 ) -> Room | None:
     """The room of `level`; None where it has no limit. `calm`: its stall is below `low`."""
-    if level.headroom_bytes is None or not level.limit_bytes:
+    sure_bytes, limit_bytes = level.headroom_bytes, level.limit_bytes
+    if sure_bytes is None or not limit_bytes:
         return None
     # Where the limit was not met, what is read again was dropped on account of another one.
     unmissed = calm and (level.refault_bytes_per_s < REFAULTS_BYTES_PER_S or level.bites is False)
-    all_bytes = level.headroom_bytes + level.mapped_bytes
-    line = line_bytes(config, level.limit_bytes)
+    all_bytes = sure_bytes + level.mapped_bytes
+    headroom = all_bytes if unmissed else sure_bytes
+    line, plenty = line_bytes(config, limit_bytes), plenty_bytes(config, limit_bytes)
+    fall = fall_bytes_per_s * config.lead_s  # if it goes on as it does
+    left, left_of_all, under = headroom - fall, all_bytes - fall, line - headroom
+    # Not where the line is finer than the kernel's count, and the limit was not met.
+    told = line > level.grain_bytes or level.bites is not False
+    going = left_of_all < line / 2 or (left_of_all < line and fall >= line / 2 > 0)
     return Room(
-        headroom_bytes=all_bytes if unmissed else level.headroom_bytes,
-        sure_bytes=level.headroom_bytes,
-        all_bytes=all_bytes,
-        limit_bytes=level.limit_bytes,
+        headroom_bytes=headroom,
+        limit_bytes=limit_bytes,
         line_bytes=line,
-        plenty_bytes=plenty_bytes(config, level.limit_bytes),
+        plenty_bytes=plenty,
         fall_bytes_per_s=fall_bytes_per_s,
-        fall_bytes=fall_bytes_per_s * config.lead_s,
-        claimed_bytes=sum(one.claim_bytes for one in reading.neighbours if level.name in one.levels),
-        told=line > level.grain_bytes or level.bites is not False,
+        spare_bytes=_spare_bytes(reading, level, sure_bytes - line),
+        missing_bytes=math.ceil(under + 2 * fall) if told and under + 2 * fall > 0 else 0,
+        excess=min(1.0, (under + fall) / line) if line and told and under + fall > 0 else 0.0,
+        plenty=headroom > plenty,
+        short=told and left < line,
+        near=told and left < 1.5 * line,
+        going=told and going,
     )
+
+
+def _spare_bytes(reading: Reading, level: Level, over_bytes: int) -> int:
+    """Of what `level` has over its line, what no neighbour that restores may still take."""
+    for one in reading.neighbours:
+        if one.claim_bytes and level.name in one.levels:
+            over_bytes -= one.claim_bytes
+    return max(0, over_bytes)
 
 
 def spare_bytes(config: GovernorConfig, reading: Reading) -> int | None:
     """Least headroom above its line, of all levels; None where none is known."""
-    rooms = (room_of(config, reading, level, 0.0, calm=True) for level in reading.levels)
-    return min((room.spare_bytes for room in rooms if room is not None), default=None)
+    spares = [
+        _spare_bytes(reading, level, level.headroom_bytes - line_bytes(config, level.limit_bytes))
+        for level in reading.levels
+        if level.headroom_bytes is not None and level.limit_bytes
+    ]
+    return min(spares, default=None)

@@ -8,9 +8,8 @@ import msgspec
 
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.control.decision import CacheSnapshot, Mode
-from psi_kv_governor.control.past import Look, passed_s, room_bytes, stalls_of
-from psi_kv_governor.control.view import PRESSED, STALL_WINDOW_S, Thresholds, View, Zone
-from psi_kv_governor.pressure.reading import Reading
+from psi_kv_governor.control.past import STALL_WINDOW_S, Look, Past
+from psi_kv_governor.control.view import PRESSED, Thresholds, View, Zone
 
 BUDGET_WINDOW_S = 60.0
 """Time over which `budget_per_min` counts what was given up."""
@@ -102,6 +101,8 @@ class LawState(msgspec.Struct, frozen=True, kw_only=True):
 
 def thresholds_of(config: GovernorConfig, state: LawState) -> Thresholds:
     """The stall thresholds as they are now: they follow the machine's own noise, up to `high_max`."""
+    if not state.noise:
+        return Thresholds(config.low, config.high)
     high = max(config.high, min(config.high_max, _NOISE_MARGIN * state.noise))
     return Thresholds(low=max(config.low, min(_QUIET_MARGIN * state.noise, 0.8 * high)), high=high)
 
@@ -116,22 +117,22 @@ def quiet_time_s(config: GovernorConfig, state: LawState, turn_s: float | None =
 # -- how a reading changes it ------------------------------------------------------------------------------
 
 
-def seen(config: GovernorConfig, state: LawState, reading: Reading, now: View) -> LawState:
+def seen(state: LawState, past: Past, now: View) -> LawState:
     """The state after a usable reading, before anything is decided."""
     quiet, pressed = now.zone is Zone.QUIET, now.zone in PRESSED
     forgets = state.patience > 1.0 and now.time_s - max(state.patience_s, state.last_trim_s) >= FORGET_S
     return msgspec.structs.replace(
         state,
-        time_s=reading.time_s,
-        given_up=tuple(past for past in state.given_up if reading.time_s - past[0] <= BUDGET_WINDOW_S),
+        time_s=now.time_s,
+        given_up=_lately(state.given_up, now.time_s),
         quiet_since_s=(now.time_s if state.quiet_since_s is None else state.quiet_since_s) if quiet else None,
-        pressed_since_s=_pressed_since_s(state, reading, pressed=pressed),
+        pressed_since_s=_pressed_since_s(state, past.look, pressed=pressed),
         pressed_s=now.time_s if pressed else state.pressed_s,
         unquiet_s=state.unquiet_s if quiet else now.time_s,
         nothing_left=False,
-        looks=_looks(state, reading),
-        noise=_noise(state, reading, now),
-        stall_since_s=state.stall_since_s + now.stall * passed_s(state.looks, reading),
+        looks=_looks(past),
+        noise=_noise(state, past, now),
+        stall_since_s=state.stall_since_s + now.stall * past.look.covered_s,
         futile=state.futile if pressed or now.time_s - state.pressed_s < SETTLE_S else 0,
         run_bytes=state.run_bytes if quiet else 0,
         patience=max(1.0, state.patience / 2) if forgets else state.patience,
@@ -139,38 +140,36 @@ def seen(config: GovernorConfig, state: LawState, reading: Reading, now: View) -
     )
 
 
-def _pressed_since_s(state: LawState, reading: Reading, *, pressed: bool) -> float | None:
-    if state.pressed_since_s is not None and reading.time_s - state.pressed_s < SETTLE_S:
+def _lately(given_up: tuple[tuple[float, int], ...], time_s: float) -> tuple[tuple[float, int], ...]:
+    first = 0
+    while first < len(given_up) and time_s - given_up[first][0] > BUDGET_WINDOW_S:
+        first += 1
+    return given_up[first:]
+
+
+def _pressed_since_s(state: LawState, look: Look, *, pressed: bool) -> float | None:
+    if state.pressed_since_s is not None and look.time_s - state.pressed_s < SETTLE_S:
         return state.pressed_since_s
-    return reading.time_s - passed_s(state.looks, reading) if pressed else None
+    return look.time_s - look.covered_s if pressed else None
 
 
-def _looks(state: LawState, reading: Reading) -> tuple[Look, ...]:
+def _looks(past: Past) -> tuple[Look, ...]:
+    looks, reading, first = past.looks, past.reading, 0
+    while first < len(looks) and reading.time_s - looks[first].time_s > STALL_WINDOW_S:
+        first += 1
+    kept = looks[first:]
     # Whoever gave or took while its size is not told has moved the headroom: no fall is seen across that.
-    blind = reading.own > 0.0 and reading.own_resident_bytes is None
-    kept = [look for look in state.looks if reading.time_s - look.time_s <= STALL_WINDOW_S]
-    if blind:
-        kept = [msgspec.structs.replace(look, rooms={}) for look in kept]
-    look = Look(
-        reading.time_s,
-        passed_s(state.looks, reading),
-        {
-            level.name: room_bytes(reading, level)
-            for level in reading.levels
-            if level.headroom_bytes is not None
-        },
-        stalls_of(reading),
-    )
-    return (*kept, look)
+    if reading.own > 0.0 and reading.own_resident_bytes is None:
+        kept = tuple(msgspec.structs.replace(look, rooms={}) for look in kept)
+    return (*kept, past.look)
 
 
-def _noise(state: LawState, reading: Reading, now: View) -> float:
+def _noise(state: LawState, past: Past, now: View) -> float:
     """Learned only where memory is plenty: elsewhere stall is what the governor is there for."""
-    if not now.plenty or reading.interval_s <= 0.0:
+    if not now.plenty or past.reading.interval_s <= 0.0:
         return state.noise
-    gone_s = passed_s(state.looks, reading)
     slow_s = _NOISE_UP_S if now.noise > state.noise else _NOISE_DOWN_S
-    return state.noise + (now.noise - state.noise) * -math.expm1(-gone_s / slow_s)
+    return state.noise + (now.noise - state.noise) * -math.expm1(-past.look.covered_s / slow_s)
 
 
 def futile_by_now(state: LawState, now: View, cache: CacheSnapshot) -> int:

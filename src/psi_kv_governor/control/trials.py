@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 from psi_kv_governor.config import GovernorConfig
@@ -35,12 +36,22 @@ def try_out(
     scenes: Sequence[Sequence[Reading]],
     cache: CacheSnapshot,
 ) -> Trial:
-    false_trims = sum(1 for _ in alarms(config, calm, cache))
+    return Trial(false_trims(config, calm, cache), reactions_s(config, scenes, cache))
+
+
+def false_trims(
+    config: GovernorConfig, calm: Sequence[Reading], cache: CacheSnapshot, most: int | None = None
+) -> int:
+    """Alarms on the calm machine; with `most`, that is all of them that are counted."""
+    return sum(1 for _ in islice(alarms(config, calm, cache), most))
+
+
+def reactions_s(
+    config: GovernorConfig, scenes: Sequence[Sequence[Reading]], cache: CacheSnapshot
+) -> tuple[float | None, ...]:
+    """Of each scene, from the neighbour's coming to the first alarm."""
     first = [(scene, next(alarms(config, scene, cache), None)) for scene in scenes if scene]
-    reactions_s = (
-        None if alarm_s is None else round(alarm_s - scene[0].time_s, 3) for scene, alarm_s in first
-    )
-    return Trial(false_trims, tuple(reactions_s))
+    return tuple(None if alarm_s is None else round(alarm_s - scene[0].time_s, 3) for scene, alarm_s in first)
 
 
 def alarms(config: GovernorConfig, readings: Sequence[Reading], cache: CacheSnapshot) -> Iterator[float]:
@@ -82,6 +93,7 @@ def _short_s(base: GovernorConfig, scene: Sequence[Reading]) -> float:
 
 
 def late(trial: Trial, due_s: Sequence[float]) -> bool:
+    """Whether a scene is answered too late."""
     pairs = zip(trial.reactions_s, due_s, strict=True)
     return any(_or_never(reaction_s) > due + LATE_S for reaction_s, due in pairs)
 

@@ -16,7 +16,7 @@ import msgspec
 
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.control.decision import CacheSnapshot
-from psi_kv_governor.control.trials import Trial, due, late, try_out
+from psi_kv_governor.control.trials import Trial, due, false_trims, late, reactions_s, try_out
 from psi_kv_governor.pressure.reading import Reading
 from psi_kv_governor.quantile import quantile
 
@@ -179,18 +179,25 @@ def _search(
     scenes: Sequence[Sequence[Reading]],
     cache: CacheSnapshot,
 ) -> tuple[GovernorConfig, Trial]:
-    """The best candidate: in time, then with the fewest false alarms, then least changed."""
-    tried = [
-        (config, try_out(config, calm, scenes, cache), order)
-        for order, config in enumerate(_candidates(fitted, bool(scenes)))
-    ]
+    """The best candidate: in time, then with the fewest false alarms, then least changed.
 
-    def rank(one: tuple[GovernorConfig, Trial, int]) -> tuple[bool, int, int]:
-        _, trial, order = one
-        return late(trial, due_s), trial.false_trims, order
-
-    config, trial, _ = min(tried, key=rank)
-    return config, trial
+    Scenes are short and the calm time is long: a candidate that is late where another is not is not tried on
+    the calm time, and no other for longer than until it has raised as many alarms as the best.
+    """
+    best: tuple[GovernorConfig, Trial] | None = None
+    for config in dict.fromkeys(_candidates(fitted, bool(scenes))):
+        trial = Trial(0, reactions_s(config, scenes, cache))
+        most: int | None = None
+        in_time = not late(trial, due_s)
+        if best is not None and in_time is not late(best[1], due_s):
+            most = best[1].false_trims
+        elif best is not None and not in_time:
+            continue
+        trial = trial._replace(false_trims=false_trims(config, calm, cache, most))
+        if most is None or trial.false_trims < most:
+            best = config, trial
+    assert best is not None  # there always is a candidate
+    return best
 
 
 def _candidates(fitted: GovernorConfig, with_scene: bool) -> Iterator[GovernorConfig]:

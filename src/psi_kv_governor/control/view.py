@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
 from enum import Enum
 from typing import NamedTuple
 
+import msgspec
+
 from psi_kv_governor.config import GovernorConfig
+from psi_kv_governor.control.past import STALL_WINDOW_S, Past
 from psi_kv_governor.control.room import Room, room_of
 from psi_kv_governor.pressure.reading import Level, Reading
 
@@ -30,21 +32,7 @@ class Zone(Enum):
 
 
 _ORDER = (Zone.QUIET, Zone.UNKNOWN, Zone.BETWEEN, Zone.PRESSURE, Zone.ACUTE)
-PRESSED = frozenset({Zone.ACUTE, Zone.PRESSURE})
-
-STALL_WINDOW_S = 1.0
-"""A stall is pressure when half of `high` was lost over so long, beside the moment's own share. One of 12 ms
-reads as 0.12 in its window of 0.1 s and is none; at full stall it takes 50 ms longer. lmkd wakes at 70 ms in
-a second."""
-
-
-class Seen(NamedTuple):
-    """What the readings before tell of one level."""
-
-    fall_bytes_per_s: float = 0.0
-    """How fast others take its headroom."""
-    lost_s: float = 0.0
-    """Time lost to stall in the last STALL_WINDOW_S."""
+PRESSED = (Zone.ACUTE, Zone.PRESSURE)
 
 
 class Thresholds(NamedTuple):
@@ -54,7 +42,7 @@ class Thresholds(NamedTuple):
     high: float
 
 
-class View(NamedTuple):
+class View(msgspec.Struct, frozen=True, kw_only=True):
     """A usable reading, held against the thresholds. What is not said to be of all levels is of the worst."""
 
     time_s: float
@@ -88,102 +76,115 @@ def flaw(reading: Reading, last_time_s: float) -> str:
         return f"its time is {reading.time_s}"
     if reading.time_s < last_time_s:
         return f"time went back from {last_time_s:.3f} to {reading.time_s:.3f} s"
-    ranges: list[tuple[str, float | None, float, float]] = [
-        ("interval_s", reading.interval_s, 0.0, sys.float_info.max),
-        ("own", reading.own, 0.0, 1.0),
-        ("own_resident_bytes", reading.own_resident_bytes, 0, math.inf),
-    ]
-    for level in reading.levels:
-        ranges += [
-            ("some", level.some, 0.0, 1.0),
-            ("full", level.full, 0.0, 1.0),
-            ("headroom_bytes", level.headroom_bytes, 0, math.inf),
-            ("limit_bytes", level.limit_bytes, 1, math.inf),
-            ("mapped_bytes", level.mapped_bytes, 0, math.inf),
-            ("refault_bytes_per_s", level.refault_bytes_per_s, 0, math.inf),
-            ("grain_bytes", level.grain_bytes, 0, math.inf),
-        ]
-    for name, value, least, most in ranges:
-        if value is not None and not least <= value <= most:  # also refuses NaN
-            return f"{name} is {value}"
-    return ""
+    if not 0.0 <= reading.interval_s <= sys.float_info.max:  # this and all that follow also refuse NaN
+        return f"interval_s is {reading.interval_s}"
+    if not 0.0 <= reading.own <= 1.0:
+        return f"own is {reading.own}"
+    if reading.own_resident_bytes is not None and not reading.own_resident_bytes >= 0:
+        return f"own_resident_bytes is {reading.own_resident_bytes}"
+    return next(filter(None, map(_flaw_of, reading.levels)), "")
 
 
-def view(
-    config: GovernorConfig, reading: Reading, thresholds: Thresholds, before: Mapping[str, Seen] | None = None
-) -> View:
+def _flaw_of(level: Level) -> str:
+    why = ""
+    if level.some is not None and not 0.0 <= level.some <= 1.0:
+        why = f"some is {level.some}"
+    elif level.full is not None and not 0.0 <= level.full <= 1.0:
+        why = f"full is {level.full}"
+    elif level.headroom_bytes is not None and not level.headroom_bytes >= 0:
+        why = f"headroom_bytes is {level.headroom_bytes}"
+    elif level.limit_bytes is not None and not level.limit_bytes >= 1:
+        why = f"limit_bytes is {level.limit_bytes}"
+    elif not level.mapped_bytes >= 0:
+        why = f"mapped_bytes is {level.mapped_bytes}"
+    elif not level.refault_bytes_per_s >= 0.0:
+        why = f"refault_bytes_per_s is {level.refault_bytes_per_s}"
+    elif not level.grain_bytes >= 0:
+        why = f"grain_bytes is {level.grain_bytes}"
+    return why
+
+
+def view(config: GovernorConfig, thresholds: Thresholds, past: Past) -> View:
     """Hold every level of a usable reading (of `levels.limited`) against the thresholds; the worst decides.
 
     Headroom counts only together with the limit that it is measured against. Stall counts only where the
     reading covers some time: the first of a source covers none. Of the time in which a governor was parking
     or restoring (`reading.own`) all stall may be its own, so that much is taken off.
     """
-    before = {} if before is None else before
-    judged = [
-        _judged(config, reading, level, thresholds, before.get(level.name, Seen()))
-        for level in reading.levels
-    ]
-    worst = max(judged, key=lambda one: (_ORDER.index(one.zone), one.excess))
-    known = [one.room for one in judged if one.room is not None]
-    pressed = worst.zone in PRESSED
-    room = worst.room
+    judged = [_judged(config, level, thresholds, past) for level in past.reading.levels]
+    worst, noise, missing_bytes, near = judged[0], 0.0, 0, False
+    spares, plenty = [], True
+    for one in judged:
+        if one.rank > worst.rank or (one.rank == worst.rank and one.excess > worst.excess):
+            worst = one
+        noise = max(noise, one.some)
+        if one.room is not None:
+            spares.append(one.room.spare_bytes)
+            missing_bytes = max(missing_bytes, one.room.missing_bytes)
+            plenty, near = plenty and one.room.plenty, near or one.room.near
+    room, pressed = worst.room, worst.zone in PRESSED
+    met = room is not None and (room.short or room.going)
     return View(
-        time_s=reading.time_s,
-        level=worst.name,
+        time_s=past.reading.time_s,
+        level=worst.level.name,
         zone=worst.zone,
         excess=worst.excess if pressed else 0.0,
         stall=worst.some,
-        stalled=pressed and worst.stalled and not (room is not None and (room.short or room.going)),
+        stalled=pressed and (worst.stalled or worst.drowning) and not met,
         headroom_bytes=None if room is None else room.headroom_bytes,
-        spare_bytes=min((one.spare_bytes for one in known), default=None),
-        missing_bytes=max((one.missing_bytes for one in known), default=0),
-        plenty=bool(known) and all(one.plenty for one in known),
-        near=any(one.near for one in known),
-        noise=max(one.some for one in judged),
-        why=worst.why,
+        spare_bytes=min(spares, default=None),
+        missing_bytes=missing_bytes,
+        plenty=plenty and bool(spares),
+        near=near,
+        noise=noise,
+        why=_why(worst, thresholds.high),
     )
 
 
-class _Judged(NamedTuple):
+class _Judged(msgspec.Struct, frozen=True):
     """One level by itself."""
 
-    name: str
+    level: Level
     zone: Zone
+    rank: int
+    """How bad the zone is."""
     excess: float
+    known: bool
+    """Whether stall is told."""
     some: float
+    full: float
     stalled: bool
+    drowning: bool
     room: Room | None
-    why: str
 
 
-def _judged(
-    config: GovernorConfig, reading: Reading, level: Level, thresholds: Thresholds, before: Seen
-) -> _Judged:
-    known = reading.interval_s > 0.0 and level.some is not None
-    some = max(0.0, (level.some or 0.0) - reading.own) if known else 0.0
-    full = max(0.0, (level.full or 0.0) - reading.own) if known else 0.0
-    room = room_of(config, reading, level, before.fall_bytes_per_s, calm=some < thresholds.low)
-    lasting = before.lost_s >= thresholds.high * STALL_WINDOW_S / 2
-    stalled = known and some >= thresholds.high and lasting
-    drowning = known and full >= config.acute_full and lasting
+def _judged(config: GovernorConfig, level: Level, thresholds: Thresholds, past: Past) -> _Judged:
+    reading = past.reading
+    known, some, full = reading.interval_s > 0.0 and level.some is not None, 0.0, 0.0
+    if known:
+        some = max(0.0, (level.some or 0.0) - reading.own)
+        full = max(0.0, (level.full or 0.0) - reading.own)
+    room = room_of(config, reading, level, past.fall_bytes_per_s(level), calm=some < thresholds.low)
+    stalled, drowning = known and some >= thresholds.high, known and full >= config.acute_full
+    if (stalled or drowning) and not past.lost_s(level) >= thresholds.high * STALL_WINDOW_S / 2:
+        stalled = drowning = False
     plenty = room is not None and room.plenty
-    why = _figures(level, thresholds.high, some if known else None, room, stalled=stalled)
-    if drowning:
-        why += f", all stand still for {full:.0%} of the time"
     if (room is not None and room.going) or (drowning and not plenty):
         zone = Zone.ACUTE
     elif (room is not None and room.short) or (stalled and not plenty):
         zone = Zone.PRESSURE
     elif reading.interval_s <= 0.0 or (not known and room is None):
-        zone, why = Zone.UNKNOWN, f"{why}, first reading of its source"
+        zone = Zone.UNKNOWN
     elif not known:
         zone = Zone.QUIET  # no PSI: headroom alone says that there is room
     elif stalled:
-        zone, why = Zone.BETWEEN, f"{why}: stall without shortage, trimming would not help"
+        zone = Zone.BETWEEN
     else:
         zone = Zone.QUIET if some < (thresholds.high if plenty else thresholds.low) else Zone.BETWEEN
-    excess = max(_excess(some, thresholds.high), 0.0 if room is None else room.excess)
-    return _Judged(level.name, zone, excess, some, stalled or drowning, room, why)
+    excess = _excess(some, thresholds.high)
+    if room is not None and room.excess > excess:
+        excess = room.excess
+    return _Judged(level, zone, _ORDER.index(zone), excess, known, some, full, stalled, drowning, room)
 
 
 def _excess(stall: float, high: float) -> float:
@@ -192,15 +193,21 @@ def _excess(stall: float, high: float) -> float:
     return 1.0 if high >= 1.0 else (stall - high) / (1.0 - high)
 
 
-def _figures(level: Level, high: float, stall: float | None, room: Room | None, *, stalled: bool) -> str:
-    parts = []
-    if stall is None:
-        parts.append("stall not known")
-    elif stalled:
-        parts.append(f"stall {stall:.0%} reached {high:.0%}")
+def _why(one: _Judged, high: float) -> str:
+    """One clause with the figures."""
+    if not one.known:
+        why = "stall not known"
+    elif one.stalled:
+        why = f"stall {one.some:.0%} reached {high:.0%}"
     else:
-        parts.append(f"stall {stall:.1%}")
-    if room is not None:
-        parts.append(room.figures)
-    of = f" at {level.limit}" if level.limit else ""
-    return f"{level.name}{of}: {', '.join(parts)}"
+        why = f"stall {one.some:.1%}"
+    if one.room is not None:
+        why += f", {one.room.figures}"
+    if one.drowning:
+        why += f", all stand still for {one.full:.0%} of the time"
+    if one.zone is Zone.UNKNOWN:
+        why += ", first reading of its source"
+    elif one.zone is Zone.BETWEEN and one.stalled:
+        why += ": stall without shortage, trimming would not help"
+    of = f" at {one.level.limit}" if one.level.limit else ""
+    return f"{one.level.name}{of}: {why}"

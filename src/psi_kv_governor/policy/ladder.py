@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -108,19 +108,29 @@ class Ladder:
 
     def holdings(self) -> CacheSnapshot:
         """The caches as the law sees them."""
-        sequences = [(cache, one) for cache in self.snapshot.caches for one in cache.sequences]
-        blobs = sum(blob.n_bytes for cache in self.snapshot.caches for blob in cache.blobs)
-        lossless = sum(rung.n_bytes for rung in self.lossless)
-        block = self.config.block_cells
-        steps = [block * cache.cell_bytes for cache, _ in sequences if cache.maskable or self.evicts]
+        live, masked, lost, last_used_s = 0, 0, 0, 0.0
+        steps = []
+        evicts = self.evicts
+        for cache in self.snapshot.caches:
+            size = cache.cell_bytes
+            for blob in cache.blobs:
+                live += blob.n_bytes
+            for one in cache.sequences:
+                live += one.live_cells * size
+                masked += one.masked_cells * size
+                lost += one.lost_cells * size
+                last_used_s = max(last_used_s, one.last_used_s)
+            if cache.sequences and (cache.maskable or evicts):
+                steps.append(self.config.block_cells * size)
+        lossless = _bytes_of(self.lossless)
         return CacheSnapshot(
-            live_bytes=sum(one.live_cells * cache.cell_bytes for cache, one in sequences) + blobs,
-            masked_bytes=sum(one.masked_cells * cache.cell_bytes for cache, one in sequences),
-            lost_bytes=sum(one.lost_cells * cache.cell_bytes for cache, one in sequences),
-            trimmable_bytes=lossless + sum(rung.n_bytes for rung in (*self.lossy, *self.preempting)),
+            live_bytes=live,
+            masked_bytes=masked,
+            lost_bytes=lost,
+            trimmable_bytes=lossless + _bytes_of(self.lossy) + _bytes_of(self.preempting),
             lossless_bytes=lossless,
             step_bytes=min(steps, default=LEAST_RELEASE_BYTES),
-            last_used_s=max((one.last_used_s for _, one in sequences), default=0.0),
+            last_used_s=last_used_s,
         )
 
     # -- the rungs --------------------------------------------------------------------------------------
@@ -196,6 +206,10 @@ class Ladder:
             return cache.why_not_maskable or mask.why or "what is being decoded can't be masked here"
         protection, floor = self.protection(sequence), self.floor(sequence)
         return why_nothing(sequence.live, sequence.next_position, protection, floor)
+
+
+def _bytes_of(rungs: Sequence[Rung]) -> int:
+    return sum(rung.n_bytes for rung in rungs)
 
 
 def _runs(rung: Rung) -> bool:

@@ -155,8 +155,6 @@ class Planner:
 
     def release(self, snapshot: Snapshot) -> Plan | None:
         """Return what free cells hold, in memory or in swap, where it is worth a look."""
-        if not self._engine.describe().capabilities.release.able:
-            return None
         steps = tuple(
             Step(verb=Verb.RELEASE, cache=cache.id)
             for cache in snapshot.caches
@@ -166,7 +164,7 @@ class Planner:
             )
             and not cache.rebuilt
         )
-        return Plan(steps=steps) if steps else None
+        return Plan(steps=steps) if steps and self._engine.describe().capabilities.release.able else None
 
     def park_blobs(self, snapshot: Snapshot, *, kept: bool = False) -> Plan | None:
         """Park saved states as soon as they are whole: they are read again only when they are loaded.
@@ -174,6 +172,8 @@ class Planner:
         Those that are `kept` are only written, and their clean pages are the kernel's to take: what is loaded
         soon on a calm machine is not read from the disk.
         """
+        if not any(cache.blobs for cache in snapshot.caches):
+            return None
         return _all(
             rung._replace(verb=Verb.WRITE_BEHIND) if kept else rung
             for rung in self.ladder(snapshot).lossless

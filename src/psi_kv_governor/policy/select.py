@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,8 +12,7 @@ from psi_kv_governor.cache import Evidence, Range, Values, merged, without
 from psi_kv_governor.policy.base import Policy
 
 
-@dataclass(frozen=True)
-class Protection:
+class Protection(NamedTuple):
     """What no policy may give up, in positions of the context."""
 
     sink_cells: int
@@ -24,9 +24,12 @@ class Protection:
 
     def free(self, live: Sequence[Range], next_position: int) -> list[Range]:
         """The parts of `live` that may go, when the context has `next_position` tokens."""
-        start = min(self.sink_cells, next_position)
-        zone = Range(start, max(start, next_position - self.window_cells))
-        parts = [part for run in live if (part := _clip(run, zone)).cells]
+        first, last = self.sink_cells, next_position - self.window_cells
+        parts = [
+            Range(start, stop)
+            for run in live
+            if (start := max(first, run.start)) < (stop := min(last, run.stop))
+        ]
         for mark in self.marked:
             parts = [rest for part in parts for rest in without(part, mark)]
         return parts
@@ -134,11 +137,6 @@ def select(
         return []
     scored = score(policy, live, next_position, evidence, protection=protection, block_cells=block_cells)
     return scored.lowest(cells, -(-cells // block_cells) * block_cells)
-
-
-def _clip(part: Range, zone: Range) -> Range:
-    start = min(max(part.start, zone.start), zone.stop)
-    return Range(start, max(start, min(part.stop, zone.stop)))
 
 
 def _cut(part: Range, block_cells: int) -> Iterator[Range]:

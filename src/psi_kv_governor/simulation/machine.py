@@ -100,16 +100,17 @@ class Machine:
         self.time_s = round(self.time_s + step_s, 6)  # no drift, and no long numbers in the output
         self._stray = 0.9 * self._stray + self._random.uniform(-JITTER, JITTER)
         noise = self._random.uniform(0.0, STALL_NOISE)
-        ours = sum(process.resident_bytes for process in self.processes)
+        ours = self._ours_bytes()
         for guest in self._guests:
             guest.want(self.limits[guest.within], self.time_s, ours, self._stray)
+        worst = 0.0
         for index, limit in enumerate(self.limits):
-            self._kill_until_it_fits(index, limit)
-        stalls = [min(1.0, self._short(index) + noise) for index in range(len(self.limits))]
-        for index, stall in enumerate(stalls):
+            ours = self._kill_until_it_fits(index, limit, ours)
+            stall = min(1.0, self._short(self._used[index], limit) + noise)
             self._totals_s[index] += stall * step_s
-        self.stall = max(stalls)
-        self.stall_s += self.stall * step_s
+            worst = max(worst, stall)
+        self.stall = worst
+        self.stall_s += worst * step_s
 
     def headroom_bytes(self, index: int) -> int:
         """What is left at that limit."""
@@ -140,23 +141,33 @@ class Machine:
             swap_bytes=None if math.isinf(limit.swap_bytes) else max(0, int(limit.swap_bytes) - over_bytes),
         )
 
-    def _short(self, index: int) -> float:
-        limit = self.limits[index]
-        over = max(0.0, self._used[index] / limit.limit_bytes - RECLAIM_FROM)
-        return 1.0 - math.exp(-over / limit.stall_scale)
+    @staticmethod
+    def _short(used_bytes: int, limit: Limit) -> float:
+        over = used_bytes / limit.limit_bytes - RECLAIM_FROM
+        return 1.0 - math.exp(-over / limit.stall_scale) if over > 0.0 else 0.0
 
-    def _kill_until_it_fits(self, index: int, limit: Limit) -> None:
-        """The kernel kills the largest first."""
+    def _ours_bytes(self) -> int:
+        return sum(process.resident_bytes for process in self.processes)
+
+    def _kill_until_it_fits(self, index: int, limit: Limit, ours_bytes: int) -> int:
+        """The kernel kills the largest first. Gives what the processes take then."""
         while True:
-            inside = [guest for guest in self._guests if guest.within <= index]
-            ours = sum(process.resident_bytes for process in self.processes)
-            self._used[index] = ours + sum(guest.bytes for guest in inside)
-            if limit.kind == "memory.high" or self._used[index] <= limit.limit_bytes + limit.swap_bytes:
-                return
-            self.kills += 1
-            guest = max(inside, key=lambda one: one.bytes, default=None)
-            process = max(self.processes, key=lambda one: one.resident_bytes, default=None)
-            if guest is not None and (process is None or guest.bytes > process.resident_bytes):
-                guest.kill(self.time_s)
-            elif process is not None:
-                process.kill()
+            used_bytes = ours_bytes
+            for guest in self._guests:
+                if guest.within <= index:
+                    used_bytes += guest.bytes
+            self._used[index] = used_bytes
+            if limit.kind == "memory.high" or used_bytes <= limit.limit_bytes + limit.swap_bytes:
+                return ours_bytes
+            self._kill_largest(index)
+            ours_bytes = self._ours_bytes()
+
+    def _kill_largest(self, index: int) -> None:
+        self.kills += 1
+        inside = [guest for guest in self._guests if guest.within <= index]
+        guest = max(inside, key=lambda one: one.bytes, default=None)
+        process = max(self.processes, key=lambda one: one.resident_bytes, default=None)
+        if guest is not None and (process is None or guest.bytes > process.resident_bytes):
+            guest.kill(self.time_s)
+        elif process is not None:
+            process.kill()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,17 +29,20 @@ LEGEND_COLUMNS = 3
 DPI = 110
 
 
-def check_plotting() -> None:
-    """Raises BadInputError, saying what to install, where matplotlib is missing."""
+def check_plotting(path: Path) -> None:
+    """Raises BadInputError, saying what to install, where matplotlib is missing; and where there is no such
+    folder: at once, and not after the runs."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise BadInputError("plotting needs matplotlib: pip install matplotlib") from None
+    if not path.parent.is_dir():
+        raise BadInputError(f"cannot write the plot {path}: {os.strerror(errno.ENOENT)}")
 
 
 def save_plot(path: Path, runs: Sequence[tuple[Outcome, Track]], config: GovernorConfig) -> None:
     """Write a PNG with one panel a run. Raises BadInputError where it cannot be made or written."""
-    check_plotting()
+    check_plotting(path)
     from matplotlib.figure import Figure
 
     columns = min(COLUMNS, len(runs))

@@ -109,7 +109,7 @@ class Program:
         self._model = model
         self._clock = Clock()
         self.engine = SimulatedEngine(clock=self._clock, spend=self._clock.spend)
-        self.engine.add_cache(model.cells, cell_bytes=model.cell_bytes, name=name)
+        self._cache = self.engine.add_cache(model.cells, cell_bytes=model.cell_bytes, name=name)
         self.engine.decode(math.ceil(FILLED * model.cells))
         self.acts = Acts(self.engine)
         """What its governor did."""
@@ -135,7 +135,7 @@ class Program:
         """The model and its cache."""
         if self.killed:
             return 0
-        return self._model.base_bytes + sum(one.resident_bytes for one in self.engine.caches.values())
+        return self._model.base_bytes + self._cache.resident_bytes
 
     @property
     def written_bytes(self) -> int:
@@ -165,9 +165,10 @@ class Program:
     def _decode(self, step_s: float) -> None:
         self._decoded += TOKENS_PER_S * step_s * (1.0 - self.machine.stall)
         new = int(self._decoded) - self.tokens
-        self.tokens += new
-        fits = min(new, self._model.cells - self.engine.caches[1].sequence(0).counts.used)
-        self.engine.decode(fits)
+        if new:
+            self.tokens += new
+            new = min(new, self._model.cells - self._cache.sequence(0).counts.used)
+        self.engine.decode(new)
 
 
 class _Source:

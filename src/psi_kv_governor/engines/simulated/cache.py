@@ -54,11 +54,14 @@ class PaperCache:
 
     def decode(self, number: int, cells: int, now_s: float) -> int:
         """Decode tokens, and give how many parked cells came back for it. Raises EngineError when full."""
-        used = sum(one.counts.used for one in self.sequences.values())
+        used = 0
+        for one in self.sequences.values():
+            used += one.counts.used
         if used + cells > self.capacity_cells:
             raise EngineError(f"{cells} tokens more than {used} do not fit in {self.capacity_cells} cells")
         came_back = self.sequence(number).decode(cells, now_s)
-        self.free_resident_cells = max(0, self.free_resident_cells - cells)
+        if self.free_resident_cells:
+            self.free_resident_cells = max(0, self.free_resident_cells - cells)
         return came_back
 
     def truncate(self, number: int, length: int) -> None:
@@ -67,8 +70,11 @@ class PaperCache:
 
     @property
     def resident_bytes(self) -> int:
-        cells = self.free_resident_cells + sum(one.counts.resident for one in self.sequences.values())
-        blobs = sum(blob.n_bytes for blob in self.blobs.values() if not blob.parked)
+        cells, blobs = self.free_resident_cells, 0
+        for one in self.sequences.values():
+            cells += one.counts.resident
+        for blob in self.blobs.values():
+            blobs += 0 if blob.parked else blob.n_bytes
         return cells * self.cell_bytes + blobs
 
     @property

@@ -96,8 +96,9 @@ class SimulatedEngine:
     def decode(self, cells: int, *, cache: int = 1, sequence: int = 0) -> None:
         """Append tokens to a sequence; what is parked of it is read for it. Raises EngineError when full."""
         with self._lock:
-            came_back = self.caches[cache].decode(sequence, cells, self._clock())
-            self._spend(came_back * self.caches[cache].cell_bytes / RESTORE_BYTES_PER_S)
+            decoding = self.caches[cache]
+            if came_back := decoding.decode(sequence, cells, self._clock()):
+                self._spend(came_back * decoding.cell_bytes / RESTORE_BYTES_PER_S)
 
     def truncate(self, length: int, *, cache: int = 1, sequence: int = 0) -> None:
         """Forget the positions of a sequence from `length` on."""

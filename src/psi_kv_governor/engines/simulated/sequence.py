@@ -91,8 +91,10 @@ class PaperSequence:
         new = slice(start, self.next_position)
         away = counts.masked + counts.lost > 0
         self._place[new], self._resident[new], self._affected[new] = _LIVE, True, away
-        self._counts = counts._replace(
+        self._counts = Counts(
             live=counts.live + cells,
+            masked=counts.masked,
+            lost=counts.lost,
             resident=counts.resident + cells,
             dirty=counts.dirty + cells,
             affected=counts.affected + cells * away,
