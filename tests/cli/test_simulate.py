@@ -73,7 +73,7 @@ def test_the_same_seed_gives_the_same_bytes_in_every_process(output):
     said = []
     for other in ("40", "200"):
         around = {"COLUMNS": other, "PYTHONHASHSEED": other, "FORCE_COLOR": other, "PYTHONPATH": PACKAGES}
-        command = [sys.executable, "-m", "psi_kv_governor.cli", "simulate", "--seed", "5", "--seconds", "30"]
+        command = [sys.executable, "-m", "psi_kv_governor.cli", "simulate", "--seed", "5", "--seconds", "15"]
         done = subprocess.run(
             [*command, *output], env={**os.environ, **around}, capture_output=True, check=True, timeout=60
         )
@@ -140,11 +140,11 @@ def test_the_table_of_a_trace_has_no_column_for_what_nobody_knows(trace):
 # -- plots -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("names", [["spike"], list(SCENARIOS)], ids=len)
+@pytest.mark.parametrize("names", [["spike"], list(SCENARIOS)[:4]], ids=len)  # a panel; more than a row
 def test_it_draws_a_png(tmp_path, names):
     path = tmp_path / "runs.png"
     chosen = [part for name in names for part in ("--scenario", name)]
-    assert invoke("--seconds", "20", "--plot", str(path), *chosen).exit_code == 0
+    assert invoke("--seconds", "5", "--plot", str(path), *chosen).exit_code == 0
     png = path.read_bytes()
     assert png.startswith(b"\x89PNG\r\n")
     width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -93,48 +94,64 @@ MACHINES = (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outcome:
-    trims: int = 0
-    restores: int = 0
-    given_bytes: int = 0
-    lost_s: float = 0.0
-    killed: bool = False
-    away_bytes: int = 0
+    trims: int
+    restores: int
+    given_bytes: int
+    lost_s: float
+    killed: bool
+    away_bytes: int
 
 
+@functools.cache  # the tests of single machines and the one of the table ask for the same runs
 def run(machine: Machine, *, pressed: bool, governed: bool) -> Outcome:
     n = machine.caches
     caches = [Governed(f"p{i}", machine.cache_bytes, jitter=i / n) for i in range(n)]
     for i, one in enumerate(caches):
         one.last_used_s = float(i)
-    outcome = Outcome()
     lost_s = dict.fromkeys((limit.name for limit in machine.limits), 0.0)
     told_s = [dict(lost_s) for _ in caches]
+    killed = False
     for step in range(round(SECONDS / STEP_S)):
         time_s = step * STEP_S
-        takes = machine.taken_bytes if pressed and COMES_S <= time_s < GOES_S else 0
-        taken = min(takes, int(200e6 * max(0.0, time_s - COMES_S)))
-        noise = 1.0 if time_s % 20.0 < SHORT_STALL_S else 0.0
-        used = {}
-        for at, limit in enumerate(machine.limits):
-            live = sum(one.live_bytes for one in caches)
-            used[limit.name] = limit.others_bytes + live + (taken if at >= machine.apart else 0)
-            over = max(0.0, used[limit.name] / limit.bytes - 0.97)
-            lost_s[limit.name] += STEP_S * max(noise, 1.0 - math.exp(-over / 0.06))
-            if used[limit.name] > limit.bytes + machine.swap_bytes:
-                outcome.killed = True
-        if outcome.killed:
+        taken = 0
+        if pressed and COMES_S <= time_s < GOES_S:
+            taken = min(machine.taken_bytes, int(200e6 * (time_s - COMES_S)))
+        used, killed = _used(machine, sum(one.live_bytes for one in caches), taken)
+        _add_lost(machine, used, lost_s, noise=time_s % 20.0 < SHORT_STALL_S)
+        if killed:
             break
         for one, before in zip(caches, told_s, strict=True):
             if governed and time_s >= one.next_s - 1e-9 and time_s - one.last_s >= 0.1 - 1e-9:
                 _turn(machine, one, caches, (time_s, used, lost_s, before))
-    outcome.trims = sum(one.count(Action.TRIM) for one in caches)
-    outcome.restores = sum(one.count(Action.RESTORE) for one in caches)
-    outcome.given_bytes = sum(size for one in caches for _, done, size in one.acts if done is Action.TRIM)
-    outcome.lost_s = max(lost_s.values())
-    outcome.away_bytes = sum(one.masked_bytes for one in caches)
-    return outcome
+    return Outcome(
+        trims=sum(one.count(Action.TRIM) for one in caches),
+        restores=sum(one.count(Action.RESTORE) for one in caches),
+        given_bytes=sum(size for one in caches for _, done, size in one.acts if done is Action.TRIM),
+        lost_s=max(lost_s.values()),
+        killed=killed,
+        away_bytes=sum(one.masked_bytes for one in caches),
+    )
+
+
+def _used(machine: Machine, live_bytes: int, taken_bytes: int) -> tuple[dict[str, int], bool]:
+    """Bytes in use under each limit, and whether that is more than one of them can hold."""
+    used, killed = {}, False
+    for at, limit in enumerate(machine.limits):
+        used[limit.name] = limit.others_bytes + live_bytes + (taken_bytes if at >= machine.apart else 0)
+        killed = killed or used[limit.name] > limit.bytes + machine.swap_bytes
+    return used, killed
+
+
+def _add_lost(machine: Machine, used: dict[str, int], lost_s: dict[str, float], *, noise: bool) -> None:
+    """What is lost in a step to each limit that is nearly met, and to what any machine waits for."""
+    for limit in machine.limits:
+        over = used[limit.name] / limit.bytes - 0.97
+        if noise:
+            lost_s[limit.name] += STEP_S
+        elif over > 0.0:
+            lost_s[limit.name] += STEP_S * (1.0 - math.exp(-over / 0.06))
 
 
 def _turn(machine: Machine, one: Governed, caches: list[Governed], seen: tuple) -> None:

@@ -29,8 +29,8 @@ class Governed:
         self.last_used_s = 0.0
         self.state = LawState(jitter=jitter)
         self.next_s = self.last_s = 0.0
-        self.reading: Reading | None = None
         self.acts: list[tuple[float, Action, int]] = []
+        self._said: tuple[tuple[float, ...], Neighbour] | None = None
 
     def snapshot(self) -> CacheSnapshot:
         return CacheSnapshot(
@@ -61,6 +61,13 @@ class Governed:
         return sum(b - a > 0.5 for a, b in zip([-math.inf, *times], times, strict=False))
 
     def neighbour(self) -> Neighbour:
+        """What it says of itself, made anew when it is no longer so: each of many asks all others."""
+        now = self.live_bytes, self.masked_bytes, self.state.run_bytes, self.last_used_s
+        if self._said is None or self._said[0] != now:
+            self._said = now, self._neighbour()
+        return self._said[1]
+
+    def _neighbour(self) -> Neighbour:
         return Neighbour(
             id=self.name,
             levels=(MACHINE,),
@@ -87,38 +94,41 @@ class Paper:
         self.least_bytes = total_bytes
         self.killed_s: float | None = None
 
-    def headroom(self, time_s: float) -> int:
-        used = self.others(time_s) + sum(one.live_bytes for one in self.caches)
-        return self.total_bytes - used
-
     def run(self, seconds: float, stall: Callable[[float], float] = lambda _: 0.0) -> None:
         """`stall` gives the share of the tenth of a second that ends then."""
         for step in range(round(seconds / STEP_S)):
             time_s = step * STEP_S
+            left = self._left_bytes(time_s)
             for one in self.caches:
-                left = self.headroom(time_s)
-                self.least_bytes = min(self.least_bytes, left)
                 if left < 0:
                     self.killed_s = time_s
                     return
-                if time_s < one.next_s - 1e-9:
-                    continue
-                windows = max(1, round((time_s - one.last_s) / 0.1))
-                one.last_s = time_s
-                level = Level(
-                    name=MACHINE,
-                    some=sum(stall(max(0.0, time_s - 0.1 * i)) for i in range(windows)) / windows,
-                    full=0.0,
-                    headroom_bytes=left,
-                    limit_bytes=self.total_bytes,
-                )
-                near = tuple(other.neighbour() for other in self.caches if other is not one)
-                one.turn(
-                    Reading(
-                        time_s=time_s,
-                        interval_s=0.1 * windows,
-                        levels=(level,),
-                        own_resident_bytes=one.live_bytes,
-                        neighbours=near if self.known else (),
-                    )
-                )
+                if time_s >= one.next_s - 1e-9:
+                    self._turn(one, time_s, left, stall)
+                    left = self._left_bytes(time_s)
+
+    def _left_bytes(self, time_s: float) -> int:
+        left = self.total_bytes - self.others(time_s) - sum(one.live_bytes for one in self.caches)
+        self.least_bytes = min(self.least_bytes, left)
+        return left
+
+    def _turn(self, one: Governed, time_s: float, left: int, stall: Callable[[float], float]) -> None:
+        windows = max(1, round((time_s - one.last_s) / 0.1))
+        one.last_s = time_s
+        level = Level(
+            name=MACHINE,
+            some=sum(stall(max(0.0, time_s - 0.1 * i)) for i in range(windows)) / windows,
+            full=0.0,
+            headroom_bytes=left,
+            limit_bytes=self.total_bytes,
+        )
+        near = [other.neighbour() for other in self.caches if other is not one] if self.known else []
+        one.turn(
+            Reading(
+                time_s=time_s,
+                interval_s=0.1 * windows,
+                levels=(level,),
+                own_resident_bytes=one.live_bytes,
+                neighbours=tuple(near),
+            )
+        )

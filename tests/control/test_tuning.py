@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psi_kv_governor.config import GovernorConfig
-from psi_kv_governor.control import Action, CacheSnapshot, LawState, decide
+from psi_kv_governor.control import CacheSnapshot
 from psi_kv_governor.control.trials import LATE_S, alarms, due, late, try_out
 from psi_kv_governor.control.tuning import NOISE_MARGIN, NOISE_QUANTILE, Tuning, quantile, tune
 from psi_kv_governor.pressure import read_trace
@@ -207,8 +208,14 @@ def test_without_a_scene_nothing_is_tried_that_might_answer_later():
 # -- real traces -------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def trace(name: str) -> list[Reading]:
     return read_trace(TRACES / f"{name}.jsonl.gz")
+
+
+@functools.cache
+def alarms_by_default(name: str) -> list[float]:
+    return list(alarms(BASE, trace(name), CACHE))
 
 
 def after_onset(name: str) -> list[Reading]:
@@ -251,17 +258,7 @@ def test_a_busy_but_healthy_machine_raises_no_alarm_under_the_defaults(name, min
     busy = trace(name)
     assert busy[-1].time_s - busy[0].time_s > minutes * 60
     assert sum(reading.some >= BASE.high for reading in busy) > bursts  # noise enough
-    assert list(alarms(BASE, busy, CACHE)) == []
-    assert trims(busy) == 0
-
-
-def trims(readings: list[Reading]) -> int:
-    """How often the law asks for a trim, told of each."""
-    state, count = LawState(), 0
-    for reading in readings:
-        decision, state = decide(BASE, state, reading, CACHE)
-        count += decision.action is Action.TRIM
-    return count
+    assert alarms_by_default(name) == []  # and so no trim: the first one would be an alarm
 
 
 def test_the_busy_healthy_machine_raises_no_alarm_with_little_free_either():
@@ -274,7 +271,7 @@ def test_the_busy_healthy_machine_raises_no_alarm_with_little_free_either():
         )
         for reading in trace("host")
     ]
-    assert trims(busy) == 0
+    assert list(alarms(BASE, busy, CACHE)) == []
 
 
 RECORD = {  # of the first edition: false alarms while busy, and from the neighbour's coming to the alarm
@@ -293,7 +290,7 @@ RECORD = {  # of the first edition: false alarms while busy, and from the neighb
 def test_no_row_of_the_record_gets_worse(name):
     most_false, slowest_s = RECORD[name]
     onset_s = ONSET_S.get(name, math.inf)
-    found = list(alarms(BASE, trace(name), CACHE))
+    found = alarms_by_default(name)
     assert sum(alarm_s < onset_s for alarm_s in found) <= most_false
     if slowest_s is not None:
         assert next(alarm_s for alarm_s in found if alarm_s >= onset_s) - onset_s <= slowest_s + 0.005
