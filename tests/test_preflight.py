@@ -11,6 +11,7 @@ from psi_kv_governor.engines.llama import loader
 from psi_kv_governor.errors import EngineError
 from psi_kv_governor.native import building
 from psi_kv_governor.sandbox.sandbox import Sandbox
+from psi_kv_governor.user_folders import cache_folder
 
 MEMINFO = "MemTotal:        8000000 kB\nMemAvailable:    4000000 kB\n"
 PSI = "some avg10=0.00 avg60=0.00 avg300=0.00 total=7\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=5\n"
@@ -27,6 +28,7 @@ def root(tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_settings(monkeypatch, tmp_path):
+    monkeypatch.setenv("PSIKV_NATIVE_DIR", str(cache_folder() / "native"))  # an agent may be there already
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -217,9 +219,9 @@ def test_a_model_that_was_named_must_be_one(tmp_path):
 
 
 @pytest.mark.llama
-def test_with_a_model_its_steps_are_proved(demo_model):
+def test_with_a_model_its_steps_are_proved(shallow_model):
     config = GovernorConfig()
-    found = {check.name: check for check in doctor.run_checks(config, demo_model)}
+    found = {check.name: check for check in doctor.run_checks(config, shallow_model)}
     assert found["agent"].state == "ok"
     assert [found[f"can {step}"].state for step in ("release", "park", "mask")] == ["ok"] * 3
     assert "MiB went back" in found["can park"].detail
@@ -241,10 +243,10 @@ def test_whoever_wants_no_place_is_told_what_that_means(tmp_path):
 
 
 @pytest.mark.llama
-def test_without_a_place_the_doctor_says_that_running_conversations_evict(demo_model):
+def test_without_a_place_the_doctor_says_that_running_conversations_evict(shallow_model):
     (found,) = [
         check
-        for check in preflight_engine.check_engine(demo_model, GovernorConfig(place="none"))
+        for check in preflight_engine.check_engine(shallow_model, GovernorConfig(place="none"))
         if check.name == "can evict"
     ]
     assert found.state == "ok"

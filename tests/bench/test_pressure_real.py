@@ -132,11 +132,11 @@ def test_a_neighbour_that_reads_files_or_ramps_is_counted_too(demo_model, tmp_pa
 
 
 @pytest.mark.llama
-def test_the_size_of_a_model_is_its_process_with_the_whole_cache(demo_model):
-    small, large = (size_of(demo_model, cells, 1) for cells in (512, 4096))
-    assert large.weights_bytes == demo_model.stat().st_size
-    assert small.cell_bytes == large.cell_bytes == pytest.approx(23_040, rel=0.01)
-    assert large.resident_bytes - small.resident_bytes == pytest.approx(3584 * 23_040, rel=0.25)
+def test_the_size_of_a_model_is_its_process_with_the_whole_cache(shallow_model):
+    small, large = (size_of(shallow_model, cells, 1) for cells in (512, 16_384))
+    assert large.weights_bytes == shallow_model.stat().st_size
+    assert small.cell_bytes == large.cell_bytes == pytest.approx(4_608, rel=0.01)
+    assert large.resident_bytes - small.resident_bytes == pytest.approx((16_384 - 512) * 4_608, rel=0.25)
     with pytest.raises(PsiKvError, match="can't be run with 512 cells"):
         size_of(Path(__file__), 512, 1)
 

@@ -67,6 +67,17 @@ def test_help_names_every_command_and_loads_none():
     assert modules == "set()\n"
 
 
+def test_what_only_asks_a_governed_process_does_not_wait_for_numpy():
+    """A third of the time that `psi-kv status` took to start."""
+    names = ("limit", "park", "status", "unpark", "watch")
+    imports = "".join(f"import psi_kv_governor.cli.{name}\n" for name in names)
+    process = run_python(
+        f"import sys\n{imports}print({{'numpy', 'llama_cpp', 'elftools'}} & set(sys.modules))"
+    )
+    output, errors = process.communicate()
+    assert (output, errors) == ("set()\n", "")
+
+
 def test_as_a_module_it_is_the_same_command():
     done = subprocess.run(
         [sys.executable, "-m", "psi_kv_governor.cli", "--version"],

@@ -6,13 +6,15 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from doc_commands import ROOT, Told, parse, told
 
 from psi_kv_governor.config import tomllib  # the standard library's, or tomli
+from waiting import until
+from warm import COMMANDS, PSI_KV, Warm
 
 TOLD = sorted(set(told()))
 OURS = [one for one in TOLD if one.words[0] == "psi-kv"]
@@ -67,20 +69,31 @@ def desk(tmp_path_factory) -> Path:
     (folder / "bin/python").symlink_to(sys.executable)
     (folder / "run").mkdir(mode=0o700)
     (folder / "tuned.toml").write_text("high = 0.2\n")
-    psi_kv(folder, "record", "evening.jsonl", "--seconds", "1")
-    shutil.copy(folder / "evening.jsonl", folder / "evening.trace")
     return folder
 
 
-def psi_kv(desk: Path, *words: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "psi_kv_governor.cli", *words],
-        cwd=desk, capture_output=True, text=True, check=False, timeout=200, env=environment(desk),
-    )  # fmt: skip
-    assert done.returncode in ({0, 1} if words[0] == "doctor" else {0}), done.stderr[-2000:]
-    assert "Traceback" not in done.stderr
-    assert (done.stdout + done.stderr).strip()
-    return done.stdout
+@pytest.fixture(scope="module")
+def at_the_desk(desk, tmp_path_factory) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """Runs `psi-kv` with these words there."""
+    said, environ = tmp_path_factory.mktemp("said"), environment(desk)
+    with Warm(*COMMANDS) as warm:
+        yield lambda *words: warm.run(PSI_KV, words, said, cwd=desk, environ=environ)
+
+
+@pytest.fixture(scope="module")
+def psi_kv(desk, at_the_desk) -> Callable[..., str]:
+    """What `psi-kv` says to these words. It must not fail."""
+
+    def run(*words: str) -> str:
+        done = at_the_desk(*words)
+        assert done.returncode in ({0, 1} if words[0] == "doctor" else {0}), done.stderr[-2000:]
+        assert "Traceback" not in done.stderr
+        assert (done.stdout + done.stderr).strip()
+        return done.stdout
+
+    run("record", "evening.jsonl", "--seconds", "1")
+    shutil.copy(desk / "evening.jsonl", desk / "evening.trace")
+    return run
 
 
 def environment(desk: Path) -> dict[str, str]:
@@ -92,29 +105,23 @@ def environment(desk: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def governed(desk):
+def governed(desk, at_the_desk):
     """A governed process called llama-server, the only one that is to be seen."""
     process = subprocess.Popen(
         [sys.executable, "-m", "psi_kv_governor.cli", "exec", "--", "llama-server", "600"],
         cwd=desk, env=environment(desk), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        for _ in range(600):
-            listed = subprocess.run(
-                [sys.executable, "-m", "psi_kv_governor.cli", "status", "--json"],
-                cwd=desk, env=environment(desk), capture_output=True, text=True, check=False, timeout=60,
-            )  # fmt: skip
-            if listed.returncode == 0:
-                break
+        until(lambda: at_the_desk("status", "--json").returncode == 0, "it is not to be seen")
         yield process
     finally:
         process.terminate()
         process.wait(60)
 
 
-def named_alike(desk: Path) -> bool:
+def named_alike(psi_kv: Callable[..., str]) -> bool:
     """Whether somebody else on this machine has a governed llama-server too: then a name is not enough."""
-    return len(psi_kv(desk, "status", "--json").splitlines()) > 1
+    return len(psi_kv("status", "--json").splitlines()) > 1
 
 
 def to_run(names: Callable[[str], bool]) -> list[Told]:
@@ -131,27 +138,27 @@ def to_run(names: Callable[[str], bool]) -> list[Told]:
 
 
 @pytest.mark.parametrize("one", to_run(lambda name: name not in LOOKING | {"run"}), ids=name_of)
-def test_it_runs(one, desk):
+def test_it_runs(one, desk, psi_kv):
     words = list(one.words[1:])
     for made in ("psi-kv.toml", *(words[1:2] if words[0] == "record" else ())):
         (desk / made).unlink(missing_ok=True)  # nothing is written over a file that is there
-    psi_kv(desk, *QUICK.get(words[0], list)(words))
+    psi_kv(*QUICK.get(words[0], list)(words))
 
 
 @pytest.mark.parametrize("one", to_run(lambda name: name in LOOKING), ids=name_of)
-def test_it_looks_at_a_governed_process(one, desk, governed):
-    meant = {"4711", "llama-server"} if named_alike(desk) else {"4711"}
+def test_it_looks_at_a_governed_process(one, psi_kv, governed):
+    meant = {"4711", "llama-server"} if named_alike(psi_kv) else {"4711"}
     words = [str(governed.pid) if word in meant else word for word in one.words[1:]]
     if words[0] == "watch" and str(governed.pid) not in words:
         words.insert(1, str(governed.pid))  # whoever runs these tests may run others at the same time
-    psi_kv(desk, *QUICK.get(words[0], list)(words))
+    psi_kv(*QUICK.get(words[0], list)(words))
 
 
 @pytest.mark.llama
 @pytest.mark.parametrize("one", to_run(lambda name: name == "run"), ids=name_of)
-def test_it_runs_a_model(one, desk, demo_model):
+def test_it_runs_a_model(one, psi_kv, demo_model):
     del demo_model
-    psi_kv(desk, *QUICK["run"](list(one.words[1:])))
+    psi_kv(*QUICK["run"](list(one.words[1:])))
 
 
 def test_what_is_only_parsed_has_its_test_elsewhere():

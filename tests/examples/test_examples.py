@@ -29,22 +29,22 @@ def test_chat_answers_each_line(demo_model):
     assert "Paris" in answers[0]
 
 
-def test_robot_says_something_in_every_cycle_and_counts_its_deadlines(demo_model):
-    told = run("robot.py", demo_model, 2)
+def test_robot_says_something_in_every_cycle_and_counts_its_deadlines(shallow_model):
+    told = run("robot.py", shallow_model, 2)
     assert len(re.findall(r"^\d: (?:room|tight), \d+ tokens", told, re.MULTILINE)) == 2
     assert "deadlines missed" in told
 
 
-def test_the_idle_one_of_two_models_gives_and_goes_on(demo_model):
-    told = run("two_models.py", demo_model)
+def test_the_idle_one_of_two_models_gives_and_goes_on(shallow_model):
+    told = run("two_models.py", shallow_model)
     idle, busy, returned = (int(found) for found in re.findall(r"^\w+: (\d+) MiB", told, re.MULTILINE))
     assert idle > busy
     assert returned > 0
     assert "idle goes on: '" in told
 
 
-def test_a_policy_of_one_s_own_decides_what_is_masked(demo_model):
-    told = run("own_policy.py", demo_model)
+def test_a_policy_of_one_s_own_decides_what_is_masked(shallow_model):
+    told = run("own_policy.py", shallow_model)
     masked, back = (int(found) for found in re.findall(r"^(\d+) cells", told, re.MULTILINE))
     assert masked >= back >= 0  # nothing is short, so the governor itself gives some back meanwhile
     ranges = re.search(r"masked: (.*)", told)[1].split(", ")

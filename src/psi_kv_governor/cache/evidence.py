@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from psi_kv_governor.cache.ranges import Range
 
-Values = npt.NDArray[np.float64]
+if TYPE_CHECKING:  # a third of what a command like `psi-kv status` would import, which asks for no evidence
+    import numpy as np
+    import numpy.typing as npt
+
+Values: TypeAlias = "npt.NDArray[np.float64]"
 """One value a position or a block."""
 
 Kind = Literal["arrivals", "key_norms", "key_diffs", "attention", "last_used", "demand"]

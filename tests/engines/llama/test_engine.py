@@ -14,7 +14,8 @@ from psi_kv_governor.engines.llama.client import Client, InProcess
 from psi_kv_governor.engines.llama.engine import LlamaEngine
 
 pytestmark = pytest.mark.llama
-TOKENS = list(np.random.default_rng(5).integers(3, 250, 3000))
+N_TOKENS = 1200
+TOKENS = list(np.random.default_rng(5).integers(3, 250, N_TOKENS))
 CELL_BYTES = 8192  # of LARGE
 
 
@@ -85,52 +86,52 @@ def test_a_new_cache_takes_no_memory_until_it_is_used(open_llm, agent):
 
 def test_masked_ranges_go_back_to_the_system_and_come_back_bit_for_bit(open_llm):
     llm, engine = open_llm()
-    llm.eval(TOKENS[:3000])
+    llm.eval(TOKENS)
     before = whole_state(llm)
-    result = do(engine, Verb.MASK, (100, 2600))
+    result = do(engine, Verb.MASK, (100, 1100))
     assert result.problem == ""
-    assert (result.cells, result.masked) == (2500, 2500)
-    assert result.bytes_returned >= 0.98 * 2500 * CELL_BYTES
+    assert (result.cells, result.masked) == (1000, 1000)
+    assert result.bytes_returned >= 0.98 * 1000 * CELL_BYTES
     (sequence,) = engine.snapshot().caches[0].sequences
-    assert sequence.masked == (Range(100, 2600),)
-    assert sequence.live == (Range(0, 100), Range(2600, 3000))
+    assert sequence.masked == (Range(100, 1100),)
+    assert sequence.live == (Range(0, 100), Range(1100, N_TOKENS))
     back = do(engine, Verb.UNMASK)
-    assert back.bytes_back >= 0.98 * 2500 * CELL_BYTES
+    assert back.bytes_back >= 0.98 * 1000 * CELL_BYTES
     assert whole_state(llm) == before
     assert engine.snapshot().caches[0].sequences[0].masked == ()
 
 
 def test_masked_cells_are_not_read_and_do_not_count(open_llm):
     llm, engine = open_llm()
-    llm.eval(TOKENS[:3000])
-    do(engine, Verb.MASK, (100, 2600))
+    llm.eval(TOKENS)
+    do(engine, Verb.MASK, (100, 1100))
     parked = resident(llm, engine)
     llm.eval(TOKENS[:1])
-    assert resident(llm, engine) - parked < 0.05 * 2500 * CELL_BYTES
+    assert resident(llm, engine) - parked < 0.05 * 1000 * CELL_BYTES
     assert engine.snapshot().caches[0].sequences[0].affected == 1
-    assert engine.first_affected(0) == 3000
+    assert engine.first_affected(0) == N_TOKENS
 
 
 def test_a_parked_sequence_is_read_back_by_whoever_decodes_it(open_llm):
     llm, engine = open_llm()
-    llm.eval(TOKENS[:3000])
+    llm.eval(TOKENS)
     state = whole_state(llm)
     result = do(engine, Verb.PARK)
-    assert result.bytes_returned >= 0.98 * 3000 * CELL_BYTES
+    assert result.bytes_returned >= 0.98 * N_TOKENS * CELL_BYTES
     assert whole_state(llm) == state
     assert engine.snapshot().caches[0].sequences[0].affected == 0
 
 
 def test_what_is_parked_twice_is_written_once(open_llm, backing):
     llm, engine = open_llm()
-    llm.eval(TOKENS[:3000])
+    llm.eval(TOKENS)
     first = do(engine, Verb.PARK)
     do(engine, Verb.UNPARK)
     again = do(engine, Verb.PARK)
-    assert again.bytes_returned >= 0.95 * 3000 * CELL_BYTES
+    assert again.bytes_returned >= 0.95 * N_TOKENS * CELL_BYTES
     assert again.written_bytes == 0
     if backing == "memory":
-        assert first.written_bytes >= 0.98 * 3000 * CELL_BYTES
+        assert first.written_bytes >= 0.98 * N_TOKENS * CELL_BYTES
 
 
 def test_what_is_parked_is_what_was_asked_for_and_not_all_the_free_cells_beside_it(open_llm):
@@ -138,10 +139,10 @@ def test_what_is_parked_is_what_was_asked_for_and_not_all_the_free_cells_beside_
     import llama_cpp
 
     llm, engine = open_llm()
-    llm.eval(TOKENS[:3000])
-    llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(llm.ctx), 0, 1000, -1)
+    llm.eval(TOKENS)
+    llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(llm.ctx), 0, 800, -1)
     before = resident(llm, engine)
-    result = do(engine, Verb.MASK, (500, 1000))
+    result = do(engine, Verb.MASK, (300, 800))
     assert result.masked == 500
     assert 480 * CELL_BYTES < result.bytes_returned < 520 * CELL_BYTES
     assert before - resident(llm, engine) == result.bytes_returned  # the free ones are there still
@@ -149,12 +150,12 @@ def test_what_is_parked_is_what_was_asked_for_and_not_all_the_free_cells_beside_
 
 def test_cells_that_nobody_uses_are_released(open_llm):
     llm, engine = open_llm()
-    llm.eval(TOKENS[:3000])
+    llm.eval(TOKENS)
     llm.n_tokens = 50
     llm.eval(TOKENS[:1])  # upstream cuts the tail
     state = whole_state(llm)
     result = do(engine, Verb.RELEASE, sequence=None)
-    assert result.bytes_returned >= 0.98 * 2949 * CELL_BYTES
+    assert result.bytes_returned >= 0.98 * (N_TOKENS - 51) * CELL_BYTES
     assert whole_state(llm) == state
 
 
@@ -163,19 +164,19 @@ def test_tokens_decoded_into_masked_cells_are_seen(open_llm):
     llm, engine = open_llm()
     twin, _ = open_llm()
     for one in (llm, twin):
-        one.eval(TOKENS[:3000])
-    do(engine, Verb.MASK, (100, 2600))
+        one.eval(TOKENS)
+    do(engine, Verb.MASK, (100, 1100))
     for one in (llm, twin):
         one.reset()
-        one.eval(TOKENS[500:1500])
+        one.eval(TOKENS[300:900])
     np.testing.assert_array_equal(logits(llm), logits(twin))
     assert engine.snapshot().caches[0].sequences[0].masked == ()
 
 
 def test_a_restore_stops_where_its_bytes_or_its_time_are_up(open_llm):
     llm, engine = open_llm()
-    llm.eval(TOKENS[:3000])
-    do(engine, Verb.MASK, (100, 2600))
+    llm.eval(TOKENS)
+    do(engine, Verb.MASK, (100, 1100))
     part = do(engine, Verb.UNMASK, max_bytes=1 << 20)
     assert not part.done
     assert 1 << 20 <= part.bytes_back < 3 << 20
@@ -185,7 +186,7 @@ def test_a_restore_stops_where_its_bytes_or_its_time_are_up(open_llm):
 
 def test_a_full_disk_changes_nothing(open_llm, backing, agent, folder):
     llm, engine = open_llm()
-    llm.eval(TOKENS[:2000])
+    llm.eval(TOKENS[:800])
     state = whole_state(llm)
     agent.configure(str(folder), in_file=False, reserve_bytes=1 << 60, limit_bytes=0)
     result = do(engine, Verb.PARK)
@@ -225,26 +226,26 @@ def test_every_kind_of_cache_runs_as_without_us(open_llm, shape):
 @pytest.mark.parametrize("shape", [LARGE_HYBRID, LARGE_SLIDING], ids=lambda shape: shape.arch)
 def test_caches_that_can_not_be_masked_can_be_parked_when_idle(open_llm, shape):
     llm, engine = open_llm(shape, n_ctx=4096)
-    llm.eval(TOKENS[:1500])
+    llm.eval(TOKENS)
     state = whole_state(llm)
     returned = 0
     for cache in engine.snapshot().caches:
         for sequence in cache.sequences:
             step = Step(verb=Verb.PARK, cache=cache.id, sequence=sequence.id)
             returned += engine.apply(Plan(steps=(step,))).bytes_returned
-    assert returned > 5 << 20
+    assert returned > 4 << 20
     assert whole_state(llm) == state
 
 
 def test_without_flash_attention_a_whole_cache_can_be_parked(open_llm):
     llm, engine = open_llm(flash_attn=False)
-    llm.eval(TOKENS[:3000])
+    llm.eval(TOKENS)
     state = whole_state(llm)
     (cache,) = engine.snapshot().caches
     assert not cache.maskable
     assert "flash" in cache.why_not_maskable
     step = Step(verb=Verb.PARK, cache=cache.id, sequence=0)
-    assert engine.apply(Plan(steps=(step,))).bytes_returned >= 0.95 * 3000 * CELL_BYTES
+    assert engine.apply(Plan(steps=(step,))).bytes_returned >= 0.95 * N_TOKENS * CELL_BYTES
     assert whole_state(llm) == state
 
 
@@ -252,13 +253,13 @@ def test_attention_is_sampled_for_every_position_that_is_far_enough(open_llm):
     llm, engine = open_llm()
     engine.collect(frozenset({"attention"}))
     llm.eval(TOKENS[:512])
-    llm.eval(TOKENS[512:1400])
+    llm.eval(TOKENS[512:])
     (cache,) = engine.snapshot().caches
     evidence = engine.evidence(cache.id, 0)
     assert evidence.why_not("attention") == ""
-    seen = evidence.attention(Range(0, 1400))
-    assert np.isfinite(seen[:1000]).all()
-    assert seen[:1000].mean() == pytest.approx(1.0, abs=0.5)
+    seen = evidence.attention(Range(0, N_TOKENS))
+    assert np.isfinite(seen[:800]).all()
+    assert seen[:800].mean() == pytest.approx(1.0, abs=0.5)
     engine.collect(frozenset())
 
 
@@ -283,18 +284,20 @@ def test_a_closed_model_is_gone_from_the_snapshot(open_llm):
 
 
 def test_a_snapshot_waits_for_nobody(open_llm):
-    """A long prompt is being decoded: what was known before it is told."""
+    """A long prompt is being decoded, in one call: what was known before it is told."""
     import threading
 
-    llm, engine = open_llm(n_ubatch=512)
+    llm, engine = open_llm(n_batch=2048, n_ubatch=512)
     llm.eval(TOKENS[:100])
     engine.snapshot()
-    thread = threading.Thread(target=llm.eval, args=(TOKENS[:2800],))
+    thread = threading.Thread(target=llm.eval, args=((TOKENS * 2)[:2048],))
+    took: list[float] = []
+    begin_s = time.monotonic()
     thread.start()
-    slowest = 0.0
     while thread.is_alive():
-        begin = time.monotonic()
+        one_s = time.monotonic()
         assert len(engine.snapshot().caches) == 1
-        slowest = max(slowest, time.monotonic() - begin)
-    thread.join()
-    assert slowest < 1.0
+        took.append(time.monotonic() - one_s)
+        time.sleep(0.01)
+    decoding_s = time.monotonic() - begin_s
+    assert max(took) < decoding_s / 3

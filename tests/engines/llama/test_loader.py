@@ -16,6 +16,8 @@ from psi_kv_governor.engines.llama.elf import redirecting
 from psi_kv_governor.errors import EngineError
 from psi_kv_governor.native import building
 
+COMPILER = str(Path(__file__).parents[2] / "quick-cc")
+
 
 @pytest.fixture
 def only(monkeypatch, tmp_path):
@@ -23,6 +25,7 @@ def only(monkeypatch, tmp_path):
     folder = tmp_path / "native"
     monkeypatch.setattr(building, "folders", lambda: [folder])
     monkeypatch.setattr(building, "_SHIPPED", tmp_path / "absent.so")
+    monkeypatch.setenv("CC", COMPILER)
     return folder
 
 
@@ -131,7 +134,7 @@ except EngineError as error:
 print(process.choose(GovernorConfig()))
 """
     tmp_path.chmod(0o777)
-    environment = {"PATH": os.environ["PATH"], "TMPDIR": str(tmp_path)}
+    environment = {"PATH": os.environ["PATH"], "TMPDIR": str(tmp_path), "CC": COMPILER}
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
     )
