@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -35,14 +36,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TEXTS = ("exprlists", "class", "try", "import", "numeric-types", "specialnames")
 FACTS = (
-    (
-        "The number of the locker in the port is 7421.",
-        "The number of the locker in the port is",
-        " 7421",
-    ),
-    ("Margaret hid the silver key under the piano.", "Margaret hid the silver key under the", " piano"),
-    ("The train to Lisbon leaves from platform nine.", "The train to Lisbon leaves from platform", " nine"),
+    ("The number of the locker in the port is", " 7421"),
+    ("Margaret hid the silver key under the", " piano"),
+    ("The train to Lisbon leaves from platform", " nine"),
 )
+"""What is asked, and the answer: both together are in the context."""
 DEPTHS = (0.2, 0.5, 0.8)
 PROTECTION = Protection(sink_cells=32, window_cells=64)
 CONTINUED, LATE, BLOCK = 48, 96, 16
@@ -99,11 +97,11 @@ def contenders() -> Iterator[tuple[str, list[Any]]]:
 def contexts(tokenizer: Any, tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]]:
     """Context, its continuation, a question with its answer, and how many tokens the answer has."""
     for number, name in enumerate(TEXTS):
-        fact, question, answer = FACTS[number % len(FACTS)]
+        question, answer = FACTS[number % len(FACTS)]
         ids = tokenizer(topics[name], add_special_tokens=False).input_ids
         ids = (ids * (1 + (tokens + CONTINUED) // len(ids)))[: tokens + CONTINUED]
         at = round(tokens * DEPTHS[number % len(DEPTHS)])
-        told = tokenizer(f"\n{fact}\n", add_special_tokens=False).input_ids
+        told = tokenizer(f"\n{question}{answer}.\n", add_special_tokens=False).input_ids
         asked = tokenizer(f"\n{question}", add_special_tokens=False).input_ids
         said = tokenizer(answer, add_special_tokens=False).input_ids
         context = [*ids[:at], *told, *ids[at:tokens]]
@@ -144,8 +142,9 @@ def main() -> None:
                 kl = float((whole.exp() * (whole - moved)).sum(-1).mean())
                 found.append((kl, fact_nats(reader.goes_on(question), question, n_answer) - known))
                 reader.cache.put_back(reader.cache.places.masked)
-            mean = sum(kl for kl, _ in found) / len(found), sum(lost for _, lost in found) / len(found)
-            rows.setdefault(contender, []).append(mean)
+            rows.setdefault(contender, []).append(
+                (fmean(kl for kl, _ in found), fmean(it for _, it in found))
+            )
         if not torch.equal(reader.goes_on(continuation), whole):
             raise SystemExit("the context is not what it was")
         reader.cache.close()
@@ -183,7 +182,7 @@ def fact_nats(found: torch.Tensor, question: torch.Tensor, n_answer: int) -> flo
 def table(record: dict[str, Any], shares: list[float]) -> str:
     """Markdown, the smallest divergence first."""
     mean = {
-        (row["name"], row["dropped"]): [sum(row[it]) / len(row[it]) for it in ("kl", "fact_lost")]
+        (row["name"], row["dropped"]): [fmean(row[it]) for it in ("kl", "fact_lost")]
         for row in record["rows"]
     }
     names = sorted({name for name, _ in mean}, key=lambda name: mean[name, shares[0]][0])

@@ -38,17 +38,10 @@ def make_model(folder: Path) -> Path:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=64,
-        num_key_value_heads=64,
-        head_dim=64,
-        vocab_size=1024,
-        max_position_embeddings=4096,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=64,
+        num_key_value_heads=64, head_dim=64, vocab_size=1024, max_position_embeddings=4096,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
     LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
     return folder
 
@@ -66,12 +59,7 @@ class Engine:
 
         if kind == "governed":
             options["kv_transfer_config"] = {"kv_connector": "PsiKvConnector", "kv_role": "kv_both"}
-        options = {**OPTIONS, **options}
-        self._llm = LLM(
-            model=str(make_model(folder)),
-            disable_log_stats=True,
-            **options,
-        )
+        self._llm = LLM(model=str(make_model(folder)), disable_log_stats=True, **{**OPTIONS, **options})
         self._chance = random.Random(1)
 
     def prompt(self, tokens: int) -> dict[str, list[int]]:
@@ -83,9 +71,8 @@ class Engine:
         from vllm import SamplingParams
 
         sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        return [
-            list(one.outputs[0].token_ids) for one in self._llm.generate(prompts, sampling, use_tqdm=False)
-        ]
+        answers = self._llm.generate(prompts, sampling, use_tqdm=False)
+        return [list(one.outputs[0].token_ids) for one in answers]
 
 
 def work(engine: Engine, number: int) -> None:
