@@ -33,14 +33,9 @@ class Reaction(msgspec.Struct, frozen=True, kw_only=True):
     signal_s: float | None
     returned_s: float | None
     """To the end of the first trim or release that gave bytes back; None: not within the hold."""
-    fell_s: float | None
-    """To the first fall of the process's anonymous memory, seen from outside; None also with swap, which
-    makes it fall as well."""
     polled_s: float | None
     """To when a poller of avg10 would have seen its threshold."""
     returned_bytes: int
-    restore_s: float | None
-    """The restore itself, after the neighbour had gone, while tokens were decoded."""
     whole: bool
     near: Near
     watch_share: float
@@ -127,7 +122,6 @@ def _rows(mode: str, some: Sequence[Reaction]) -> Iterator[list[str]]:
     if mine:
         early = str(sum(one.before_sign for one in mine))
         yield _row(mode, "governor, bytes back", mine, early, [one.returned_s for one in mine])
-        yield _row(mode, "governor, first byte back", mine, "", [one.fell_s for one in mine])
     for who, these in (("governed", mine), ("ungoverned", control)):
         if these:
             words = f"poll avg10 every {POLL_S:g} s, {who}"

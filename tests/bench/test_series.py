@@ -1,4 +1,4 @@
-"""What a series of looks says: the first sign of need, what a poller would have seen, the first fall."""
+"""What a series of looks says: the first sign of need, what a poller would have seen."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trials_help import MIB, look
 
 from psi_kv_governor.sandbox.sandbox import Sandbox
 from psi_kv_governor.sandbox.watch import Watcher
-from psikv_bench.trials.series import FELL_BYTES, first_fall, first_signal, poll_time
+from psikv_bench.trials.series import first_signal, poll_time
 
 LINE = 16 * MIB
 
@@ -65,23 +65,6 @@ def test_a_poller_is_never_early_and_at_most_one_poll_late(rise, since, poll):
     assert found is not None
     assert max(rise, since) < found + 1e-9
     assert found <= max(rise, since) + poll + 0.02
-
-
-def test_memory_has_fallen_once_it_is_clearly_below_its_highest():
-    looks = [
-        look(0.0, anonymous_bytes=100 * MIB),
-        look(1.0, anonymous_bytes=90 * MIB),
-        look(1.1, anonymous_bytes=95 * MIB),
-        look(1.2, anonymous_bytes=95 * MIB - FELL_BYTES + 1),
-        look(1.3, anonymous_bytes=95 * MIB - FELL_BYTES),
-    ]
-    assert first_fall(looks, 0.5) == 1.3
-    assert first_fall(looks, 0.0) == 1.0
-    assert first_fall(looks[:4], 0.5) is None
-
-
-def test_a_process_that_is_gone_has_not_returned_anything():
-    assert first_fall([look(1.0), look(1.1, anonymous_bytes=0)], 0.0) is None
 
 
 @pytest.mark.cgroup

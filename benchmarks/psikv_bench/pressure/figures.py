@@ -11,7 +11,7 @@ from psi_kv_governor.sandbox.llm import is_governed
 from psi_kv_governor.sandbox.messages import Variant
 from psi_kv_governor.sandbox.result import SceneResult
 from psi_kv_governor.sandbox.watch import Shares, amount_at
-from psikv_bench.figures import Asked, Figure, figure, ms, shown
+from psikv_bench.figures import Asked, Figure, figure, shown
 from psikv_bench.options import in_order
 from psikv_bench.pressure.options import PressureOptions
 from psikv_bench.pressure.setting import Setting
@@ -179,7 +179,6 @@ _BY_RUN: dict[str, Callable[[Run], object]] = {
     ),
     "returned": lambda run: f"{run.result.bytes_returned / MB:.1f} MB",
     "peak resident": lambda run: f"{run.result.peak_resident_bytes / MB:.0f} MB",
-    "p50/p99/max ms": lambda run: "/".join(map(ms, (run.result.p50_s, run.result.p99_s, run.result.max_s))),
     "neighbour": lambda run: _neighbour(run.result.neighbour_bytes_per_s),
     "killed": lambda run: (
         "yes" if run.result.killed else "neighbour" if run.result.neighbour_killed else "no"

@@ -130,7 +130,6 @@ def _run(serving: Serving, sizes: Sizes, asked: LatencyOptions, what: _What) -> 
     looks = [look for look in onset.watcher.looks if look.time_s <= ended_s]
     line_bytes = load_config().headroom_low * sizes.limit_bytes
     sign = series.first_signal(looks, began_s, STALL_US, line_bytes)
-    restored = _restored(onset, restored_from_s)
 
     def since(time_s: float | None) -> float | None:
         return None if time_s is None else time_s - began_s
@@ -143,15 +142,13 @@ def _run(serving: Serving, sizes: Sizes, asked: LatencyOptions, what: _What) -> 
         signal="" if sign is None else sign.what,
         signal_s=since(sign and sign.time_s),
         returned_s=since(back[0].time_s if back else None),
-        fell_s=since(series.first_fall(looks, began_s) if asked.swap == "none" else None),
         polled_s=since(series.poll_time(looks, began_s, asked.avg10, POLL_S)),
         returned_bytes=sum(event.bytes_returned for event in back),
-        restore_s=sum(event.seconds for event in restored) if restored else None,
         whole=whole,
         near=series.near(
             onset.tokens,
             [series.span(event) for event in back if isinstance(event, Trimmed)],
-            [series.span(event) for event in restored],
+            [series.span(event) for event in _restored(onset, restored_from_s)],
             (began_s, ended_s),
         ),
         watch_share=busy,

@@ -11,9 +11,6 @@ from psi_kv_governor.events import Restored, Trimmed
 from psi_kv_governor.sandbox.messages import Token
 from psi_kv_governor.sandbox.watch import Look
 
-FELL_BYTES = 1 << 20
-"""Anonymous memory has fallen when it is this much below its highest. The kernel counts a process's pages
-in batches of some ten kB a core, so that less than this is not set apart from its noise."""
 AFTER_S = 0.2
 """After a trim or a restore caches are cold, and pages are faulted in: tokens until then are near it."""
 
@@ -59,19 +56,6 @@ def poll_time(looks: Sequence[Look], since_s: float, threshold: float, poll_s: f
                 return due_s
             due_s += poll_s
         previous = look
-    return None
-
-
-def first_fall(looks: Iterable[Look], since_s: float) -> float | None:
-    """When the process's anonymous memory first was FELL_BYTES below its highest since `since_s`."""
-    highest = 0
-    for look in looks:
-        anonymous_bytes = look.memory.anonymous_bytes
-        if look.time_s < since_s or not anonymous_bytes:
-            continue
-        highest = max(highest, anonymous_bytes)
-        if anonymous_bytes <= highest - FELL_BYTES:
-            return look.time_s
     return None
 
 
