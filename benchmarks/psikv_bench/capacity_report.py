@@ -126,10 +126,9 @@ def best_table(probes: Sequence[Probe]) -> Table:
 def notes(chunk: int, tokens: int, least_tokens_s: float) -> list[str]:
     """How to read it."""
     return [
-        f"survived: the prompt was decoded in chunks of {chunk}, and {tokens} tokens after it; "
-        f"the kernel killed nobody, and neither a chunk nor the decoding was slower than "
-        f"{least_tokens_s:.3g} tokens per second (left out: a tenth of what the model does with a "
-        "short context and memory to spare): slower, it reads its weights again for every token",
+        f"survived: the kernel killed nobody, and neither a chunk of {chunk} tokens of the prompt nor the "
+        f"{tokens} tokens after it came slower than {least_tokens_s:.3g} a second: slower, it reads its "
+        "weights again for every token",
         "fixed: plain llama_cpp.Llama with n_ctx of just that length, every token attended to",
         "governed: positions that are away are known and come back when memory is free, but a token decoded "
         "now attends to the live ones alone: the share is in the table. The floor keeps a fifth live, so no "

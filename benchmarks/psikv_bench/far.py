@@ -26,7 +26,7 @@ from psi_kv_governor.sandbox.sandbox import Sandbox
 from psikv_bench.fidelity.contenders import WithRecall
 from psikv_bench.fidelity.likelihood import Tick
 from psikv_bench.fidelity.retrieval import Haystack, ask, haystack
-from psikv_bench.fidelity.subject import Subject
+from psikv_bench.fidelity.subject import Subject, recall_of
 from psikv_bench.fidelity.tasks import Counts
 from psikv_bench.figures import Asked, Figure, figure
 from psikv_bench.options import Options
@@ -69,7 +69,7 @@ class _Reader(Subject):
 
     def read_within(self, live: int, chunk: int) -> None:
         """Read the text, and park what is over `live` cells after each chunk."""
-        self.engine.recall(Recall(mode="follow", paused=True, sink_cells=self.config.sink_cells))
+        self.engine.recall(recall_of(self.config, "follow", paused=True))
         for start in range(0, len(self.hay.tokens), chunk):
             self.read(self.hay.tokens[start : start + chunk])
             if (over := self.sequence().live_cells - live) > 0:

@@ -102,10 +102,9 @@ def test_greedy_decoding_has_to_give_every_token_of_the_answer():
     assert "".join(chr(asked.tokens[i]) for i in sorted(asked.answer)) == answer
     logits = np.zeros((len(asked.tokens) - 1, 128), dtype=np.float32)
     logits[np.arange(len(logits)), asked.tokens[1:]] = 1.0
-    assert asked.right(logits, 0)
-    assert asked.right(logits[asked.stem - 1 :], asked.stem - 1)
+    assert asked.right(logits[asked.stem - 1 :])
     logits[max(asked.answer) - 1, 0] = 2.0
-    assert not asked.right(logits, 0)
+    assert not asked.right(logits[asked.stem - 1 :])
 
 
 def test_a_text_too_short_to_hide_in_is_refused():

@@ -177,7 +177,7 @@ def test_a_governed_context_is_demand_paged_and_a_plain_one_is_not(demo_model):
 def test_what_policies_cost_is_taken_and_held_against_what_is_asked(shallow_model, monkeypatch):
     monkeypatch.setattr(policies, "_QUICK", (("q8_0", 96),))
     monkeypatch.setattr(policies, "_TOKENS", 9)
-    options = policies.PoliciesOptions(model=str(shallow_model), pairs=2, repeats=2)
+    options = policies.PoliciesOptions(model=str(shallow_model), rounds=2)
     of = measured(policies, options, quick=True)
     assert {name: found.asked for (_, name), found in of.items() if found.asked} == {
         "scoring by keynorm over a token": policies.KEY_SCORES,

@@ -125,7 +125,7 @@ def _answers(subject: Subject, script: Script, policy: str, share: float) -> lis
     found = []
     for fact, stem in script.asked:
         mark = subject.mark()
-        logits = subject.asked(stem, ())[-1]
+        logits = subject.asked(stem, ())[0]
         subject.back_to(mark)
         said = max(fact.choices, key=lambda choice: logits[subject.tokens(f" {choice}")[0]])
         found.append(Outcome(TASK, "later", policy, share, said == fact.answer))

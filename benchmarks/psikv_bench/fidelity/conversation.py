@@ -79,27 +79,20 @@ def _turn(user: str, assistant: str) -> list[Message]:
 
 
 def renderer(template: str | None) -> Render:
-    """How this model reads messages: by its own chat template (Jinja), or as plain lines without one.
+    """How this model reads messages: by its own chat template (Jinja), or as ChatML without one.
 
     Raises BadInputError for a template that can't be used.
     """
-    if template is None:
-        return _plain
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+    from llama_cpp.llama_chat_format import CHATML_CHAT_TEMPLATE, Jinja2ChatFormatter
 
     try:
         formatter = Jinja2ChatFormatter(
-            template=template, eos_token="", bos_token="", add_generation_prompt=False
+            template or CHATML_CHAT_TEMPLATE, eos_token="", bos_token="", add_generation_prompt=False
         )
         formatter(messages=_turn("", ""))
     except Exception as error:  # somebody else's template: whatever it raises, it can't be used
         raise BadInputError(f"the model's chat template can't be used: {error}".splitlines()[0]) from None
     return lambda messages: str(formatter(messages=list(messages)).prompt)
-
-
-def _plain(messages: Sequence[Message]) -> str:
-    names = {"system": "", "user": "User: ", "assistant": "Assistant: "}
-    return "".join(f"{names[message['role']]}{message['content']}\n\n" for message in messages)
 
 
 def added(before: str, after: str) -> str:

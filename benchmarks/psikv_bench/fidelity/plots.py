@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -10,9 +11,8 @@ from typing import Any, NamedTuple
 
 from psikv_bench import plots
 from psikv_bench.fidelity.contenders import FULL, RANDOM
-from psikv_bench.fidelity.likelihood import ONE_CELL
 from psikv_bench.fidelity.plan import Plan
-from psikv_bench.fidelity.results import SCENES, Answers, Likelihood, Rows
+from psikv_bench.fidelity.results import SCENES, Rows
 from psikv_bench.intervals import Interval, Share
 
 _STYLES = ((plots.BLUE, "s"), (plots.SKY, "v"), (plots.PINK, "P"), (plots.ORANGE, "D"), (plots.BROWN, "d"),
@@ -22,61 +22,46 @@ _PANEL_IN = (3.9, 3.5)
 _SPREAD = 0.012
 """Distance between the points of two policies at one share, so that their intervals can be set apart."""
 
-Estimates = dict[tuple[str, float], Interval | Share]
-"""By policy and share."""
-
 
 class Panel(NamedTuple):
     """One set of axes."""
 
     title: str
-    values: Estimates
+    values: Mapping[tuple[str, float], Interval | Share]
+    """By policy and share."""
     full: float | None = None
-    """The full cache's; None where there is none to draw."""
-    floor: float | None = None
-    """What the arithmetic alone makes of it."""
-    logarithmic: bool = False
+    """The full cache's; None for a divergence, which is drawn in logarithms."""
 
 
 def draws(rows: Rows) -> Iterator[Callable[[Path], str]]:
     """What draws each plot for which something was measured."""
-    over_all = [line for line in rows.likelihood if not line.text]
-    if over_all:
-        yield partial(_figure, "distributions.png", list(_distributions(over_all)), rows.plan)
-    if any(line.share for line in rows.answers):
-        yield partial(_figure, "answers.png", list(_answers(rows.answers)), rows.plan)
+    panels = {"distributions.png": list(_distributions(rows)), "answers.png": list(_answers(rows))}
+    for name, of in panels.items():
+        if of:
+            yield partial(_figure, name, of, rows.plan)
 
 
-# -- what is drawn -----------------------------------------------------------------------------------------
+def _distributions(rows: Rows) -> Iterator[Panel]:
+    lines = {(line.policy, line.share): line for line in rows.likelihood if line.share and not line.text}
+    if lines:
+        yield Panel("KL divergence, nats", {case: line.kl for case, line in lines.items()})
+        yield Panel("top-1 agreement", {case: line.top1 for case, line in lines.items()}, 1.0)
+        ratios = {case: line.perplexity_ratio for case, line in lines.items()}
+        yield Panel("perplexity over the full cache's", ratios, 1.0)
 
 
-def _distributions(lines: Sequence[Likelihood]) -> Iterator[Panel]:
-    kl = _values((line, line.kl) for line in lines)
-    floor = next(line.kl.mean for line in lines if line.policy == ONE_CELL)
-    yield Panel("KL divergence from the full cache, nats", kl, floor=floor, logarithmic=True)
-    yield Panel("top-1 agreement with the full cache", _values((line, line.top1) for line in lines), 1.0)
-    ratios = _values((line, line.perplexity_ratio) for line in lines)
-    yield Panel("perplexity over the full cache's", ratios, 1.0)
-
-
-def _answers(lines: Sequence[Answers]) -> Iterator[Panel]:
-    full = {line.task: line.right.mean for line in lines if line.policy == FULL}
+def _answers(rows: Rows) -> Iterator[Panel]:
+    full = {line.task: line.right.mean for line in rows.answers if line.policy == FULL}
     for task, (when, words) in product(full, SCENES.items()):
-        values = _values((line, line.right) for line in lines if (line.task, line.when) == (task, when))
-        if values:
+        lines = [line for line in rows.answers if line.share and (line.task, line.when) == (task, when)]
+        if lines:
+            values = {(line.policy, line.share): line.right for line in lines}
             yield Panel(f"{task}, {words}: share right", values, full[task])
-
-
-def _values(found: Iterable[tuple[Likelihood | Answers, Interval | Share]]) -> Estimates:
-    return {(line.policy, line.share): value for line, value in found if line.share}
-
-
-# -- how ---------------------------------------------------------------------------------------------------
 
 
 def _figure(name: str, panels: Sequence[Panel], plan: Plan, folder: Path) -> str:
     columns = min(3, len(panels))
-    height = -(-len(panels) // columns)
+    height = math.ceil(len(panels) / columns)
 
     def draw(figure: Any, grid: Any) -> None:
         for axes in grid.flatten()[len(panels) :]:
@@ -97,21 +82,12 @@ def _panel(axes: Any, panel: Panel, plan: Plan) -> None:
         style: dict[str, Any] = {"color": colour, "marker": marker}
         if policy == RANDOM:
             style = {"color": plots.GREY, "marker": "x", "linestyle": "--"}
-        plots.errors(
-            axes,
-            [share + offset for share in shares],
-            [panel.values[policy, share] for share in shares],
-            markersize=5,
-            elinewidth=0.7,
-            label=policy,
-            **style,
-        )
+        values = [panel.values[policy, share] for share in shares]
+        places = [share + offset for share in shares]
+        plots.errors(axes, places, values, markersize=5, elinewidth=0.7, label=policy, **style)
     if panel.full is not None:
-        axes.axhline(panel.full, color=plots.DARK, linewidth=1.2, linestyle=(0, (4, 2)), label=FULL)
-    least = min(value.low for value in panel.values.values())
-    if panel.floor is not None and panel.floor > least / 5:  # far below it would take the space of the others
-        axes.axhline(panel.floor, color=plots.DARK, linewidth=1.0, linestyle=":", label=ONE_CELL)
-    if panel.logarithmic and least > 0:
+        axes.axhline(panel.full, color=plots.DARK, linestyle="--", label=FULL)
+    elif all(value.low > 0 for value in panel.values.values()):
         plots.logarithmic(axes, 10)
     axes.set_title(panel.title, loc="left", fontsize=10)
     axes.set_xlabel("share of the context given up", fontsize=9)

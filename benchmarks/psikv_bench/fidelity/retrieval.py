@@ -8,7 +8,7 @@ are decoded in both; only the time of the trim differs.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -45,10 +45,10 @@ class Asked:
     answer: frozenset[int]
     """Indices in `tokens` of the answers."""
 
-    def right(self, logits: Logits, start: int) -> bool:
-        """Whether greedy decoding by `logits`, those after tokens[start] and on, gives the answer."""
+    def right(self, logits: Logits) -> bool:
+        """Whether greedy decoding by `logits`, those after the first stem and on, gives the answer."""
         best = logits.argmax(axis=-1)
-        return all(best[index - 1 - start] == self.tokens[index] for index in self.answer)
+        return all(best[index - self.stem] == self.tokens[index] for index in self.answer)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def ask(subject: Subject, asked: Asked, already: int = 0) -> bool:
     mark = subject.mark()
     logits = subject.asked(asked.tokens[already : asked.stem], asked.tokens[asked.stem : -1])
     subject.back_to(mark)
-    return asked.right(logits, already)
+    return asked.right(logits)
 
 
 def _haystack(subject: Subject, plan: Plan, number: int) -> Haystack:
@@ -144,21 +144,14 @@ def measure(subject: Subject, plan: Plan, tick: Tick, *, number: int, tasks: fro
     what = f"text {number + 1} of {plan.haystacks} with hidden facts"
     tick(f"{what}: reading")
     subject.load(hay.tokens)
-    return [*_later(subject, plan, asked, tick, what), *_known(subject, plan, asked, tick, what)]
-
-
-def _later(subject: Subject, plan: Plan, asked: list[Asked], tick: Tick, what: str) -> Iterator[Outcome]:
     mark = subject.mark()
+    found = []
     for share, policy in product(plan.shares, plan.compared):
         tick(f"{what}: asked after {policy.name} gave up {share:.0%}")
         with subject.trimmed(policy, share):
             for one in asked:
-                yield Outcome(one.question.task, "later", policy.name, share, ask(subject, one))
-    subject.back_to(mark)
-
-
-def _known(subject: Subject, plan: Plan, asked: list[Asked], tick: Tick, what: str) -> Iterator[Outcome]:
-    mark = subject.mark()
+                right = ask(subject, one)
+                found.append(Outcome(one.question.task, "later", policy.name, share, right))
     for one in asked:
         tick(f"{what}: {one.question.steps[0][0]} ...")
         already = one.stem - 1
@@ -166,8 +159,9 @@ def _known(subject: Subject, plan: Plan, asked: list[Asked], tick: Tick, what: s
         for share, policy in product(plan.shares, plan.compared):
             with subject.trimmed(policy, share):
                 right = ask(subject, one, already)
-                yield Outcome(one.question.task, "known", policy.name, share, right)
+            found.append(Outcome(one.question.task, "known", policy.name, share, right))
         subject.back_to(mark)
+    return found
 
 
 def summed(outcomes: Sequence[Outcome]) -> list[Answers]:

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFReader
 
-from psi_kv_governor.cache import Recall
+from psi_kv_governor.cache import Recall, RecallMode
+from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.policy import Policy
+from psi_kv_governor.sandbox import llm as llms
 from psi_kv_governor.sandbox.messages import Setup
 from psikv_bench.fidelity.contenders import RECALL
 from psikv_bench.fidelity.texts import read_text
@@ -91,14 +93,13 @@ class Subject(Context):
         return found
 
     def asked(self, question: Sequence[int], answer: Sequence[int]) -> Logits:
-        """Decode a prompt's end and what follows it; gives the logits after each token. With recall those
-        within the question are NaN: a prompt has only those after its last."""
+        """Decode a prompt's end and the answer to it; gives the logits after the prompt, and after each token
+        of the answer."""
         if not self._recalls:
-            return self.logits([*question, *answer])
+            return self.logits([*question, *answer])[len(question) - 1 :]
         self.read(question)
-        found = np.full((len(question), self.llm.n_vocab()), np.nan, np.float32)
-        found[-1] = np.ctypeslib.as_array(self.llm._ctx.get_logits(), shape=(self.llm.n_vocab(),))
-        return np.concatenate([found, self.logits(answer)]) if len(answer) else found
+        last = llms.logits_of(self.llm).copy()
+        return np.stack([last, *(self.logits([token])[0] for token in answer)])
 
     def greedy(self, token: int, count: int) -> Logits:
         """Decode `token` and the most probable ones after it; gives the logits from which `count` of these
@@ -149,14 +150,8 @@ class Subject(Context):
     @contextmanager
     def recalling(self, policy: Policy) -> Iterator[None]:
         """With recall, where `policy` is the contender that has it; without it afterwards."""
-        settings = Recall(
-            mode="ahead",
-            sink_cells=self.config.sink_cells,
-            window_cells=self.config.window_cells,
-            bytes_per_s=self.config.recall_bytes_per_s,
-        )
         self._recalls = policy.name == RECALL
-        self.engine.recall(settings if self._recalls else Recall())
+        self.engine.recall(recall_of(self.config, "ahead") if self._recalls else Recall())
         try:
             yield
         finally:
@@ -167,6 +162,17 @@ class Subject(Context):
         """`share` of the context in whole blocks, so that every policy gives up the same number of cells."""
         block = self.config.block_cells
         return round(share * self.n_tokens / block) * block
+
+
+def recall_of(config: GovernorConfig, mode: RecallMode, *, paused: bool = False) -> Recall:
+    """The governor's settings. With `paused` it samples and scores, and exchanges nothing."""
+    return Recall(
+        mode=mode,
+        sink_cells=config.sink_cells,
+        window_cells=config.window_cells,
+        bytes_per_s=config.recall_bytes_per_s,
+        paused=paused,
+    )
 
 
 def _check_length(model: Path, n_ctx: int) -> None:

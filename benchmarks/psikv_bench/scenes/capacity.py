@@ -14,7 +14,6 @@ from psi_kv_governor.quantile import quantile
 from psi_kv_governor.sandbox import messages
 from psi_kv_governor.sandbox.host import MIB, Host, ModelKilledError
 from psi_kv_governor.sandbox.messages import Setup, Variant
-from psi_kv_governor.sandbox.sandbox import Swap
 from psikv_bench.capacity_report import (
     CLAIMED,
     Ending,
@@ -35,7 +34,6 @@ from psikv_bench.trials.sizing import ample_bytes, require_sandbox
 
 STEP_CELLS = 256
 """Lengths are multiples of this: llama.cpp pads a context to it."""
-SWAP_BYTES = 512 * MIB
 THRASH_SHARE = 0.1
 """Of the tokens per second with a short context and memory to spare. Slower than that, a cgroup reads the
 weights again for every token: the demo model then does 4 tokens per second from a fast disk, and next to none
@@ -52,7 +50,6 @@ class CapacityOptions(FarOptions, frozen=True, kw_only=True):
     """What is asked for."""
 
     variants: Annotated[tuple[Variant, ...], Meta(description="Which of them.")] = ("fixed", "psi")
-    swap: Annotated[Swap, Meta(description="Inside of the cgroups.")] = "none"
     max_ctx: Annotated[int, Meta(ge=1, description="No longer context is tried.")] = 32_768
     tokens: Annotated[int, Meta(ge=1, lt=STEP_CELLS, description="Decoded at the end of each.")] = 32
     least_tokens_s: (
@@ -131,7 +128,7 @@ class _Probing:
             threads=options.threads or 1,
             prefill_threads=options.threads or 1,
         )
-        with Host(setup, limit_bytes or ample_bytes(), options.swap, SWAP_BYTES) as host:
+        with Host(setup, limit_bytes or ample_bytes()) as host:
             try:
                 self._until(host, messages.Opened)
                 fill = messages.Fill(tokens=length - options.tokens, chunk=options.chunk)
@@ -196,12 +193,10 @@ class _Probing:
 def run(recorder: Recorder[CapacityOptions]) -> Report:
     """Probe what is not yet in the journal, and report. Ctrl-C keeps the finished probes."""
     asked = recorder.options
+    if asked.limits or not asked.needles:
+        require_sandbox("none")
     if asked.needles:
-        if asked.limits:
-            require_sandbox("none")
-        found = measure(asked, recorder.say)
-        return recorder.save(recorder.report(found, [asked.threads or 1]))
-    require_sandbox(asked.swap)
+        return recorder.save(recorder.report(measure(asked, recorder.say), [asked.threads or 1]))
     journal = recorder.journal(Probe, msgspec.structs.replace(asked, model=""))
     interrupted = False
     try:

@@ -31,8 +31,6 @@ _KINDS: dict[Part, Any] = {
 }
 """What a piece of each part finds: what JSON can hold, and arrays of float64."""
 
-Found = dict[Part, list[Any]]
-
 
 class Piece(NamedTuple):
     """A part of the benchmark that is measured in one go, in a minute or so on one core."""
@@ -51,41 +49,51 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True):
     result: msgspec.Raw
 
 
-def pieces(planned: Plan, found: Found) -> Iterator[Piece]:
-    """All of them. Whoever takes them one by one adds to `found` what came of each."""
+def _found(journal: Journal[Finished]) -> dict[Part, list[Any]]:
+    found: dict[Part, list[Any]] = defaultdict(list)
+    for one in journal.parts:
+        found[one.part] += decoded(one.result, _KINDS[one.part])
+    return found
+
+
+def _pieces(planned: Plan, journal: Journal[Finished]) -> Iterator[Piece]:
+    """All of them, each when those before it are in the journal."""
     for name in planned.texts:
         for ctx in planned.ctx:
             yield Piece("texts", f"{name}-{ctx}", partial(likelihood.measure, name=name, ctx=ctx))
     yield Piece("spike", "one", spike.measure)
     yield Piece("facts", "full", retrieval.screen)
-    able = retrieval.able(retrieval.summed(found["facts"]))
+    able = retrieval.able(retrieval.summed(_found(journal)["facts"]))
     for i in range(planned.haystacks):
         yield Piece("facts", str(i), partial(retrieval.measure, number=i, tasks=able))
     for i in range(planned.chats):
         yield Piece("chats", str(i), partial(chats.measure, number=i))
 
 
-def _measure(
-    recorder: Recorder[FidelityOptions], planned: Plan, journal: Journal[Finished], found: Found
-) -> None:
-    """What is not in the journal, into it and into `found`. The model is opened only where a piece is
-    missing. Raises BadInputError and PsiKvError where it can't be measured."""
-    done = {(one.part, one.name): one.result for one in journal.parts}
+def _measure(recorder: Recorder[FidelityOptions], planned: Plan, journal: Journal[Finished]) -> None:
+    """What is asked for and not in the journal. The model is opened only where a piece is missing.
+
+    Raises BadInputError and PsiKvError where it can't be measured.
+    """
+    parts, done = recorder.options.only or PARTS, {(one.part, one.name) for one in journal.parts}
+    opened: dict[Weights, Subject] = {}
     with ExitStack() as stack:
-        opened: tuple[Weights, Subject] | None = None
-        for part, name, measure in pieces(planned, found):
-            result = done.get((part, name))
-            if result is None and part in (recorder.options.only or PARTS):
-                # Distributions without the arithmetic's noise, the others with the model as users have it.
-                which = planned.weights if part == "texts" else "file"
-                if opened is None or opened[0] != which:
-                    stack.close()
-                    opened = which, stack.enter_context(_subject(recorder, planned, which, stack))
-                measured = measure(opened[1], planned, lambda doing, of=part: recorder.say(f"{of}: {doing}"))
-                result = msgspec.Raw(encoded(measured))
-                journal.add(Finished(part=part, name=name, result=result))
-            if result is not None:
-                found[part] += decoded(result, _KINDS[part])
+
+        def finished(piece: Piece) -> Finished:
+            # Distributions without the arithmetic's noise, the others with the model as users have it.
+            which = planned.weights if piece.part == "texts" else "file"
+            if which not in opened:
+                stack.close()
+                opened.clear()
+                opened[which] = stack.enter_context(_subject(recorder, planned, which, stack))
+            found = piece.measure(
+                opened[which], planned, lambda doing: recorder.say(f"{piece.part}: {doing}")
+            )
+            return Finished(part=piece.part, name=piece.name, result=msgspec.Raw(encoded(found)))
+
+        pieces = _pieces(planned, journal)
+        ahead = (one for one in pieces if one.part in parts and (one.part, one.name) not in done)
+        journal.play(ahead, finished)
 
 
 def _subject(recorder: Recorder[FidelityOptions], planned: Plan, which: Weights, stack: ExitStack) -> Subject:
@@ -102,13 +110,9 @@ def run(recorder: Recorder[FidelityOptions]) -> Report:
     """Ctrl-C keeps what is finished. Raises BadInputError for what can't be measured as asked."""
     config = GovernorConfig()
     planned = plan(recorder.options, config, quick=recorder.quick)
-    found: Found = defaultdict(list)
-    journal = recorder.journal(Finished, planned)
-    interrupted = False
-    try:
-        _measure(recorder, planned, journal, found)
-    except KeyboardInterrupt:
-        interrupted = True
+    journal: Journal[Finished] = recorder.journal(Finished, planned)
+    _measure(recorder, planned, journal)
+    found = _found(journal)
     full = [one for one in found["texts"] if one.policy == FULL]
     rows = Rows(
         plan=planned,
@@ -121,7 +125,7 @@ def run(recorder: Recorder[FidelityOptions]) -> Report:
     report = recorder.report(
         list(targets.figures(rows, config.policy)),
         [recorder.options.threads or cores()],
-        interrupted=interrupted,
+        interrupted=journal.interrupted,
         tables=tables.tables(rows),
         notes=list(tables.notes(rows)),
         rows=rows,

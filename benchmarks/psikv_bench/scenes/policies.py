@@ -41,8 +41,7 @@ _QUICK: Contexts = (("f16", 1024), ("q8_0", 2048))
 class PoliciesOptions(Options, frozen=True, kw_only=True):
     """How much is measured."""
 
-    pairs: Annotated[int, Meta(ge=1, description="Of turns, with sampling and without.")] = 60
-    repeats: Annotated[int, Meta(ge=1, description="How often each policy scores.")] = 25
+    rounds: Annotated[int, Meta(ge=1, description="Of scores, and of turns with sampling and without.")] = 60
 
 
 def run(recorder: Recorder[PoliciesOptions]) -> Report:
@@ -55,8 +54,7 @@ def run(recorder: Recorder[PoliciesOptions]) -> Report:
             prefill_threads=cores(),
         )  # fmt: skip
         with _Filled(setup, tokens, recorder) as filled:
-            figures += _key_figures(filled, recorder)
-            figures += _sampling_figures(filled, recorder)
+            figures += _figures(filled, recorder)
     return recorder.save(recorder.report(figures, [threads]))
 
 
@@ -90,43 +88,36 @@ class _Filled(Context):
         return time.perf_counter() - began_s
 
 
-def _key_figures(filled: _Filled, recorder: Recorder[PoliciesOptions]) -> Iterator[Figure]:
-    filled.sample(False)
-    filled.decode(2)
-    token_s: list[float] = []
+def _figures(filled: _Filled, recorder: Recorder[PoliciesOptions]) -> Iterator[Figure]:
+    """In each round turns with sampling and without, a token, and the scores of each policy."""
     score_s: dict[str, list[float]] = {name: [] for name in _KEY_POLICIES}
-    for number in range(recorder.options.repeats):
-        recorder.say(f"{filled.case}: scores, {number + 1} of {recorder.options.repeats}")
-        token_s.append(filled.decode(1))
-        for name in _KEY_POLICIES:
-            score_s[name].append(filled.score(name))
-    yield figure("one decoded token", "ms", [1e3 * seconds for seconds in token_s], case=filled.case)
-    for name, seconds in score_s.items():
-        ratios = [score / token for score, token in zip(seconds, token_s, strict=True)]
-        yield figure(f"scoring by {name}", "ms", [1e3 * score for score in seconds], case=filled.case)
-        yield figure(f"scoring by {name} over a token", "x", ratios, KEY_SCORES, case=filled.case)
-
-
-def _sampling_figures(filled: _Filled, recorder: Recorder[PoliciesOptions]) -> Iterator[Figure]:
+    turn_s: dict[bool, list[float]] = {False: [], True: []}
+    token_s = []
     filled.sample(True)
     filled.decode(_TOKENS)
-    ratios, speeds = [], []
-    for number in range(recorder.options.pairs):
-        recorder.say(f"{filled.case}: sampling, pair {number + 1} of {recorder.options.pairs}")
-        seconds = {}
+    for number in range(recorder.options.rounds):
+        recorder.say(f"{filled.case}: round {number + 1} of {recorder.options.rounds}")
         for sampled in (False, True) if number % 2 == 0 else (True, False):
             filled.sample(sampled)
-            seconds[sampled] = filled.decode(_TOKENS)
-        ratios.append(seconds[False] / seconds[True])
-        speeds.append(_TOKENS / seconds[True])
+            turn_s[sampled].append(filled.decode(_TOKENS))
+        filled.sample(False)
+        token_s.append(filled.decode(1))
+        for name, seconds in score_s.items():
+            seconds.append(filled.score(name))
+    yield figure("one decoded token", "ms", [1e3 * seconds for seconds in token_s], case=filled.case)
+    for name, scores_s in score_s.items():
+        ratios = [score / token for score, token in zip(scores_s, token_s, strict=True)]
+        yield figure(f"scoring by {name}", "ms", [1e3 * score for score in scores_s], case=filled.case)
+        yield figure(f"scoring by {name} over a token", "x", ratios, KEY_SCORES, case=filled.case)
+    ratios = [without / with_it for without, with_it in zip(turn_s[False], turn_s[True], strict=True)]
     yield figure("sampled over unsampled speed", "x", ratios, SAMPLING, case=filled.case)
-    yield figure("sampled", "tokens/s", speeds, case=filled.case)
+    yield figure("sampled", "tokens/s", [_TOKENS / seconds for seconds in turn_s[True]], case=filled.case)
 
 
 SCENE = Scene(
     about="What scoring a context by its keys and sampling attention cost, over one decoded token.",
     options=PoliciesOptions(),
-    quick=PoliciesOptions(pairs=12, repeats=9),
+    quick=PoliciesOptions(rounds=12),
     run=run,
     examples=("psi-kv bench policies --quick",),
 )

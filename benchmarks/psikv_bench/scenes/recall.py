@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from psi_kv_governor.cache import Range, Recall
 from psi_kv_governor.errors import PsiKvError
+from psikv_bench.fidelity.subject import recall_of
 from psikv_bench.figures import Asked, Figure, figure
 from psikv_bench.long_context import LongContext
 from psikv_bench.options import Options
@@ -52,7 +53,7 @@ def run(recorder: Recorder[RecallOptions]) -> Report:
         recorder.say(f"{total:,} tokens", new=True)
         filled.fill(total)
         filled.decode_singly(1)  # the engine knows of attention from the first graph on
-        filled.engine.recall(_settings(filled, paused=True))  # what is given up is summarised
+        filled.engine.recall(recall_of(filled.config, "follow", paused=True))  # what goes is summarised
         filled.mask(Range(filled.config.sink_cells, filled.config.sink_cells + options.parked))
         if why := filled.engine.recalled().why_not:
             raise PsiKvError(f"recall does not work with this model: {why}")
@@ -62,18 +63,6 @@ def run(recorder: Recorder[RecallOptions]) -> Report:
         summary = filled.engine.recalled().summary_bytes / filled.cache().cell_bytes
     figures = [*_figures(turns), cells, figure("summary over what is parked", "share", [summary])]
     return recorder.save(recorder.report(figures, [threads]))
-
-
-def _settings(filled: LongContext, *, paused: bool) -> Recall:
-    """With `paused` it samples and scores, and exchanges nothing."""
-    config = filled.config
-    return Recall(
-        mode="follow",
-        sink_cells=config.sink_cells,
-        window_cells=config.window_cells,
-        bytes_per_s=config.recall_bytes_per_s,
-        paused=paused,
-    )
 
 
 def _turn(filled: LongContext, settings: Recall, count: int) -> _Turn:
@@ -90,8 +79,11 @@ def _turns(
     filled: LongContext, options: RecallOptions, recorder: Recorder[RecallOptions]
 ) -> dict[str, list[_Turn]]:
     """In each round every mode once, each first in its turn. The first round does not count."""
-    scoring, follow = (_settings(filled, paused=paused) for paused in (True, False))
-    modes = {"off": Recall(), "scoring": scoring, "follow": follow}
+    modes = {
+        "off": Recall(),
+        "scoring": recall_of(filled.config, "follow", paused=True),
+        "follow": recall_of(filled.config, "follow"),
+    }
     found: dict[str, list[_Turn]] = {name: [] for name in modes}
     for number in range(options.rounds + 1):
         recorder.say(f"round {number} of {options.rounds}")
