@@ -103,8 +103,11 @@ class Prober:
         return found
 
 
-class _Slow(Exception):
+class _SlowError(PsiKvError):
     """What came, came slower than asked."""
+
+
+_ENDINGS: dict[type, Ending] = {ModelKilledError: "killed", _SlowError: "slow"}
 
 
 class _Probing:
@@ -137,14 +140,10 @@ class _Probing:
                     self._until(host, messages.Done)
                 host.order(messages.Look())
                 looked = self._until(host, messages.Looked)
-            except ModelKilledError as error:
-                ending, why = "killed", str(error)
-            except _Slow as error:
-                ending, why = "slow", str(error)
             except BadInputError:
                 raise
             except PsiKvError as error:
-                ending, why = "failed", str(error)
+                ending, why = _ENDINGS.get(type(error), "failed"), str(error)
             assert host.sandbox is not None, "it has a limit"
             peak_bytes = host.sandbox.group.peak_bytes() or 0
         singles_s = [token.seconds for token in self._tokens if token.tokens == 1]
@@ -181,13 +180,13 @@ class _Probing:
         return found
 
     def _check_pace(self, silent_s: float) -> None:
-        """Raises _Slow."""
+        """Raises _SlowError."""
         least = self._least_tokens_s
         if not self._tokens:
             if silent_s > _OPEN_S:
-                raise _Slow(f"it did not open in {_OPEN_S:.0f} s")
+                raise _SlowError(f"it did not open in {_OPEN_S:.0f} s")
         elif too_slow(self._tokens, silent_s, self._options.tokens, self._options.chunk, least):
-            raise _Slow(f"less than {least:g} tokens per second")
+            raise _SlowError(f"less than {least:g} tokens per second")
 
 
 def run(recorder: Recorder[CapacityOptions]) -> Report:
