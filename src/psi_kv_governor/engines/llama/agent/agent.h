@@ -114,9 +114,11 @@ struct region {
     uint8_t * in_file;           // one a page: its content is in the file (backing memory only)
     struct tensor * tensors;
     int32_t  n_tensors, leader;  // the leader's indices and addresses stand for all
-    int64_t  n_rows;
+    int64_t  n_rows, stream_rows;  // of all streams, and of each
+    int64_t * reached;           // of each stream: rows before it may hold something, since they were last dropped
     uint64_t cell_bytes, shortest_row_bytes;
     bool     cells;              // it holds keys and values by cell (a recurrent state does not)
+    bool     copied;             // between streams, which llama.cpp does whole and later: any row may hold something
     bool     masks;              // its attention takes a mask that we can write
     char     why_no_mask[96];
     int32_t * pos;               // [n_rows], -1: not known
@@ -183,6 +185,7 @@ void no_read_ahead(uint64_t first, uint64_t last);
 #define OF_FILE   (1ull << 61)
 bool page_map(uint64_t first, size_t n, uint64_t * entries);
 uint64_t resident_in(uint64_t first, uint64_t last);
+uint64_t resident_of(const struct region * region, uint64_t first, uint64_t last);  // the same, faster where the kernel can
 uint64_t held_in(uint64_t first, uint64_t last, uint64_t * swapped);
 
 // ---- pages.c: the pages of a range, and where their bytes reside ----------------------------------------------
@@ -232,6 +235,12 @@ void lost_loaded(struct region * region, struct sequence * sequence);
 void lost_removed(llama_memory_t memory, int32_t id, int32_t p0, int32_t p1, bool but);  // of `id`, or of all but it
 void lost_copied(llama_memory_t memory, int32_t from, int32_t to, int32_t p0, int32_t p1);
 
+// ---- rows.c: which rows may hold something -------------------------------------------------------------------------
+
+void rows_reached(struct region * region, int64_t row);  // it was written; below 0: all of them were
+void rows_dropped(struct region * region);               // those that are free hold nothing any more
+bool row_reached(const struct region * region, int64_t row);
+
 // ---- graph.c, and graph.h for its parts: the mask, the rows that a graph writes, and attention -----------------
 
 void graph_before(struct lib * lib, ggml_backend_sched_t sched, struct ggml_cgraph * graph);
@@ -259,20 +268,6 @@ bool sampler_failed(const struct sampler * sampler);
 size_t sampler_memory(struct sampler * sampler, void * parts[3]);  // all that was sampled: so many bytes in each part
 bool keys_score(const struct tensor * keys, bool cosine, const int32_t * rows, int64_t n, float * out, float * scratch);
 bool keys_readable(const struct tensor * keys);
-
-// ---- blobs.c: saved states that the program keeps -----------------------------------------------------------
-
-struct blob { uint32_t id; bool whole, parked, checkpoint, busy, doomed; uintptr_t base; uint64_t bytes, mapped; double used_s; };
-
-void blob_expect(size_t bytes, uint32_t flags);         // this thread is about to allocate so much for a state
-void blob_begun(const void * address);
-void blob_whole(const void * address, size_t bytes);    // a state was written there
-void blob_used(const void * address);                   // a state is being read from there
-int  blobs_tell(struct blob * to, int most);
-uint64_t blob_park(uint32_t id, bool kept, uint64_t * bytes_written);
-void blobs_after_fork(void);
-bool blob_holds(uintptr_t address);
-void blobs_refuse(bool refuse);                         // new entries of a prompt cache
 
 // ---- serve.c, and protocol.h for its parts: one message in, one out -------------------------------------------
 

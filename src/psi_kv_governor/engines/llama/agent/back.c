@@ -17,7 +17,7 @@ static uint64_t rows_here(const struct region * region, int32_t from, int32_t to
             if (read) {
                 read_pages(first, last);
             }
-            here += resident_in(first, last);
+            here += resident_of(region, first, last);
         }
     }
     return here;

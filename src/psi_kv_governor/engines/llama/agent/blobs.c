@@ -8,7 +8,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "agent.h"
+#include "blobs.h"
 
 #define MAX_BLOBS 4096
 #define LEAST_BYTES (1u << 20)

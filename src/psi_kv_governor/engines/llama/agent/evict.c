@@ -87,6 +87,10 @@ void lost_removed(llama_memory_t memory, int32_t id, int32_t p0, int32_t p1, boo
 void lost_copied(llama_memory_t memory, int32_t from, int32_t to, int32_t p0, int32_t p1) {
     pthread_mutex_lock(&agent.lock);
     for (struct region * region = NULL; from != to && (region = region_of_memory(memory, region));) {
+        if (region->n_rows > region->stream_rows) {
+            region->copied = true;
+            rows_reached(region, -1);
+        }
         struct sequence * target = region->n_lost ? map_sequence(region, to, true) : NULL;
         struct sequence * source = target ? map_sequence(region, from, false) : NULL;
         for (int32_t i = 0; source && i < source->n_lost; i++) {

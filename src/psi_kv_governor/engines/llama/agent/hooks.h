@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "blobs.h"
 #include "recall.h"
 
 static inline void gate_left(int * unused) {

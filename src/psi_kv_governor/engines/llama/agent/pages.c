@@ -81,7 +81,7 @@ static bool locked(uint64_t first, uint64_t last) {
 
 // Pages of a shared file are what the file holds, whoever writes meanwhile: they can be dropped at any moment.
 static uint64_t park_shared(struct region * region, uint64_t first, uint64_t last) {
-    const uint64_t before = resident_in(first, last);
+    const uint64_t before = resident_of(region, first, last);
     const off_t    offset = (off_t) (first - region->first), bytes = (off_t) (last - first);
     if (!written_through(region, first, last)) {
         return 0;
@@ -91,7 +91,7 @@ static uint64_t park_shared(struct region * region, uint64_t first, uint64_t las
         return 0;
     }
     (void) posix_fadvise(region->fd, offset, bytes, POSIX_FADV_DONTNEED);
-    const uint64_t after = resident_in(first, last);
+    const uint64_t after = resident_of(region, first, last);
     return before > after ? before - after : 0;
 }
 
@@ -253,7 +253,7 @@ bool move_to_file(uint64_t first, uint64_t last, bool kept) {
 }
 
 uint64_t drop_pages(struct region * region, uint64_t first, uint64_t last) {
-    const uint64_t before = resident_in(first, last);
+    const uint64_t before = resident_of(region, first, last);
     const uint64_t bytes = last - first;
     if (region->backing == BACKING_FILE) {
         const off_t offset = (off_t) (first - region->first);
@@ -274,6 +274,6 @@ uint64_t drop_pages(struct region * region, uint64_t first, uint64_t last) {
         (void) madvise((void *) first, bytes, MADV_NOHUGEPAGE);
         memset(region->in_file + (first - region->first) / page_bytes(), 0, bytes / page_bytes());
     }
-    const uint64_t after = resident_in(first, last);
+    const uint64_t after = resident_of(region, first, last);
     return before > after ? before - after : 0;
 }

@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "agent.h"
+#include "blobs.h"
 
 enum { VERSION = 1 };
 enum op { HELLO = 1, SNAPSHOT, SEQUENCE, MASK, UNMASK, PARK, UNPARK, WRITE, RELEASE, EVIDENCE, COLLECT, FORGET, BLOBS, PARK_BLOB, REFUSE, SAMPLED, BUFFERS, RECALL, RECALLED, EVICT };

@@ -113,13 +113,14 @@ static void note_tensors(struct region * region, struct lib * lib, struct ggml_c
         if (tensor->keys && region->n_rows == 0) {
             region->leader = region->n_tensors;
             region->n_rows = (int64_t) tensor->n_rows;
+            region->stream_rows = t->ne[1];
         }
         region->cells              = region->cells && (int64_t) tensor->n_rows == region->n_rows;
         region->cell_bytes        += tensor->row_bytes;
         region->shortest_row_bytes = tensor->row_bytes < region->shortest_row_bytes ? tensor->row_bytes : region->shortest_row_bytes;
         region->n_tensors++;
     }
-    region->cells = region->cells && region->n_rows > 0;
+    region->cells = region->cells && region->n_rows > 0 && region->stream_rows > 0;
 }
 
 static void forget(struct region * region) {
@@ -136,6 +137,7 @@ static void forget(struct region * region) {
     free(region->tensors);
     free(region->pos);
     free(region->flags);
+    free(region->reached);
     free(region->in_file);
     free(region->write_rows);
     memset(region, 0, sizeof(*region));
@@ -180,8 +182,10 @@ void region_born(struct lib * lib, ggml_backend_buffer_t buffer, struct ggml_con
             note_tensors(region, lib, context);
             region->pos     = region->cells ? malloc((size_t) region->n_rows * sizeof(int32_t)) : NULL;
             region->flags   = region->cells ? calloc((size_t) region->n_rows, 1) : NULL;
+            region->reached = region->cells ? calloc((size_t) (region->n_rows / region->stream_rows), sizeof(int64_t)) : NULL;
             region->in_file = calloc((region->last - region->first) / page_bytes(), 1);
-            region->cells   = region->cells && region->pos && region->flags;
+            region->cells   = region->cells && region->pos && region->flags && region->reached;
+            rows_reached(region, -1);
             for (int64_t i = 0; region->cells && i < region->n_rows; i++) {
                 region->pos[i] = -1;
             }
@@ -209,7 +213,7 @@ bool region_clear(ggml_backend_buffer_t buffer) {
     pthread_mutex_lock(&agent.lock);
     struct region * region = region_of_buffer(buffer);
     if (region && region->map_generation > 0) {  // llama_memory_clear: not its birth
-        done = drop_pages(region, region->first, region->last) > 0 || resident_in(region->first, region->last) == 0;
+        done = drop_pages(region, region->first, region->last) > 0 || resident_of(region, region->first, region->last) == 0;
     } else if (region) {
         const uint64_t bytes = region->last - region->first;
         // A huge page would make 2 MiB resident for one row, and a part of it can't be returned.
@@ -221,6 +225,7 @@ bool region_clear(ggml_backend_buffer_t buffer) {
     if (done) {
         memset((void *) region->base, 0, region->first - region->base);
         memset((void *) region->last, 0, region->end - region->last);
+        rows_dropped(region);
     }
     pthread_mutex_unlock(&agent.lock);
     return done;

@@ -4,7 +4,38 @@
 
 #include "graph.h"
 
+// Attention looks at each row of a stream before the last that is used, and on to a multiple of this (llama.cpp's n_kv): free
+// ones become resident by that too.
+#define LOOKED_AT_ROWS 256
+
+void rows_reached(struct region * region, int64_t row) {
+    for (int64_t i = 0; row < 0 && region->cells && i < region->n_rows / region->stream_rows; i++) {
+        region->reached[i] = region->stream_rows;
+    }
+    if (row >= 0 && region->reached[row / region->stream_rows] <= row % region->stream_rows) {
+        region->reached[row / region->stream_rows] = row % region->stream_rows + 1;
+    }
+}
+
+void rows_dropped(struct region * region) {
+    const bool known = region->cells && !region->copied;
+    for (int64_t i = 0; known && i < region->n_rows / region->stream_rows; i++) {
+        region->reached[i] = 0;
+    }
+    for (int64_t i = 0; known && i < region->n_rows; i++) {
+        if (region->flags[i] & ROW_USED) {
+            rows_reached(region, i);
+        }
+    }
+}
+
+bool row_reached(const struct region * region, int64_t row) {
+    const int64_t reached = region->reached[row / region->stream_rows];
+    return row % region->stream_rows < (reached + LOOKED_AT_ROWS - 1) / LOOKED_AT_ROWS * LOOKED_AT_ROWS;
+}
+
 static void row_fresh(struct region * region, int64_t row) {
+    rows_reached(region, row);
     region->n_masked -= (region->flags[row] & ROW_MASKED) != 0;
     region->n_affected -= (region->flags[row] & ROW_AFFECTED) != 0;
     region->flags[row] = ROW_USED;
@@ -150,5 +181,8 @@ void rows_written(struct region * region, const struct ggml_tensor * index, cons
         copy_rows(region, index);
     } else {
         region->writes_all = true;
+    }
+    if (region->writes_all) {
+        rows_reached(region, -1);
     }
 }

@@ -5,7 +5,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "agent.h"
+#include "blobs.h"
 
 static struct sigaction before;
 

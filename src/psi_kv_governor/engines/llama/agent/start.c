@@ -6,7 +6,7 @@
 #include <string.h>
 #include <time.h>
 
-#include "agent.h"
+#include "blobs.h"
 
 struct agent agent = {.lock = PTHREAD_MUTEX_INITIALIZER};
 

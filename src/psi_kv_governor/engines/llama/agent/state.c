@@ -39,7 +39,7 @@ char * tell_region(struct region * region, char * to, char * end, bool count_res
                  (region->computing ? 8u : 0u) | (fresh ? 0u : 16u) | (count_resident && fresh && frees_swap(region) ? 32u : 0u),
         .context = (uint64_t) (uintptr_t) region->ctx, .n_rows = (uint64_t) region->n_rows, .cell_bytes = region->cell_bytes,
         .row_bytes = region->shortest_row_bytes, .size = region->last - region->first,
-        .resident = count_resident ? resident_in(region->first, region->last) : 0, .used_s = region->used_s,
+        .resident = count_resident ? resident_of(region, region->first, region->last) : 0, .used_s = region->used_s,
         .written = agent.written_bytes,
     };
     pthread_mutex_lock(&agent.lock);
