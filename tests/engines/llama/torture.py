@@ -30,7 +30,7 @@ SHAPE = Shape("llama", n_layer=2, n_head_kv=2)
 class Context:
     """A llama_context used through llama.cpp's own functions, as a foreign caller does."""
 
-    def __init__(self, api, model, *, unified: bool, flash: bool, n_ubatch: int) -> None:
+    def __init__(self, api, model, *, unified: bool, flash: bool, n_ubatch: int, callback=None) -> None:
         self.api = api
         params = api.llama_context_default_params()
         params.n_ctx = N_CTX
@@ -40,6 +40,8 @@ class Context:
         params.kv_unified = unified
         params.n_threads = params.n_threads_batch = 1
         params.flash_attn_type = 1 if flash else 0
+        if callback is not None:
+            params.cb_eval = callback
         self.ctx = api.llama_init_from_model(model, params)
         self.memory = api.llama_get_memory(self.ctx)
         self.buffer = (ctypes.c_uint8 * 1)()

@@ -70,6 +70,7 @@ bool gate_take(bool and_graphs, double patience_s);  // nobody is in llama.cpp (
 bool gate_take_between_calls(double patience_s);  // no call has begun
 void gate_give(void);
 bool gate_inside(void);          // this thread is inside of a call
+struct timespec realtime_in(double seconds);
 void gate_after_fork(void);
 
 // ---- region.c: the buffers of caches, from birth to end -------------------------------------------------------
@@ -130,6 +131,7 @@ struct region {
     double   used_s;
     // What the graph that runs writes: rows first..last of each tensor, or everything.
     bool     computing, writes_all;
+    uint64_t n_graphs;           // that have begun
     int64_t * write_rows;
     int64_t  n_write_rows, write_capacity;
     struct sampler * sampler;
@@ -138,6 +140,7 @@ struct region {
 
 struct agent {
     pthread_mutex_t lock;        // of everything here and in the regions; held for microseconds
+    pthread_cond_t  graph_over;  // a graph is
     struct region regions[MAX_REGIONS];
     uint32_t next_id, next_buffer;
     uint64_t memory_generation;  // cells changed hands since
@@ -245,6 +248,7 @@ bool row_reached(const struct region * region, int64_t row);
 
 void graph_before(struct lib * lib, ggml_backend_sched_t sched, struct ggml_cgraph * graph);
 void graph_after(void);
+void graph_wait(struct region * region, double patience_s);  // agent.lock is held
 void graph_note_callback(ggml_backend_sched_t sched, ggml_backend_sched_eval_callback callback, void * user);
 void graph_laid_out(ggml_backend_sched_t sched, const struct ggml_cgraph * graph);
 void graph_forget_scheduler(ggml_backend_sched_t sched);

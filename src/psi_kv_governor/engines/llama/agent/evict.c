@@ -8,7 +8,7 @@
 #include "protocol.h"
 
 // How long a call of the program that has begun is waited for: a token of a large model. Nobody is kept waiting for us.
-#define PATIENCE_S 0.25
+#define END_PATIENCE_S 0.25
 
 // ---- lost positions ---------------------------------------------------------------------------------------------
 
@@ -161,7 +161,7 @@ void order_evict(struct region * region, const struct request * request, double 
         return;
     }
     // Not between two micro-batches: the graph that runs next looks at cells that it was told of before.
-    if (gate_inside() || !gate_take_between_calls(PATIENCE_S)) {
+    if (gate_inside() || !gate_take_between_calls(END_PATIENCE_S)) {
         snprintf(agent.problem, sizeof(agent.problem), "the program is busy in llama.cpp: nothing can be removed now");
         reply->done = 0;
         return;

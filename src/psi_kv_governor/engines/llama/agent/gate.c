@@ -64,7 +64,7 @@ void gate_compute_end(void) {
     pthread_mutex_unlock(&mutex);
 }
 
-static struct timespec in(double seconds) {
+struct timespec realtime_in(double seconds) {
     struct timespec until;
     clock_gettime(CLOCK_REALTIME, &until);
     const long long ns = until.tv_nsec + (long long) (seconds * 1e9);
@@ -75,7 +75,7 @@ static struct timespec in(double seconds) {
 
 // `patience_s` bounds the wait; the program waits no longer than that for somebody who waits.
 bool gate_take(bool and_graphs, double patience_s) {
-    const struct timespec until = in(patience_s);
+    const struct timespec until = realtime_in(patience_s);
     pthread_mutex_lock(&mutex);
     waiting++;
     int error = 0;
@@ -93,7 +93,7 @@ bool gate_take(bool and_graphs, double patience_s) {
 // Where no call has begun, or when the last one ends: also between its micro-batches nobody is let in. The program waits
 // for nobody meanwhile.
 bool gate_take_between_calls(double patience_s) {
-    const struct timespec until = in(patience_s);
+    const struct timespec until = realtime_in(patience_s);
     pthread_mutex_lock(&mutex);
     int error = 0;
     waiting_for_end++;

@@ -1,6 +1,8 @@
 // What happens around each graph: the rows that it writes are noted, parked cells are masked in its own mask, and of
 // some graphs attention is sampled.
 
+#include <errno.h>
+
 #include "graph.h"
 
 __thread struct call call;
@@ -49,6 +51,7 @@ void graph_before(struct lib * lib, ggml_backend_sched_t sched, struct ggml_cgra
         region->n_write_rows = 0;
         rows_written(region, walk->touched[i].index, walk->positions);
         region->computing    = true;
+        region->n_graphs++;
     }
     refresh(lib);
     for (int i = 0; i < walk->n_masks; i++) {
@@ -82,5 +85,16 @@ void graph_after(void) {
         region->computing = false;
     }
     call.walk = NULL;
+    pthread_cond_broadcast(&agent.graph_over);
     pthread_mutex_unlock(&agent.lock);
+}
+
+// Waits for the end of the graph that uses the region now, if there is one.
+void graph_wait(struct region * region, double patience_s) {
+    const struct timespec until = realtime_in(patience_s);
+    const uint64_t        begun = region->n_graphs;
+    int error = 0;
+    while (region->computing && region->n_graphs == begun && error != ETIMEDOUT) {
+        error = pthread_cond_timedwait(&agent.graph_over, &agent.lock, &until);
+    }
 }

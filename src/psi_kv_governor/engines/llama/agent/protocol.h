@@ -41,7 +41,10 @@ struct blob_info { uint32_t id, flags; uint64_t bytes; double used_s; };  // 1: 
 
 struct sequence_info { int32_t id, low, high, n, masked, affected, parked, lost; double used_s; };
 
-// ---- orders.c, back.c and evict.c: acting on what was asked ------------------------------------------------------------------------
+// ---- orders.c, back.c, release.c and evict.c: acting on what was asked -----------------------------------------
+
+// How long a program's call may be kept waiting for us, and how long we wait for it.
+#define PATIENCE_S 0.02
 
 bool refresh_map(struct region * region, bool anyway);
 void order_park(struct region * region, const struct request * request, double begin_s, struct reply * reply);
@@ -54,6 +57,7 @@ bool asked_for(const struct request * request, int32_t pos);
 bool late(const struct request * request, double begin_s);
 bool enough(const struct request * request, const struct reply * reply);
 enum act { ACT_PARK, ACT_WRITE, ACT_DROP, ACT_PARK_HERE };  // here: this thread's own graph has just ended
+void act_on_all(struct region * region, const struct request * request, double begin_s, enum act act, struct reply * reply);
 void act_on_rows(struct region * region, const struct request * request, double begin_s, enum act act, const uint8_t * rows, struct reply * reply);
 void forget_masks(struct region * region);
 

@@ -8,7 +8,7 @@
 
 #include "blobs.h"
 
-struct agent agent = {.lock = PTHREAD_MUTEX_INITIALIZER};
+struct agent agent = {.lock = PTHREAD_MUTEX_INITIALIZER, .graph_over = PTHREAD_COND_INITIALIZER};
 
 void real_set_primary(const char * path);
 
@@ -49,6 +49,7 @@ static void after_fork_in_parent(void) {
 static void after_fork_in_child(void) {
     regions_after_fork(true);
     pthread_mutex_init(&agent.lock, NULL);
+    pthread_cond_init(&agent.graph_over, NULL);
     pthread_mutex_init(&serving, NULL);
     blobs_after_fork();
     pthread_mutex_init(&lib_lock, NULL);
