@@ -10,10 +10,10 @@ import threading
 from pathlib import Path
 
 import pytest
+from torture import Context
 
 from gguf_models import LARGE
 from psi_kv_governor.engines.llama.client import Client, InProcess, Op
-from torture import Context
 
 pytestmark = pytest.mark.llama
 CELL_BYTES = 8192  # of LARGE
@@ -73,7 +73,7 @@ def region_of(client: Client, context: Context):
 
 
 def test_what_the_running_graph_still_reads_goes_when_it_is_over(context, client, pausing):
-    """It has its masks from its beginning: it read 140 MB back page by page, and took 2.5 s where it takes 0.1."""
+    """It has its masks from its beginning: 140 MB came back page by page, in a token of 2.5 s for 0.1."""
     region = region_of(client, context)
     pausing.armed = True
     decoding = threading.Thread(target=context.decode, args=([(7, len(TOKENS), 0)],))
@@ -111,9 +111,9 @@ def test_what_the_kernel_took_by_itself_is_read_ahead(context, client, folder):
     """One page after the other it came back at 32 MB/s."""
     state = bytes(context.state())
     assert client.ask(Op.WRITE, region_of(client, context).id, 0).problem == ""
-    for fd in os.listdir("/proc/self/fd"):
-        if str(folder) in os.path.realpath(f"/proc/self/fd/{fd}"):
-            os.fdatasync(int(fd))
+    for fd in Path("/proc/self/fd").iterdir():
+        if str(folder) in os.path.realpath(fd):
+            os.fdatasync(int(fd.name))
     for line in Path("/proc/self/maps").read_text().splitlines():
         if str(folder) in line:
             first, last = (int(part, 16) for part in line.split()[0].split("-"))

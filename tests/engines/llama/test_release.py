@@ -8,10 +8,10 @@ import random
 from pathlib import Path
 
 import pytest
+from torture import Context
 
 from gguf_models import LARGE
 from psi_kv_governor.engines.llama.client import Client, InProcess, Op
-from torture import Context
 
 pytestmark = pytest.mark.llama
 CELL_BYTES = 8192  # of LARGE
