@@ -67,8 +67,18 @@ def demo_model() -> Path:
 @pytest.fixture
 def folder(tmp_path, request) -> Iterator[Path]:
     """A folder on a disk: /tmp may be memory, and there nothing is parked."""
-    if find_place(str(tmp_path)).place is not None:
-        yield tmp_path
+    yield from _on_a_disk(tmp_path, request)
+
+
+@pytest.fixture(scope="module")
+def folder_of_module(tmp_path_factory, request) -> Iterator[Path]:
+    """The same for all tests of a module."""
+    yield from _on_a_disk(tmp_path_factory.mktemp("module"), request)
+
+
+def _on_a_disk(given: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    if find_place(str(given)).place is not None:
+        yield given
         return
     path = Path(__file__).parents[1] / "out" / f"tests-{os.getpid()}-{abs(hash(request.node.nodeid))}"
     path.mkdir(parents=True)

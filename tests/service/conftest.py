@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import functools
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from servers import PSI_KV, debian_server, python_with_servers
-from service_help import paper
+from service_help import compiled_in, paper
 
 from fakes import FakeSource
 from packages_help import Unavailable
@@ -39,15 +39,7 @@ def run() -> Run:
 def compiled(tmp_path) -> Callable[..., Path]:
     """Compiles a piece of C."""
 
-    def compile_(name: str, source: str, *flags: str) -> Path:
-        if shutil.which("cc") is None:
-            pytest.skip("there is no C compiler")
-        target = tmp_path / name
-        words = ("cc", "-x", "c", "-", "-x", "none", "-o")
-        subprocess.run([*words, str(target), *flags], input=source, text=True, check=True)
-        return target
-
-    return compile_
+    return functools.partial(compiled_in, tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,12 @@
-"""A governor over an engine on paper, and a machine set by hand."""
+"""A governor over an engine on paper, and a machine set by hand; and pieces of C."""
 
 from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
 
 from fakes import FakeSource
 from psi_kv_governor.config import GovernorConfig
@@ -8,6 +14,16 @@ from psi_kv_governor.engines.simulated import SimulatedEngine
 from psi_kv_governor.governor import Governor
 
 MIB = 1 << 20
+
+
+def compiled_in(folder: Path, name: str, source: str, *flags: str) -> Path:
+    """A piece of C, compiled."""
+    if shutil.which("cc") is None:
+        pytest.skip("there is no C compiler")
+    target = folder / name
+    words = ("cc", "-x", "c", "-", "-x", "none", "-o")
+    subprocess.run([*words, str(target), *flags], input=source, text=True, check=True)
+    return target
 
 
 def paper() -> tuple[Governor, SimulatedEngine, FakeSource]:

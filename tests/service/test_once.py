@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 from servers import PSI_KV, Server, free_port, resident_bytes
+from service_help import compiled_in
 
 MIB = 1 << 20
-HOLDS_MIB = 96
-# 96 MiB that are known, threads in calls that an interruption would end early.
+HOLDS_MIB = 48
+# 48 MiB that are known, threads in calls that an interruption would end early.
 HOLDS = r"""
 #define _GNU_SOURCE
 #include <errno.h>
@@ -33,7 +34,7 @@ HOLDS = r"""
 #include <sys/ptrace.h>
 #include <time.h>
 #include <unistd.h>
-static const size_t n = 96ul << 20;
+static const size_t n = 48ul << 20;
 static volatile int disturbed, ended;
 static int fds[2];
 static void * sleeps(void * unused) {
@@ -54,7 +55,7 @@ static uint64_t sum(const uint64_t * p) {
 }
 int main(int count, char ** words) {
     uint64_t * p = malloc(n);
-    for (size_t i = 0; i < n / 8; i++) p[i] = i & (1 << 20) ? 0 : i * 0x9E3779B97F4A7C15u;
+    for (size_t i = 0; i < n / 8; i++) p[i] = i & (1 << 19) ? 0 : i * 0x9E3779B97F4A7C15u;
     const uint64_t before = sum(p);
     pthread_t t[3];
     (void) !pipe(fds);
@@ -86,9 +87,9 @@ int main(int count, char ** words) {
 """
 
 
-@pytest.fixture
-def holds(compiled) -> Path:
-    return compiled("holds", HOLDS, "-O1", "-pthread")
+@pytest.fixture(scope="module")
+def holds(tmp_path_factory) -> Path:
+    return compiled_in(tmp_path_factory.mktemp("holds"), "holds", HOLDS, "-O1", "-pthread")
 
 
 @contextlib.contextmanager

@@ -84,7 +84,7 @@ def test_with_an_agent_of_another_version_the_program_runs_on_and_that_is_said_o
         (other / part.name).write_text(
             part.read_text().replace("enum { VERSION = 1 };", "enum { VERSION = 99 };")
         )
-    flags = ("-std=gnu11", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-fexceptions", "-x", "none")
+    flags = ("-std=gnu11", "-O0", "-shared", "-fPIC", "-fvisibility=hidden", "-fexceptions", "-x", "none")
     library = compiled("other.so", "", *flags, *map(str, other.glob("*.c")), "-ldl", "-lm", "-lpthread")
     refused: list[tuple[int, str]] = []
     fleet = Fleet(place=str(folder), backing="file", refused=lambda pid, why: refused.append((pid, why)))

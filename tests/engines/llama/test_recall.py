@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 
 import numpy as np
@@ -24,27 +25,27 @@ QUESTION = "\n\nThe treasure is buried under the"
 SETTINGS = Recall(mode="ahead", sink_cells=32, window_cells=64, bytes_per_s=1e9)
 
 
-@pytest.fixture
-def open_llm(folder, agent):
-    """Opens a plain `llama_cpp.Llama` with an engine over its caches."""
+@contextlib.contextmanager
+def opened(agent, place, model, *, backing="file", **arguments):
+    """A plain `llama_cpp.Llama` with an engine over its caches."""
     import llama_cpp
 
-    opened = []
+    agent.configure(str(place), in_file=backing == "file", reserve_bytes=0, limit_bytes=0)
+    chosen = {"n_ctx": 768, "n_threads": 1, "n_threads_batch": 1, "verbose": False, "flash_attn": True}
+    llm = llama_cpp.Llama(str(model), **{**chosen, **arguments})
+    address = ctypes.cast(llm.ctx, ctypes.c_void_p).value
+    client = Client(InProcess(agent.serve))
+    engine = LlamaEngine(client, pid=1, place=str(place), backing=backing, context=lambda: address)
+    yield llm, engine
+    engine.recall(Recall())
+    llm.close()
 
-    def open_(model, *, backing="file", **arguments):
-        agent.configure(str(folder), in_file=backing == "file", reserve_bytes=0, limit_bytes=0)
-        chosen = {"n_ctx": 768, "n_threads": 1, "n_threads_batch": 1, "verbose": False, "flash_attn": True}
-        llm = llama_cpp.Llama(str(model), **{**chosen, **arguments})
-        address = ctypes.cast(llm.ctx, ctypes.c_void_p).value
-        client = Client(InProcess(agent.serve))
-        engine = LlamaEngine(client, pid=1, place=str(folder), backing=backing, context=lambda: address)
-        opened.append((llm, engine))
-        return llm, engine
 
-    yield open_
-    for llm, engine in opened:
-        engine.recall(Recall())
-        llm.close()
+@pytest.fixture
+def open_llm(folder, agent):
+    """Opens them."""
+    with contextlib.ExitStack() as stack:
+        yield lambda model, **arguments: stack.enter_context(opened(agent, folder, model, **arguments))
 
 
 def logits(llm) -> np.ndarray:
@@ -95,6 +96,15 @@ class Story:
         self.llm.eval(self.question)
         return since(self.engine, before)
 
+    def forget(self) -> None:
+        """As if nothing had been given up or asked: what was wanted is forgotten when nothing is missing."""
+        self.engine.collect(frozenset())
+        do(self.engine, Verb.UNMASK)
+        self.llm.n_tokens = len(self.tokens)
+        self.llm.eval(self.question)
+        self.llm.n_tokens = len(self.tokens)
+        self.engine.recall(Recall())
+
     def answer(self) -> str:
         return self.llm.detokenize([int(logits(self.llm).argmax())], special=True).decode()
 
@@ -103,9 +113,17 @@ def _with(settings) -> Recall:
     return Recall(**{**{name: getattr(SETTINGS, name) for name in SETTINGS.__struct_fields__}, **settings})
 
 
+@pytest.fixture(scope="module")
+def decoded_once(agent, folder_of_module, demo_model):
+    """It takes four seconds."""
+    with opened(agent, folder_of_module, demo_model) as (llm, engine):
+        yield Story(llm, engine)
+
+
 @pytest.fixture
-def story(open_llm, demo_model):
-    return Story(*open_llm(demo_model))
+def story(decoded_once):
+    decoded_once.forget()
+    return decoded_once
 
 
 def test_a_fact_that_was_given_up_comes_back_for_its_question(story):
