@@ -89,5 +89,6 @@ def available() -> list[str]:
     found = []
     for name in TEXTS:
         with contextlib.suppress(BadInputError):
-            found += [name] if read_text(name) else []
+            if read_text(name):
+                found.append(name)
     return found
