@@ -185,7 +185,7 @@ def press(
 ) -> tuple[subprocess.Popen[bytes], float | None]:
     """A neighbour that takes so much and goes on using it, and the seconds that it took; None where it was
     killed."""
-    argv = [sys.executable, "-m", "psi_kv_governor.sandbox.load", "--kind", "ramp"]
+    argv = [sys.executable, str(Path(__file__).with_name("psikv_bench") / "load.py"), "--kind", "ramp"]
     argv += ["--mib", str(mib), "--rate-mib-s", str(rate_mib_s)]
     started = time.monotonic()
     neighbour = sandbox.popen(argv, stdout=subprocess.PIPE)

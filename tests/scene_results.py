@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from psi_kv_governor.sandbox.host import MIB
-from psi_kv_governor.sandbox.messages import Variant
-from psi_kv_governor.sandbox.result import Moment, SceneResult
-from psi_kv_governor.sandbox.watch import Shares
+from psikv_bench.messages import Variant
 from psikv_bench.pressure.figures import Run
+from psikv_bench.pressure.result import Moment, SceneResult
+from psikv_bench.watch import Shares
 
 
 def scene_result(variant: Variant, **changes: Any) -> SceneResult:
@@ -33,7 +33,6 @@ def scene_result(variant: Variant, **changes: Any) -> SceneResult:
         "final_cells": 4000,
         "restored": None,
         "missing_cells": 0,
-        "restore_s": 0.0,
         "restored_on_request": False,
         "killed": False,
         "neighbour_killed": False,

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import msgspec
 
 from psi_kv_governor.sandbox.host import MIB
-from psi_kv_governor.sandbox.messages import Token, Variant
 from psikv_bench import plots
 from psikv_bench.figures import Asked, Figure, figure
+from psikv_bench.messages import Token, Variant
 from psikv_bench.options import in_order
 from psikv_bench.record import Table
 

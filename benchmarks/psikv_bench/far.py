@@ -21,7 +21,6 @@ from psi_kv_governor.cache import Recall
 from psi_kv_governor.children import python_command, reason
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.sandbox.host import MIB
-from psi_kv_governor.sandbox.messages import Setup
 from psi_kv_governor.sandbox.sandbox import Sandbox
 from psikv_bench.fidelity.contenders import WithRecall
 from psikv_bench.fidelity.likelihood import Tick
@@ -29,6 +28,7 @@ from psikv_bench.fidelity.retrieval import Haystack, ask, haystack
 from psikv_bench.fidelity.subject import Subject, recall_of
 from psikv_bench.fidelity.tasks import Counts
 from psikv_bench.figures import Asked, Figure, figure
+from psikv_bench.messages import Setup
 from psikv_bench.options import Options
 
 FOUND = Asked(">=", 0.8)

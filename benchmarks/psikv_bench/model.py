@@ -1,6 +1,6 @@
 """The one place of the benchmarks that takes a governed context apart: single ranges, evidence, logits.
 
-Everything else asks the process that holds a model (`psi_kv_governor.sandbox.worker`).
+Everything else asks the process that holds a model (`psikv_bench.worker`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ from psi_kv_governor.policy.scoring import Scores, check_served
 from psi_kv_governor.policy.select import Protection
 from psi_kv_governor.pressure.reading import PressureSource
 from psi_kv_governor.sandbox import llm as llms
-from psi_kv_governor.sandbox.messages import Setup
+from psikv_bench import llm as states
+from psikv_bench.messages import Setup
 
 _C = TypeVar("_C", bound="Context")
 
@@ -58,13 +59,16 @@ class Context:
     """
 
     def __init__(self, setup: Setup, n_ctx: int) -> None:
-        self.config: GovernorConfig = load_config(**llms.settings_of(setup))
-        self.llm: Any = llms.open_llm(setup, n_ctx, setup.prefill_threads or setup.threads)
-        if why := llms.why_not_governable(self.llm):
+        self.config: GovernorConfig = load_config(**setup.governor_settings())
+        threads = setup.prefill_threads or setup.threads
+        self.llm: Any = llms.open_llm(
+            msgspec.structs.replace(setup, context_cells=n_ctx, prefill_threads=threads)
+        )
+        if why := states.why_not_governable(self.llm):
             self.close()
             raise PsiKvError(f"nothing to measure with this model: {why}")
         self.llm.eval([0])  # the engine knows a cache from the first decode on
-        llms.cut(self.llm, 0)
+        states.cut(self.llm, 0)
         self.engine.recall(Recall())  # what is given up stays away, unless a measurement asks for recall
 
     def __enter__(self: _C) -> _C:
@@ -91,7 +95,7 @@ class Context:
 
     def cut(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
-        llms.cut(self.llm, length)
+        states.cut(self.llm, length)
 
     def logits(self, tokens: Sequence[int]) -> Logits:
         """Decode `tokens` (at most a batch) after the context; gives the logits after each."""

@@ -11,11 +11,10 @@ import msgspec
 
 from psi_kv_governor.quantile import quantile
 from psi_kv_governor.sandbox.host import MIB
-from psi_kv_governor.sandbox.llm import is_governed
-from psi_kv_governor.sandbox.messages import Turned, Variant
 from psikv_bench import plots
 from psikv_bench.figures import Asked, Figure, figure, ms, spread
 from psikv_bench.intervals import Share, share_of
+from psikv_bench.messages import Turned, Variant, is_governed
 from psikv_bench.options import in_order
 from psikv_bench.record import Table
 from psikv_bench.trials.sizing import Sizes

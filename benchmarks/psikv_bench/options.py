@@ -14,7 +14,7 @@ from msgspec import Meta
 
 from psi_kv_governor.errors import BadInputError
 from psi_kv_governor.model import demo_model_path
-from psi_kv_governor.sandbox.messages import VARIANTS, Variant
+from psikv_bench.messages import VARIANTS, Variant
 
 _S = TypeVar("_S", bound="Options")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from psi_kv_governor.sandbox.messages import Variant
+from psikv_bench.messages import Variant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,9 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import msgspec
 
 from psi_kv_governor.quantile import quantile
-from psi_kv_governor.sandbox.llm import is_governed
-from psi_kv_governor.sandbox.messages import Variant
 from psikv_bench.figures import Asked, Figure, figure, ms
+from psikv_bench.messages import Variant, is_governed
 from psikv_bench.record import Table
 from psikv_bench.trials.series import Near
 

@@ -18,7 +18,7 @@ def machine(monkeypatch, tmp_path):
     """A machine on which all is well, as far as sandboxes and the model go; each answer can be changed."""
     file = tmp_path / "any.gguf"
     file.write_bytes(b"GGUF")
-    able = {"none": (True, ""), "zram": (True, ""), "host": (True, "")}
+    able = {"none": (True, ""), "zram": (True, "")}
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Sandbox, "available", staticmethod(lambda swap="none": able[swap]))
     for where in (bench_options, preflight):

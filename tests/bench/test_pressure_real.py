@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,16 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from psi_kv_governor.errors import PsiKvError
-from psi_kv_governor.sandbox import guardian, host
+from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.sandbox.host import MIB
-from psi_kv_governor.sandbox.scene import run_scene
-from psi_kv_governor.sandbox.scene_options import SceneOptions, StageChanged
+from psi_kv_governor.sandbox.messages import Progress
+from psikv_bench import host
+from psikv_bench.pressure.scene import SceneOptions, outside_bytes, run_scene
 from psikv_bench.pressure.setting import size_of
 from sandbox_help import pids_in, sandboxes_of, swap_devices
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/pressure_bench.py"
-ENV = {**os.environ, "PYTHONPATH": guardian.package_path()}
 SMALL = [
     *("-c", "1024", "--prompt-tokens", "448", "-n", "24", "--variant-cooldown-s", "0"),
     *("--pressure-mib", "100", "--memory-limit-mib", "230"),
@@ -37,7 +35,6 @@ def start(*arguments: str) -> subprocess.Popen[str]:
         [sys.executable, str(SCRIPT), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=ENV,
         text=True,
     )
 
@@ -101,7 +98,7 @@ def test_the_reference_removes_the_middle_decodes_on_and_returns_nothing(demo_mo
     monkeypatch.setattr(host, "MACHINE_PRESSURE", psi)
     options = SceneOptions(
         model=str(demo_model), context_tokens=448, context_cells=1024, tokens=12, keep=16, tail=64,
-        min_prune=64, isolated=False, pressure_bytes=0,
+        min_prune=64, in_sandbox=False, pressure_bytes=0,
     )  # fmt: skip
     found = run_scene("reference", options)
     assert found.tokens == 12
@@ -118,7 +115,7 @@ def test_the_reference_removes_the_middle_decodes_on_and_returns_nothing(demo_mo
 def test_a_neighbour_that_reads_files_or_ramps_is_counted_too(demo_model, tmp_path):
     for load in ("files", "ramp"):
         options = SceneOptions(
-            model=str(demo_model), context_tokens=96, context_cells=512, tokens=8, swap="none", load=load,
+            model=str(demo_model), context_tokens=96, context_cells=512, tokens=8, swap_bytes=0, load=load,
             pressure_bytes=50 * MIB, rate_bytes_per_s=50 * MIB, folder=str(tmp_path), warmup_s=0.5,
             limit_bytes=600 * MIB,
         )  # fmt: skip
@@ -127,8 +124,22 @@ def test_a_neighbour_that_reads_files_or_ramps_is_counted_too(demo_model, tmp_pa
         assert found.tokens == 8
         assert found.decoding_from_s >= 0.5
         assert found.neighbour_bytes_per_s > 0
-        assert any(isinstance(event, StageChanged) and event.stage == "pressed" for event in stages)
+        assert any(isinstance(event, Progress) and event.stage == "pressed" for event in stages)
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.llama
+def test_outside_a_sandbox_the_neighbour_gets_no_more_than_a_quarter_of_what_is_available(
+    tmp_path, demo_model
+):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 8000 kB\nMemAvailable: 4000 kB\n")
+    assert outside_bytes(tmp_path) == 1000 * 1024
+    assert outside_bytes(tmp_path / "nowhere") == 0
+    most = outside_bytes() + 64 * MIB
+    too_much = SceneOptions(model=str(demo_model), in_sandbox=False, pressure_bytes=most)
+    with pytest.raises(BadInputError, match="a quarter of what is available"):
+        run_scene("fixed", too_much)
 
 
 @pytest.mark.llama

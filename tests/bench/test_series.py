@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from trials_help import MIB, look
 
 from psi_kv_governor.sandbox.sandbox import Sandbox
-from psi_kv_governor.sandbox.watch import Watcher
 from psikv_bench.trials.series import first_signal, poll_time
+from psikv_bench.watch import Watcher
 
 LINE = 16 * MIB
 

@@ -16,9 +16,9 @@ from psi_kv_governor.control.decision import Mode
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.events import ModeChanged, Trimmed
 from psi_kv_governor.policy import Range
-from psi_kv_governor.sandbox.host import Host
-from psi_kv_governor.sandbox.messages import Done, Setup
 from psikv_bench.far import FOUND
+from psikv_bench.host import Host
+from psikv_bench.messages import Done, Setup
 from psikv_bench.model import differing
 from psikv_bench.record import Recorder, say_nothing
 from psikv_bench.scenes import capacity, overhead, policies, recall, scale, trim

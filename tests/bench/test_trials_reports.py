@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from trials_help import MIB, onset, probe, trial
 
 from psi_kv_governor.errors import BadInputError, PsiKvError
-from psi_kv_governor.sandbox.messages import Token, Turned
 from psikv_bench import capacity_report, oom_report, reaction_report
 from psikv_bench.journal import remaining
+from psikv_bench.messages import Token, Turned
 from psikv_bench.oom_report import rate_words
 from psikv_bench.options import chosen
 from psikv_bench.record import Recorder, flat
@@ -68,12 +68,9 @@ class TestOom:
         turn = Turned(
             time_s=1.0,
             some=0.5,
-            full=0.2,
             headroom_bytes=0,
             live_bytes=77 << 20,
             action="none",
-            n_bytes=0,
-            mode="holding",
             reason="the floor holds",
         )
         said = list(oom_report.notes([trial(model_killed=True, trail=[turn], number=9)]))

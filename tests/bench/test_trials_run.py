@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import msgspec
 import pytest
 
 from psi_kv_governor.errors import BadInputError, PsiKvError
-from psi_kv_governor.sandbox import guardian
 from psikv_bench.record import Recorder, say_nothing
 from psikv_bench.scenes import capacity, latency, oom
 from psikv_bench.scenes.capacity import CapacityOptions
@@ -134,7 +132,6 @@ def test_a_killed_benchmark_leaves_nothing(wide_model):
     argv += ["--load-mib", "20", "--rates", "10", "--hold-s", "60", "--model", str(wide_model)]
     process = subprocess.Popen(
         argv,
-        env={**os.environ, "PYTHONPATH": guardian.package_path()},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

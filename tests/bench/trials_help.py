@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from psi_kv_governor.sandbox.process_memory import Sample
-from psi_kv_governor.sandbox.watch import Look, Pressure
 from psikv_bench.capacity_report import Probe
 from psikv_bench.oom_report import Trial
 from psikv_bench.reaction_report import Reaction
 from psikv_bench.trials.series import Near
 from psikv_bench.trials.sizing import Sizes
+from psikv_bench.watch import Look, Pressure
 
 MIB = 1 << 20
 

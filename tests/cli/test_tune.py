@@ -77,7 +77,7 @@ def machine(tmp_path, monkeypatch) -> Machine:
     made = Machine()
     monkeypatch.setattr(command, "discover", lambda: Discovery(made, []))
     monkeypatch.setattr(Sandbox, "available", lambda swap="none": (True, ""))
-    monkeypatch.setattr(tuning_scene, "play", lambda swap, told: [SCENE])
+    monkeypatch.setattr(tuning_scene, "play", lambda with_swap, told: [SCENE])
     return made
 
 
@@ -218,7 +218,7 @@ def test_the_scene_shows_headroom_and_stall_of_its_own_pen(monkeypatch):
     monkeypatch.setattr(tuning_scene, "CALM_S", 0.5)
     monkeypatch.setattr(tuning_scene, "PRESSED_S", 2.5)
     said: list[str] = []
-    fast, slow = tuning_scene.play("zram", said.append)
+    fast, slow = tuning_scene.play(True, said.append)
     assert len(said) == 4
     for scene in (fast, slow):
         assert scene[0].limit_bytes == tuning_scene.LIMIT_BYTES
@@ -241,6 +241,6 @@ def test_without_swap_nobody_is_killed(monkeypatch):
         close(sandbox)
 
     monkeypatch.setattr(Sandbox, "close", closing)
-    (fast,) = tuning_scene.play("none", lambda words: None)
+    (fast,) = tuning_scene.play(False, lambda words: None)
     assert killed == [0]
     assert min(reading.headroom_bytes for reading in fast) < 0.25 * tuning_scene.LIMIT_BYTES

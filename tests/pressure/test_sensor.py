@@ -71,7 +71,7 @@ while True:
 
 @pytest.mark.swap
 def test_a_trigger_of_the_kernel_ends_the_sleep_when_there_is_stall():
-    with Sandbox(48 << 20, swap="zram", swap_bytes=128 << 20) as pen:
+    with Sandbox(48 << 20, swap_bytes=128 << 20) as pen:
         if pen.pressure_file is None or not pen.pressure_file.exists():
             pytest.skip("this kernel keeps no PSI for cgroups: boot with psi=1")
         sleeper = Sleeper()

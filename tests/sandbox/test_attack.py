@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
+from queue import Empty, SimpleQueue
 
 import pytest
 
-from psi_kv_governor.sandbox import load
-from psi_kv_governor.sandbox.children import Child, Children
+from psi_kv_governor.sandbox.children import Child, Heard, neighbour
 from psi_kv_governor.sandbox.host import MIB, drop_file_cache
 from psi_kv_governor.sandbox.sandbox import Sandbox
 
@@ -82,12 +83,13 @@ llm.close()
 """
 
 
-def hear(children: Children, victim: Child, seconds: float) -> list[bytes]:
+def hear(heard: Heard, victim: Child, seconds: float) -> list[bytes]:
     """What the victim says in so many seconds."""
     said: list[bytes] = []
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
-        for child, line in children.hear(left):
+        with contextlib.suppress(Empty):
+            child, line = heard.get(timeout=left)
             if child is victim:
                 assert line is not None, victim.complaint()
                 said.append(line)
@@ -96,29 +98,23 @@ def hear(children: Children, victim: Child, seconds: float) -> list[bytes]:
 
 def test_whatever_a_neighbour_does_the_context_is_there_at_the_end(shallow_model):
     drop_file_cache(shallow_model)
+    heard: Heard = SimpleQueue()
+    argv = [sys.executable, "-c", VICTIM, str(shallow_model)]
     with (
-        Sandbox(LIMIT_BYTES, swap="zram", swap_bytes=2 * LIMIT_BYTES) as sandbox,
-        Children(sandbox.popen) as children,
+        Sandbox(LIMIT_BYTES, swap_bytes=2 * LIMIT_BYTES) as sandbox,
+        Child(argv, sandbox.popen, heard) as victim,
     ):
-        victim = children.start([sys.executable, "-c", VICTIM, str(shallow_model)])
-        while b"ready" not in hear(children, victim, 0.5):
+        while b"ready" not in hear(heard, victim, 0.5):
             pass
         answered = []
         for _ in range(ATTACKS):
-            attacker = children.start(
-                [sys.executable, "-m", load.__name__, "--mib", "180", "--step-mib", "45", "--pause-s", "0.01"]
-            )
-            answered.append(hear(children, victim, 2.5).count(b"token"))
-            children.end(attacker)
-            hear(children, victim, 2.5)  # just long enough for some of it to be restored
+            with Child(neighbour(180, 45, 0.01), sandbox.popen, heard):
+                answered.append(hear(heard, victim, 2.5).count(b"token"))
+            hear(heard, victim, 2.5)  # just long enough for some of it to be restored
         victim.send(b"end")
         told: list[bytes] = []
-        ended = False
-        while not ended:
-            for child, line in children.hear(120.0):
-                if child is victim:
-                    ended = line is None
-                    told += [] if line is None else [line]
+        while (said := heard.get(timeout=120.0)) != (victim, None):
+            told += [said[1]] if said[0] is victim and said[1] is not None else []
         assert told[-1].startswith(b"{"), victim.complaint()
     found = json.loads(told[-1])
     assert all(answered), answered

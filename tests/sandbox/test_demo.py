@@ -14,13 +14,11 @@ from click.testing import CliRunner
 
 from psi_kv_governor.cli import demo
 from psi_kv_governor.cli._demo_view import figures, verdict
-from psi_kv_governor.sandbox import guardian
 from psi_kv_governor.sandbox.host import MIB
 from psi_kv_governor.sandbox.sandbox import Sandbox
 from sandbox_help import sandboxes_of, swap_devices
 from scene_results import scene_result as result
 
-ENV = {**os.environ, "PYTHONPATH": guardian.package_path()}
 ARGV = [sys.executable, "-m", "psi_kv_governor.cli", "demo"]
 
 
@@ -40,8 +38,8 @@ class TestChoice:
 
     def test_with_zram_it_is_the_whole_scene(self, monkeypatch):
         options, remark = self.choose(monkeypatch, zram=True, cgroup=True)
-        assert (options.swap, options.gentle, options.pressure_bytes, remark) == (
-            "zram",
+        assert (options.swap_bytes, options.gentle, options.pressure_bytes, remark) == (
+            512 * MIB,
             False,
             250 * MIB,
             "",
@@ -49,7 +47,7 @@ class TestChoice:
 
     def test_without_zram_the_neighbour_takes_less_and_slowly(self, monkeypatch):
         options, remark = self.choose(monkeypatch, zram=False, cgroup=True)
-        assert (options.swap, options.gentle, options.pressure_bytes) == ("none", False, 220 * MIB)
+        assert (options.swap_bytes, options.gentle, options.pressure_bytes) == (0, False, 220 * MIB)
         assert "zram is missing: do this" in remark
 
     def test_without_a_cgroup_nothing_is_pressed_and_one_line_says_why(self, monkeypatch):
@@ -110,9 +108,7 @@ def test_bad_options_end_with_status_2(arguments):
 
 
 def test_a_missing_model_is_one_line_and_status_2(tmp_path):
-    done = subprocess.run(
-        [*ARGV, "--model", str(tmp_path / "none.gguf")], capture_output=True, env=ENV, check=False
-    )
+    done = subprocess.run([*ARGV, "--model", str(tmp_path / "none.gguf")], capture_output=True, check=False)
     assert done.returncode == 2
     assert b"Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith(b"psi-kv: error:")
@@ -122,7 +118,7 @@ def test_a_missing_model_is_one_line_and_status_2(tmp_path):
 @pytest.mark.llama
 def test_a_gentle_demo_ends_with_both_results(demo_model):
     argv = [*ARGV, "--gentle", "--ctx", "500", "--tokens", "6", "--json", "--model", str(demo_model)]
-    done = subprocess.run(argv, capture_output=True, env=ENV, check=True)
+    done = subprocess.run(argv, capture_output=True, check=True)
     fixed, psi = json.loads(done.stdout)["results"]
     assert (fixed["variant"], fixed["tokens"], fixed["bytes_returned"]) == ("fixed", 6, 0)
     assert (psi["variant"], psi["tokens"], psi["restored"], psi["missing_cells"]) == ("psi", 6, True, 0)
@@ -135,7 +131,7 @@ def test_a_gentle_demo_ends_with_both_results(demo_model):
 def test_on_a_terminal_it_is_shown_live_and_ends_with_the_table(demo_model):
     argv = [*ARGV, "--gentle", "--ctx", "96", "--tokens", "4", "--model", str(demo_model)]
     terminal, end = pty.openpty()
-    process = subprocess.Popen(argv, stdin=end, stdout=end, stderr=end, env={**ENV, "TERM": "xterm"})
+    process = subprocess.Popen(argv, stdin=end, stdout=end, stderr=end, env={**os.environ, "TERM": "xterm"})
     os.close(end)
     shown = b""
     try:
@@ -156,7 +152,7 @@ def test_on_a_terminal_it_is_shown_live_and_ends_with_the_table(demo_model):
 def test_interrupted_in_the_middle_it_cleans_up_and_ends_with_one_line(demo_model, number, status):
     before = swap_devices()
     process = subprocess.Popen(
-        [*ARGV, "--model", str(demo_model)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENV
+        [*ARGV, "--model", str(demo_model)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     for line in process.stderr:
         if b"filling the context" in line:

@@ -14,7 +14,7 @@ import pytest
 
 from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.pressure.psi import PsiFile
-from psi_kv_governor.sandbox import guardian, zram
+from psi_kv_governor.sandbox import zram
 from psi_kv_governor.sandbox.sandbox import LEAST_BYTES, Sandbox
 from waiting import until
 
@@ -31,12 +31,12 @@ FILL = (
 PARENT = """
 import json, sys, time
 from psi_kv_governor.sandbox.sandbox import Sandbox
-sandbox = Sandbox(64 << 20, swap="zram", swap_bytes=64 << 20)
+sandbox = Sandbox(64 << 20, swap_bytes=64 << 20)
 child = sandbox.popen(["sleep", "300"])
 while child.pid not in sandbox.group.pids():
     time.sleep(0.01)
 print(json.dumps({"folders": [str(f) for f in sandbox.group.folders], "child": child.pid,
-                  "device": str(sandbox.swap_device), "guardian": sandbox._guardian.pid}), flush=True)
+                  "device": f"/dev/zram{sandbox._made.zram}", "guardian": sandbox._guardian.pid}), flush=True)
 time.sleep(300)
 """
 
@@ -74,7 +74,6 @@ def parent():
     process = subprocess.Popen(
         [sys.executable, "-c", PARENT],
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": guardian.package_path()},
     )
     made = json.loads(process.stdout.readline())
     assert not gone(made)
@@ -141,7 +140,7 @@ class TestLimit:
 
     def test_without_swap_it_may_not_use_that_of_the_machine(self):
         with Sandbox(64 * MIB) as sandbox:
-            assert sandbox.swap_device is None
+            assert sandbox._made.zram is None
             limits = {"memory.memsw.limit_in_bytes": 64 * MIB, "memory.swap.max": 0, "memory.swappiness": 0}
             found = {
                 name: sandbox.group.memory / name for name in limits if (sandbox.group.memory / name).exists()
@@ -155,8 +154,9 @@ class TestSwap:
     pytestmark = pytest.mark.swap
 
     def test_more_than_the_limit_is_swapped_and_the_stall_counted(self):
-        with Sandbox(48 * MIB, swap="zram", swap_bytes=96 * MIB) as sandbox:
-            assert str(sandbox.swap_device) in swaps()
+        with Sandbox(48 * MIB, swap_bytes=96 * MIB) as sandbox:
+            device = f"/dev/zram{sandbox._made.zram}"
+            assert device in swaps()
             child = sandbox.popen(
                 [sys.executable, "-c", FILL, "80"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
             )
@@ -167,12 +167,11 @@ class TestSwap:
                 psi = PsiFile(sandbox.pressure_file)
                 assert psi.read().some_us > 0
                 psi.close()
-            device = sandbox.swap_device
-        assert str(device) not in swaps()
-        assert not Path("/sys/block", device.name).exists()
+        assert device not in swaps()
+        assert not Path("/sys/block", Path(device).name).exists()
 
     def test_the_own_cgroup_is_discovered_inside(self):
-        with Sandbox(96 * MIB, swap="zram", swap_bytes=64 * MIB) as sandbox:
+        with Sandbox(96 * MIB, swap_bytes=64 * MIB) as sandbox:
             code = (
                 "from psi_kv_governor.pressure import discover\n"
                 "source = discover().source\n"
@@ -182,7 +181,6 @@ class TestSwap:
             child = sandbox.popen(
                 [sys.executable, "-c", code],
                 stdout=subprocess.PIPE,
-                env={**os.environ, "PYTHONPATH": guardian.package_path()},
             )
             name, limit = child.communicate(timeout=30)[0].decode().split()
             assert int(limit) == 96 * MIB
@@ -193,7 +191,7 @@ class TestSwap:
         from psi_kv_governor.pressure.headroom import HeadroomReader
         from psi_kv_governor.pressure.machine import MachineSource
 
-        with Sandbox(48 * MIB, swap="zram", swap_bytes=128 * MIB) as sandbox:
+        with Sandbox(48 * MIB, swap_bytes=128 * MIB) as sandbox:
             if sandbox.pressure_file is None or not sandbox.pressure_file.exists():
                 pytest.skip("this kernel keeps no PSI for cgroups: boot with psi=1")
             source = MachineSource(
@@ -205,7 +203,6 @@ class TestSwap:
             sandbox.popen(
                 command,
                 stdout=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": guardian.package_path()},
             )
             time.sleep(1.0)
             pressed = source.read()
@@ -235,9 +232,8 @@ def test_sizes_that_make_no_sense_are_refused():
     for options in (
         {"limit_bytes": LEAST_BYTES - 1},
         {"limit_bytes": -1},
-        {"limit_bytes": 64 * MIB, "swap_bytes": 64 * MIB},
-        {"limit_bytes": 64 * MIB, "swap": "zram", "swap_bytes": 0},
-        {"limit_bytes": 64 * MIB, "swap": "disk", "swap_bytes": 64 * MIB},
+        {"limit_bytes": 64 * MIB, "swap_bytes": LEAST_BYTES - 1},
+        {"limit_bytes": 64 * MIB, "swap_bytes": -1},
     ):
         with pytest.raises(BadInputError, match="is not usable"):
             Sandbox(**options)

@@ -7,22 +7,24 @@ import signal
 import subprocess
 import sys
 import time
+from queue import SimpleQueue
 
 import pytest
 
-from psi_kv_governor.sandbox.children import Child, Children
+from psi_kv_governor.sandbox.children import Child, Heard
+
+TIMEOUT_S = 60.0
 
 
-def start(code: str) -> Child:
-    return Child([sys.executable, "-c", code], subprocess.Popen)
+def start(code: str, heard: Heard | None = None) -> Child:
+    return Child([sys.executable, "-c", code], subprocess.Popen, SimpleQueue() if heard is None else heard)
 
 
-def heard(children: Children, timeout_s: float = 10.0) -> list[bytes | None]:
-    """Everything until all have ended."""
-    found: list[bytes | None] = []
-    deadline_s = time.monotonic() + timeout_s
-    while None not in found and time.monotonic() < deadline_s:
-        found += [line for _, line in children.hear(0.1)]
+def lines(heard: Heard) -> list[bytes]:
+    """Everything until one has ended."""
+    found: list[bytes] = []
+    while (line := heard.get(timeout=TIMEOUT_S)[1]) is not None:
+        found.append(line)
     return found
 
 
@@ -32,17 +34,18 @@ def test_lines_are_heard_whole_however_they_are_cut():
         "for part in (b'on', b'e\\ntw', b'o\\n', b'three\\nrest'):\n"
         "    os.write(1, part); time.sleep(0.02)\n"
     )
-    with Children(subprocess.Popen) as children:
-        child = children.start([sys.executable, "-c", code])
-        assert heard(children) == [b"one", b"two", b"three", None]
+    heard: Heard = SimpleQueue()
+    with start(code, heard) as child:
+        assert lines(heard) == [b"one", b"two", b"three"]
         assert child.wait() == 0
 
 
 def test_a_child_hears_what_it_is_told():
-    with Children(subprocess.Popen) as children:
-        child = children.start([sys.executable, "-c", "print(input().upper())"])
+    heard: Heard = SimpleQueue()
+    with start("print(input().upper())", heard) as child:
         child.send(b"go")
-        assert heard(children) == [b"GO", None]
+        assert lines(heard) == [b"GO"]
+        child.wait()
         child.send(b"nobody listens any more")
 
 
@@ -56,38 +59,18 @@ def test_the_last_line_of_its_complaint_is_kept():
 
 def test_a_child_that_ignores_sigterm_is_killed(monkeypatch):
     monkeypatch.setattr("psi_kv_governor.sandbox.children._END_TIMEOUT_S", 0.2)
-    child = start(
-        "import signal, time\nsignal.signal(15, signal.SIG_IGN)\nprint(1, flush=True)\ntime.sleep(300)"
-    )
-    lines: list[bytes] = []
-    while not lines:  # a line may come in two parts
-        said = child.read()
-        assert said is not None, "it ended"
-        lines += said
-    assert lines == [b"1"]
+    heard: Heard = SimpleQueue()
+    code = "import signal, time\nsignal.signal(15, signal.SIG_IGN)\nprint(1, flush=True)\ntime.sleep(300)"
+    child = start(code, heard)
+    assert heard.get(timeout=TIMEOUT_S) == (child, b"1")
     child.end()
     assert child.wait() == -9
 
 
-def test_leaving_ends_those_that_are_left():
-    def leave() -> None:
-        with Children(subprocess.Popen) as children:
-            started.append(children.start([sys.executable, "-c", "import time; time.sleep(300)"]))
-            raise KeyboardInterrupt
-
-    started: list[Child] = []
-    with pytest.raises(KeyboardInterrupt):
-        leave()
-    assert started[0].status() == -15
-
-
-def test_ending_one_leaves_the_other_heard():
-    with Children(subprocess.Popen) as children:
-        silent = children.start([sys.executable, "-c", "import time; time.sleep(300)"])
-        children.start([sys.executable, "-c", "print('here')"])
-        children.end(silent)
-        children.end(silent)
-        assert heard(children) == [b"here", None]
+def test_leaving_ends_it():
+    with pytest.raises(KeyboardInterrupt), start("import time; time.sleep(300)") as child:
+        raise KeyboardInterrupt
+    assert child.status() == -15
 
 
 def test_the_last_lines_of_a_child_that_is_ended_are_not_lost():
@@ -96,24 +79,24 @@ def test_the_last_lines_of_a_child_that_is_ended_are_not_lost():
         "signal.signal(15, lambda *_: sys.exit(print('last', flush=True)))\n"
         "print('first', flush=True)\ntime.sleep(300)"
     )
-    with Children(subprocess.Popen) as children:
-        child = children.start([sys.executable, "-c", code])
-        said: list[bytes | None] = []
-        while not said:  # a line may come in two parts
-            said += [line for _, line in children.hear(10.0)]
-        assert said == [b"first"]
-        assert children.end(child) == [b"last"]
-        assert children.end(child) == []
+    heard: Heard = SimpleQueue()
+    with start(code, heard) as child:
+        assert heard.get(timeout=TIMEOUT_S) == (child, b"first")
+    assert heard.get_nowait() == (child, b"last")
+    assert heard.get_nowait() == (child, None)
 
 
 def test_ending_a_child_does_not_wait_for_who_else_holds_its_pipe():
     code = (
         "import subprocess, sys\n"
-        "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(20)']).pid, flush=True)\n"
+        "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid, flush=True)\n"
     )
-    child = start(code)
+    heard: Heard = SimpleQueue()
+    child = start(code, heard)
     assert child.wait() == 0
     began_s = time.monotonic()
-    (line,) = child.end()
-    assert time.monotonic() - began_s < 5.0
+    child.end()
+    assert time.monotonic() - began_s < 30.0
+    line = heard.get(timeout=TIMEOUT_S)[1]
+    assert line is not None
     os.kill(int(line), signal.SIGKILL)

@@ -10,9 +10,9 @@ from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.events import Restored, Trimmed
 from psi_kv_governor.sandbox import text
 from psi_kv_governor.sandbox.host import MIB, drop_file_cache
-from psi_kv_governor.sandbox.messages import Setup
-from psi_kv_governor.sandbox.scene import outside_bytes, run_scene
-from psi_kv_governor.sandbox.scene_options import Happened, SceneOptions, StageChanged, Tick
+from psi_kv_governor.sandbox.messages import Governed, Progress, Setup
+from psi_kv_governor.sandbox.scene import run_scene
+from psi_kv_governor.sandbox.scene_options import SceneOptions, Tick
 from sandbox_help import leftovers
 
 SMALL = {"context_tokens": 96, "tokens": 8}
@@ -36,15 +36,15 @@ class TestGentle:
         assert result.tokens_per_s == pytest.approx(8 / result.seconds)
         # the peak is sampled, and a page may come after the last sample
         assert result.peak_resident_bytes + MIB > result.final_resident_bytes > 50 * MIB
-        stages = [event.stage for event in events if isinstance(event, StageChanged)]
+        stages = [event.stage for event in events if isinstance(event, Progress)]
         assert list(dict.fromkeys(stages)) == ["load", "prefill", "calm", "pressed"]
-        assert not any(isinstance(event, Happened) for event in events)
+        assert not any(isinstance(event, Governed) for event in events)
 
     def test_governed_llama_is_trimmed_and_restored_on_request(self, demo_model):
         events = []
         options = SceneOptions(model=str(demo_model), gentle=True, context_tokens=640, tokens=8)
         result = run_scene("psi", options, events.append)
-        happened = [event.event for event in events if isinstance(event, Happened)]
+        happened = [event.event for event in events if isinstance(event, Governed)]
         assert [type(event) for event in happened if isinstance(event, (Trimmed, Restored))] == [
             Trimmed,
             Restored,
@@ -65,7 +65,7 @@ class TestPen:
             context_tokens=96,
             tokens=8000,  # a cache of 180 MiB, all of it resident: the model is the larger one
             limit_bytes=360 * MIB,
-            swap="none",
+            swap_bytes=0,
             pressure_bytes=250 * MIB,
         )
         result = run_scene("fixed", options)
@@ -76,7 +76,7 @@ class TestPen:
 
     def test_a_pen_too_small_for_the_model_alone_says_so(self, demo_model):
         options = SceneOptions(
-            model=str(demo_model), context_tokens=96, tokens=8000, limit_bytes=128 * MIB, swap="none"
+            model=str(demo_model), context_tokens=96, tokens=8000, limit_bytes=128 * MIB, swap_bytes=0
         )
         with pytest.raises(PsiKvError, match="does not fit into 128 MiB"):
             run_scene("fixed", options)
@@ -105,34 +105,6 @@ def test_under_pressure_the_governed_model_gives_back_and_is_made_whole(demo_mod
     assert min(tick.live_cells for tick in ticks if tick.tokens) < 2000
 
 
-@pytest.mark.parametrize("name", ["context_tokens", "tokens", "threads", "limit_bytes", "step_bytes"])
-def test_options_that_make_no_sense_are_refused(name):
-    with pytest.raises(BadInputError, match=f"{name} = 0 is not usable"):
-        SceneOptions(model="x", **{name: 0})
-
-
-@pytest.mark.parametrize("name", ["pressure_bytes", "rate_bytes_per_s", "warmup_s"])
-@pytest.mark.parametrize("value", [-1, float("nan"), float("inf")])
-def test_options_that_may_be_nothing_may_not_be_less_or_no_number(name, value):
-    SceneOptions(model="x", **{name: 0})
-    with pytest.raises(BadInputError, match=f"{name} = {value} is not usable"):
-        SceneOptions(model="x", **{name: value})
-
-
-def test_outside_a_sandbox_the_neighbour_gets_no_more_than_a_quarter_of_what_is_available(
-    tmp_path, demo_model
-):
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/meminfo").write_text("MemTotal: 8000 kB\nMemAvailable: 4000 kB\n")
-    assert outside_bytes(tmp_path) == 1000 * 1024
-    assert outside_bytes(tmp_path / "nowhere") == 0
-    too_much = SceneOptions(
-        model=str(demo_model), isolated=False, pressure_bytes=outside_bytes() + 64 * MIB, **SMALL
-    )
-    with pytest.raises(BadInputError, match="a quarter of what is available"):
-        run_scene("fixed", too_much)
-
-
 def test_a_file_that_is_no_model_is_bad_input(tmp_path):
     broken = tmp_path / "model.gguf"
     broken.write_bytes(b"not a model")
@@ -149,19 +121,11 @@ def test_dropping_the_cache_of_a_file_leaves_the_file(tmp_path):
     assert path.read_bytes() == b"x" * 10_000
 
 
-@given(st.integers(1, 100_000), st.integers(0, 10_000), st.integers(0, 4096))
-def test_a_context_has_cells_for_everything_and_few_more(context_tokens, decoded, prompt):
-    setup = Setup(
-        variant="fixed",
-        model="x",
-        context_tokens=context_tokens,
-        decoded_tokens=decoded,
-        prompt_tokens=prompt,
-    )
-    wanted = context_tokens + max(decoded, prompt)
-    cells = setup.cells
-    assert wanted < cells <= wanted + 256
-    assert cells % 256 == 0
+@given(st.integers(1, 100_000), st.integers(0, 10_000))
+def test_a_context_has_cells_for_everything_and_few_more(context_tokens, decoded):
+    setup = Setup(variant="fixed", model="x", context_tokens=context_tokens, decoded_tokens=decoded)
+    assert context_tokens + decoded < setup.cells <= context_tokens + decoded + 256
+    assert setup.cells % 256 == 0
 
 
 @given(st.integers(1, 2_000_000))

@@ -15,9 +15,9 @@ from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.policy import Policy
 from psi_kv_governor.sandbox import llm as llms
-from psi_kv_governor.sandbox.messages import Setup
 from psikv_bench.fidelity.contenders import RECALL
 from psikv_bench.fidelity.texts import read_text
+from psikv_bench.messages import Setup
 from psikv_bench.model import Context, Logits
 
 

@@ -7,15 +7,14 @@ from typing import Any
 
 import msgspec
 
-from psi_kv_governor.sandbox.llm import is_governed
-from psi_kv_governor.sandbox.messages import Variant
-from psi_kv_governor.sandbox.result import SceneResult
-from psi_kv_governor.sandbox.watch import Shares, amount_at
 from psikv_bench.figures import Asked, Figure, figure, shown
+from psikv_bench.messages import Variant, is_governed
 from psikv_bench.options import in_order
 from psikv_bench.pressure.options import PressureOptions
+from psikv_bench.pressure.result import SceneResult
 from psikv_bench.pressure.setting import Setting
 from psikv_bench.record import Table
+from psikv_bench.watch import Shares, amount_at
 
 MB = 1_000_000
 

@@ -10,9 +10,10 @@ from msgspec import Meta
 
 from psi_kv_governor.errors import BadInputError
 from psi_kv_governor.sandbox.host import MIB
-from psi_kv_governor.sandbox.messages import Variant
 from psi_kv_governor.sandbox.sandbox import LEAST_BYTES, Swap
-from psi_kv_governor.sandbox.scene_options import CALM_TOKENS, LoadKind
+from psi_kv_governor.sandbox.scene_options import CALM_TOKENS
+from psikv_bench.load import LoadKind
+from psikv_bench.messages import Variant
 from psikv_bench.options import Options, each_once, in_order
 
 Order = Literal["fixed-first", "psi-first", "random"]
@@ -62,9 +63,7 @@ class PressureOptions(Options, frozen=True, kw_only=True):
         ]
         | None
     ) = None
-    swap: Annotated[
-        Swap, Meta(description="In that cgroup: a zram device of its own, none, the machine's.")
-    ] = "zram"
+    swap: Annotated[Swap, Meta(description="In that cgroup: a zram device of its own, or none.")] = "zram"
     mmap: Annotated[bool, Meta(description="Weights as a mapped file, or in memory [mapped].")] = True
     seed: Annotated[
         int, Meta(ge=0, description="Of the random order, and of what fills the neighbour's memory.")

@@ -7,10 +7,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from psi_kv_governor.sandbox.result import SceneResult
 from psikv_bench import plots
 from psikv_bench.options import in_order
 from psikv_bench.pressure.figures import MB, Run
+from psikv_bench.pressure.result import SceneResult
 
 _FAINT = 0.25
 """Opacity of the repeats that are not the one shown."""

@@ -14,8 +14,8 @@ from psi_kv_governor.pressure.psi import PsiFile
 from psi_kv_governor.residence.storage import memory_backed
 from psi_kv_governor.sandbox.host import MIB
 from psi_kv_governor.sandbox.sandbox import Sandbox
-from psi_kv_governor.sandbox.scene import outside_bytes
 from psikv_bench.pressure.options import PressureOptions
+from psikv_bench.pressure.scene import outside_bytes
 from psikv_bench.pressure.setting import Setting, choose_setting, mapped_by_others, why_not_isolated
 from psikv_bench.record import RESULT
 
@@ -95,7 +95,7 @@ def check_memory(setting: Setting, root: Path = Path("/")) -> Check:
         most = outside_bytes(root) // MIB
         said = f"the neighbour takes {setting.pressure_bytes // MIB} of {most} MiB"
         return Check("memory", "ok", f"{available}; {said}")
-    wanted = setting.limit_bytes + (setting.swap_bytes if setting.swap == "zram" else 0)
+    wanted = setting.limit_bytes + setting.swap_bytes
     detail = f"a run takes up to {wanted // MIB:,} MiB, and {available}"
     if found.headroom_bytes < wanted:
         return Check("memory", "fail", detail, "close other programs, or give a smaller --memory-limit-mib")

@@ -11,15 +11,14 @@ import msgspec
 
 from psi_kv_governor.config import load_config
 from psi_kv_governor.errors import BadInputError, PsiKvError
-from psi_kv_governor.sandbox.host import MIB, Host
-from psi_kv_governor.sandbox.messages import Setup
-from psi_kv_governor.sandbox.reference import POLL_S, THRESHOLD
 from psi_kv_governor.sandbox.sandbox import Sandbox, Swap
-from psi_kv_governor.sandbox.scene import outside_bytes
-from psi_kv_governor.sandbox.scene_options import SceneOptions
+from psikv_bench.host import MIB, Host
+from psikv_bench.messages import Setup
 from psikv_bench.pressure.options import PressureOptions
+from psikv_bench.pressure.scene import SceneOptions, outside_bytes
 from psikv_bench.record import Say, say_nothing
-from psikv_bench.trials.sizing import until_opened
+from psikv_bench.reference import POLL_S, THRESHOLD
+from psikv_bench.trials.sizing import SWAP_BYTES, until_opened
 
 _SHORT_SHARE = 0.4
 """Of the cache, that does not fit beside the load and the weights. The governor may give up twice as much."""
@@ -32,7 +31,6 @@ _LEAST_TIMES = 1.15
 """Of what the model takes at first: it grows by a tenth while the prompt comes in."""
 _CALM_TIMES = 2.0
 """Without a neighbour nothing is to be pressed: twice what the model takes leaves the governor calm."""
-_SWAP_BYTES = 512 * MIB
 _DECODE_MAX_S = 60.0
 """A run that has come to a stand is cut off here, and counts with the tokens that it got done."""
 
@@ -129,7 +127,7 @@ def choose_setting(options: PressureOptions, say: Say = say_nothing) -> Setting:
         isolate="cgroup" if isolated else "host",
         limit_bytes=limit_bytes,
         swap=options.swap if isolated else None,
-        swap_bytes=_SWAP_BYTES if isolated and options.swap != "none" else 0,
+        swap_bytes=SWAP_BYTES[options.swap] if isolated else 0,
         prompt_tokens=options.prompt,
         pressure_bytes=pressure_bytes if isolated else min(pressure_bytes, outside_bytes()),
         decode_max_s=_DECODE_MAX_S,
@@ -162,10 +160,9 @@ def scene_of(options: PressureOptions, setting: Setting, folder: Path | None) ->
         folder=str(folder or "/var/tmp") if options.load == "files" else "",
         seed=options.seed,
         warmup_s=options.pressure_warmup_s,
-        swap=setting.swap or "none",
         swap_bytes=setting.swap_bytes,
         decode_max_s=setting.decode_max_s,
-        isolated=setting.isolate == "cgroup",
+        in_sandbox=setting.isolate == "cgroup",
     )
 
 

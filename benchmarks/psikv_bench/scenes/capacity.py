@@ -11,9 +11,7 @@ from msgspec import Meta
 
 from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.quantile import quantile
-from psi_kv_governor.sandbox import messages
-from psi_kv_governor.sandbox.host import MIB, Host, ModelKilledError
-from psi_kv_governor.sandbox.messages import Setup, Variant
+from psikv_bench import messages
 from psikv_bench.capacity_report import (
     CLAIMED,
     Ending,
@@ -25,7 +23,9 @@ from psikv_bench.capacity_report import (
     too_slow,
 )
 from psikv_bench.far import FarOptions, measure
+from psikv_bench.host import MIB, Host, ModelKilledError
 from psikv_bench.journal import Journal
+from psikv_bench.messages import Setup, Variant
 from psikv_bench.options import each_once, in_order
 from psikv_bench.record import Recorder, Report, Say
 from psikv_bench.scene import Scene

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import msgspec
 
 from psi_kv_governor.config import GovernorConfig
-from psi_kv_governor.sandbox.messages import Setup
 from psikv_bench.fidelity import chats, likelihood, plots, retrieval, spike, tables, targets
 from psikv_bench.fidelity.contenders import FULL
 from psikv_bench.fidelity.plan import PARTS, FidelityOptions, Part, Plan, plan
@@ -20,6 +19,7 @@ from psikv_bench.fidelity.subject import Subject
 from psikv_bench.fidelity.weights import Weights, weights
 from psikv_bench.journal import Journal, decoded, encoded
 from psikv_bench.machine import cores
+from psikv_bench.messages import Setup
 from psikv_bench.record import Recorder, Report
 from psikv_bench.scene import Scene
 

@@ -13,11 +13,9 @@ from msgspec import Meta
 from psi_kv_governor.config import load_config
 from psi_kv_governor.errors import BadInputError
 from psi_kv_governor.events import Restored, Trimmed
-from psi_kv_governor.sandbox import messages
-from psi_kv_governor.sandbox.host import ModelKilledError
-from psi_kv_governor.sandbox.llm import is_governed
-from psi_kv_governor.sandbox.messages import Variant
-from psikv_bench import reaction_report
+from psikv_bench import messages, reaction_report
+from psikv_bench.host import ModelKilledError
+from psikv_bench.messages import Variant, is_governed
 from psikv_bench.options import each_once
 from psikv_bench.reaction_report import POLL_S, Reaction
 from psikv_bench.record import Recorder, Report, flat
@@ -158,7 +156,7 @@ def _run(serving: Serving, sizes: Sizes, asked: LatencyOptions, what: _What) -> 
 def _play(onset: Onset, what: _What, sizes: Sizes, asked: LatencyOptions) -> float:
     """Calm, the neighbour, the hold, and the restore while the mode goes on. Gives when that began."""
     if what.mode != "idle":
-        onset.host.order(messages.Decode() if what.mode == "decode" else messages.Prefill())
+        onset.host.order(messages.DecodeOn() if what.mode == "decode" else messages.Prefill())
     onset.listen(CALM_S)
     onset.press(sizes.load_bytes, asked.rate, asked.hold_s, asked.hold_max_s, lambda: bool(onset.back()))
     began_s = time.monotonic()

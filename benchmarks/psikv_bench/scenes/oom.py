@@ -15,12 +15,11 @@ from msgspec import Meta
 from psi_kv_governor.config import GovernorConfig, load_config
 from psi_kv_governor.control.state import BUDGET_WINDOW_S
 from psi_kv_governor.events import Trimmed
-from psi_kv_governor.sandbox import messages
 from psi_kv_governor.sandbox.host import MIB
-from psi_kv_governor.sandbox.messages import Variant
 from psi_kv_governor.sandbox.process_memory import glance
-from psikv_bench import oom_report
+from psikv_bench import messages, oom_report
 from psikv_bench.journal import remaining
+from psikv_bench.messages import Variant
 from psikv_bench.oom_report import Trial, rate_words
 from psikv_bench.options import each_once, in_order
 from psikv_bench.record import Recorder, Report, flat
@@ -146,7 +145,7 @@ class _Runner:
         host = self._serving.ready(variant, self._has_budget)
         onset = Onset(host, self._serving, _LOOK_S)
         with onset.watcher:
-            host.order(messages.Decode())
+            host.order(messages.DecodeOn())
             onset.listen(CALM_S)
             over = onset.press(self._sizes.load_bytes, rate, self._hold_s, self._hold_s + _STUCK_S)
         killed, back = onset.killed, onset.back()

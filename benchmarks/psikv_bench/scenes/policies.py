@@ -13,10 +13,10 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from psi_kv_governor.policy import Range, get_policy
-from psi_kv_governor.sandbox.messages import Setup
 from psi_kv_governor.sandbox.text import prompt_tokens
 from psikv_bench.figures import Asked, Figure, figure
 from psikv_bench.machine import cores
+from psikv_bench.messages import Setup
 from psikv_bench.model import Context
 from psikv_bench.options import Options
 from psikv_bench.record import Recorder, Report

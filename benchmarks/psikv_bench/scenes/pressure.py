@@ -10,22 +10,16 @@ import msgspec
 
 from psi_kv_governor.cli._event_words import words_of
 from psi_kv_governor.errors import PsiKvError
-from psi_kv_governor.sandbox.messages import Stage, Variant
-from psi_kv_governor.sandbox.result import SceneResult
-from psi_kv_governor.sandbox.scene import run_scene
-from psi_kv_governor.sandbox.scene_options import (
-    STAGES,
-    OnEvent,
-    SceneEvent,
-    SceneOptions,
-    StageChanged,
-    Tick,
-)
+from psi_kv_governor.sandbox.messages import Progress
+from psi_kv_governor.sandbox.scene_options import STAGES, OnEvent, SceneEvent, Tick
+from psikv_bench.messages import Stage, Variant
 from psikv_bench.pressure import figures as of_runs
 from psikv_bench.pressure import plots
 from psikv_bench.pressure.figures import Run
 from psikv_bench.pressure.options import PressureOptions, turns
 from psikv_bench.pressure.preflight import check_memory, checks
+from psikv_bench.pressure.result import SceneResult
+from psikv_bench.pressure.scene import SceneOptions, run_scene
 from psikv_bench.pressure.setting import Setting, choose_setting, is_judged, remarks, scene_of
 from psikv_bench.record import Recorder, Report, Say
 from psikv_bench.scene import Scene
@@ -70,7 +64,7 @@ class _Saying:
         self._stage: Stage = "load"
 
     def __call__(self, event: SceneEvent) -> None:
-        if isinstance(event, StageChanged):
+        if isinstance(event, Progress):
             begins = event.stage != self._stage or event.stage == "load"
             self._stage = event.stage
             if begins:

@@ -11,9 +11,9 @@ from msgspec import Meta
 
 from psi_kv_governor.errors import BadInputError
 from psi_kv_governor.preflight import Check
-from psi_kv_governor.sandbox.messages import Variant
 from psikv_bench.figures import Asked, Figure, figure
 from psikv_bench.journal import remaining
+from psikv_bench.messages import Variant
 from psikv_bench.options import Options
 from psikv_bench.record import Recorder, Report, Table
 from psikv_bench.scene import Scene

@@ -22,14 +22,14 @@ from msgspec import Meta
 
 from psi_kv_governor.cache import Range, Verb, cells_in
 from psi_kv_governor.errors import PsiKvError
-from psi_kv_governor.sandbox.host import Host
-from psi_kv_governor.sandbox.messages import Setup
-from psi_kv_governor.sandbox.process_memory import own_memory
 from psi_kv_governor.sandbox.text import prompt_tokens
 from psikv_bench.figures import Asked, Figure, figure
+from psikv_bench.host import Host
 from psikv_bench.machine import cores
+from psikv_bench.messages import Setup
 from psikv_bench.model import Context, Logits, differing
 from psikv_bench.options import Options
+from psikv_bench.process_memory import own_memory
 from psikv_bench.record import Recorder, Report
 from psikv_bench.scene import Scene
 from psikv_bench.trials.sizing import until_opened

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from psi_kv_governor.sandbox.host import MIB, Neighbour
 from psi_kv_governor.sandbox.sandbox import Sandbox
+from psikv_bench.host import MIB, neighbour
 
 NOBODY = "54321"
 """A user number without name, home or group, as a container platform gives out."""
@@ -51,7 +51,7 @@ class Around:
     def ramp(self, mib: int, mib_per_s: float) -> None:
         """A neighbour that takes memory and goes on using it."""
         rate = mib_per_s * MIB
-        self.neighbour = Neighbour(kind="ramp", n_bytes=mib * MIB, rate_bytes_per_s=rate).argv()
+        self.neighbour = neighbour("ramp", mib * MIB, rate_mib_s=rate / MIB)
 
     def mounts(self, *commands: str) -> None:
         """In a mount namespace of its own, in which `commands` were run."""

@@ -19,9 +19,10 @@ import msgspec
 from psi_kv_governor.children import reason
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.sandbox import llm as models
-from psi_kv_governor.sandbox.messages import Setup, Variant
 from psi_kv_governor.sandbox.process_memory import glance
 from psi_kv_governor.sandbox.text import prompt_tokens
+from psikv_bench import llm as states
+from psikv_bench.messages import Setup, Variant
 from psikv_bench.survival import subject, whole
 from psikv_bench.survival.around import Around
 from psikv_bench.survival.surroundings import SURROUNDINGS
@@ -80,12 +81,14 @@ def prepared(
     except OSError:  # on another disk
         shutil.copyfile(model_path, model)
     cells = -(-(n_context + tokens + subject.CALM_TOKENS + 1) // 256) * 256
-    llm = models.open_llm(Setup(variant="file-only", model=str(model)), cells, 1)
+    llm = models.open_llm(
+        Setup(variant="file-only", model=str(model), context_cells=cells, prefill_threads=1)
+    )
     try:
         context = prompt_tokens(llm, n_context)
         llm.eval(context[:-1])
-        cache_bytes = models.cell_bytes(llm) * cells
-        models.save_state(llm, str(state), len(context) - 1)
+        cache_bytes = states.cell_bytes(llm) * cells
+        states.save_state(llm, str(state), len(context) - 1)
     finally:
         llm.close()
     state.chmod(0o644)

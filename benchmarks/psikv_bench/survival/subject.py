@@ -21,7 +21,8 @@ from typing import Any
 import msgspec
 
 from psi_kv_governor.sandbox import llm as models
-from psi_kv_governor.sandbox.messages import Setup, Variant
+from psikv_bench import llm as states
+from psikv_bench.messages import Setup, Variant
 
 CALM_TOKENS = 8
 _BACK_S = 20.0
@@ -63,15 +64,22 @@ def main() -> None:
     """Entry point of the process."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     order = msgspec.json.decode(sys.argv[1], type=Order)
-    setup = Setup(variant=order.variant, model=order.model, mmap=False, settings=order.settings)
-    llm = models.open_llm(setup, order.cells, 1)
-    governed = models.is_governed(order.variant)
+    setup = Setup(
+        variant=order.variant,
+        model=order.model,
+        mmap=False,
+        settings=order.settings,
+        context_cells=order.cells,
+        prefill_threads=1,
+    )
+    llm = models.open_llm(setup)
+    governed = setup.governed
     returned: list[int] = []
     if governed:
         llm.governor.subscribe(lambda event: returned.append(getattr(event, "bytes_returned", 0)))
-    models.load_state(llm, order.state, order.context[:-1])
+    states.load_state(llm, order.state, order.context[:-1])
     llm.eval(order.context[-1:])
-    _say(Said(event="ready", ungoverned=models.why_not_governable(llm) if governed else ""))
+    _say(Said(event="ready", ungoverned=states.why_not_governable(llm) if governed else ""))
     if order.locks:
         ctypes.CDLL(None).mlockall(1)  # MCL_CURRENT
     sys.stdin.readline()
@@ -119,14 +127,14 @@ def _decoded(llm: Any, order: Order, count: int) -> tuple[list[int], int]:
     tokens, masked = [], 0
     for _ in range(count):
         tokens.append(models.greedy(llm))
-        masked = max(masked, models.cells_of(llm, order.variant).masked)
+        masked = max(masked, models.cells_of(llm, plain=order.variant == "fixed").masked)
         llm.eval(tokens[-1:])
     return tokens, masked
 
 
 def _from_the_end(llm: Any, order: Order) -> None:
     """Back to the end of the context."""
-    models.cut(llm, len(order.context) - 1)
+    states.cut(llm, len(order.context) - 1)
     llm.eval(order.context[-1:])
 
 

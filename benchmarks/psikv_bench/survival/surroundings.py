@@ -96,7 +96,7 @@ def no_swap(around: Around) -> None:
 
 def zram(around: Around) -> None:
     """The same with zram to swap to."""
-    around.limited(around.short_bytes, swap="zram", swap_bytes=512 * MIB)
+    around.limited(around.short_bytes, swap_bytes=512 * MIB)
     around.ramp(100, 100.0)
 
 
@@ -216,7 +216,7 @@ def mapped_index(around: Around) -> None:
 def other_container(around: Around) -> None:
     """Another container that thrashes at its own limit."""
     around.limited(around.need_bytes + 260 * MIB)
-    around.other = around.ending.enter_context(Sandbox(48 * MIB, swap="zram", swap_bytes=256 * MIB))
+    around.other = around.ending.enter_context(Sandbox(48 * MIB, swap_bytes=256 * MIB))
     around.ramp(120, 0.0)
 
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import msgspec
 
 from psi_kv_governor.events import Restored, Trimmed
-from psi_kv_governor.sandbox.messages import Token
-from psi_kv_governor.sandbox.watch import Look
+from psikv_bench.messages import Token
+from psikv_bench.watch import Look
 
 AFTER_S = 0.2
 """After a trim or a restore caches are cold, and pages are faulted in: tokens until then are near it."""

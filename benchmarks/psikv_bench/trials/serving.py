@@ -12,17 +12,16 @@ import msgspec
 
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.events import Released, Trimmed
-from psi_kv_governor.sandbox import messages
-from psi_kv_governor.sandbox.host import MIB, Host, ModelKilledError, Neighbour, SilentError
-from psi_kv_governor.sandbox.messages import Setup, Variant
 from psi_kv_governor.sandbox.sandbox import Swap
-from psi_kv_governor.sandbox.watch import Watcher
+from psikv_bench import messages
+from psikv_bench.host import MIB, Host, ModelKilledError, SilentError, neighbour
+from psikv_bench.messages import Setup, Variant
 from psikv_bench.record import Say
-from psikv_bench.trials.sizing import Need, Sizes, until_opened
+from psikv_bench.trials.sizing import SWAP_BYTES, Need, Sizes, until_opened
+from psikv_bench.watch import Watcher
 
 MB = 1_000_000
 
-SWAP_BYTES = 512 * MIB
 STARTS = 5
 """Attempts to begin whole: while a model opens, its own growth can look like pressure to its governor."""
 _ANSWER_S = 300.0
@@ -73,7 +72,7 @@ class Serving:
     def _opened(self, variant: Variant) -> Host:
         setup = msgspec.structs.replace(self._setup, variant=variant)
         with contextlib.ExitStack() as ending:
-            host = ending.enter_context(Host(setup, self._sizes.limit_bytes, self._swap, SWAP_BYTES))
+            host = ending.enter_context(Host(setup, self._sizes.limit_bytes, SWAP_BYTES[self._swap]))
             try:
                 until_opened(host, self._say)
             except ModelKilledError:
@@ -154,7 +153,7 @@ class Onset:
     ) -> bool:  # fmt: skip
         """A neighbour takes `n_bytes` at `rate` MB/s (0: as fast as it can) and holds them for `hold_s` and
         until `is_over`, or one of the two is killed; False where that took `most_s` more than the ramp."""
-        self.host.bring(Neighbour(kind="ramp", n_bytes=n_bytes, rate_bytes_per_s=rate * MB))
+        self.host.bring(neighbour("ramp", n_bytes, rate_mib_s=rate * MB / MIB))
 
         def ended() -> bool:
             taken = self.host.said_at("taken")

@@ -24,16 +24,18 @@ from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.pressure.cgroup import find_cgroups
 from psi_kv_governor.pressure.headroom import HeadroomReader
-from psi_kv_governor.sandbox import messages
-from psi_kv_governor.sandbox.host import MIB, Host
-from psi_kv_governor.sandbox.messages import Setup
 from psi_kv_governor.sandbox.sandbox import Sandbox, Swap
+from psikv_bench import messages
+from psikv_bench.host import MIB, Host
+from psikv_bench.messages import Setup
 from psikv_bench.options import Options
 from psikv_bench.record import Say
 
 SPARE_TOKENS = 192
 """Decoded before it goes back to the end of the context: fewer than the window that is never given up (256
 cells), so that the cut is always between live cells."""
+SWAP_BYTES: dict[Swap, int] = {"zram": 512 * MIB, "none": 0}
+"""In the cgroup, by the swap that is asked for."""
 NEIGHBOUR_BYTES = 8 * MIB
 """The neighbour's interpreter and its page tables, charged to the cgroup: 7.2 to 7.9 MiB with Python 3.11."""
 KILL_BYTES = 16 * MIB

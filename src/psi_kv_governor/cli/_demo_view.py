@@ -9,11 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from psi_kv_governor.sandbox.host import MIB
-from psi_kv_governor.sandbox.messages import Variant
 from psi_kv_governor.sandbox.result import SceneResult
 from psi_kv_governor.sandbox.scene_options import SceneOptions
 
-TITLES: dict[Variant, str] = {"fixed": "ungoverned", "psi": "governed"}
+TITLES: dict[str, str] = {"fixed": "ungoverned", "psi": "governed"}
 _PLAIN_WIDTH = 100
 
 
@@ -21,7 +20,7 @@ def introduction(options: SceneOptions) -> str:
     """What is about to happen, in a line."""
     if options.gentle:
         return f"{options.context_tokens:,} tokens of context; half of what may go is trimmed on order"
-    swap = "zram swap" if options.swap == "zram" else "no swap"
+    swap = "zram swap" if options.swap_bytes else "no swap"
     return (
         f"{options.context_tokens:,} tokens of context in {options.limit_bytes // MIB} MiB with {swap}; "
         f"a neighbour takes {options.pressure_bytes // MIB} MiB"

@@ -15,8 +15,8 @@ from rich.text import Text
 
 from psi_kv_governor.cli._event_words import words_of
 from psi_kv_governor.sandbox.host import MIB
-from psi_kv_governor.sandbox.messages import Variant
-from psi_kv_governor.sandbox.scene_options import STAGES, Happened, SceneEvent, StageChanged, Tick
+from psi_kv_governor.sandbox.messages import Progress
+from psi_kv_governor.sandbox.scene_options import STAGES, SceneEvent, Tick
 
 _EVENT_LINES = 10
 _PLAIN_TICK_S = 5.0
@@ -26,7 +26,7 @@ class _Row:
     """What is known of one variant."""
 
     def __init__(self) -> None:
-        self.stage: StageChanged | None = None
+        self.stage: Progress | None = None
         self.tick: Tick | None = None
 
     def cells(self) -> Iterator[str]:
@@ -50,7 +50,7 @@ class _Row:
 class SceneView:
     """Takes in the events of scenes; `titles` are the variants and what they are called."""
 
-    def __init__(self, titles: Mapping[Variant, str], introduction: str) -> None:
+    def __init__(self, titles: Mapping[str, str], introduction: str) -> None:
         self._titles, self._introduction = titles, introduction
         self._rows = {variant: _Row() for variant in titles}
         self._lines: deque[str] = deque(maxlen=_EVENT_LINES)
@@ -63,20 +63,20 @@ class SceneView:
             else None
         )
 
-    def __call__(self, event: SceneEvent) -> None:
-        """Show an event of a running scene."""
-        row = self._rows[event.variant]
-        if isinstance(event, StageChanged):
+    def show(self, variant: str, event: SceneEvent) -> None:
+        """An event of the scene that `variant` plays."""
+        row = self._rows[variant]
+        if isinstance(event, Progress):
             new = row.stage is None or row.stage.stage != event.stage
             row.stage = event
             if new:
-                self._show(event.variant, STAGES[event.stage])
+                self._show(variant, STAGES[event.stage])
         elif isinstance(event, Tick):
             row.tick = event
             if self._live is None and time.monotonic() - self._said_s >= _PLAIN_TICK_S:
-                self._show(event.variant, ", ".join(_words_of_tick(event)))
-        elif isinstance(event, Happened):
-            self._show(event.variant, words_of(event.event))
+                self._show(variant, ", ".join(_words_of_tick(event)))
+        else:
+            self._show(variant, words_of(event.event))
 
     def __enter__(self) -> SceneView:
         self.say(self._introduction)
@@ -98,11 +98,7 @@ class SceneView:
         else:
             self._lines.append(line)
 
-    def forget(self, variant: Variant) -> None:
-        """It begins anew."""
-        self._rows[variant] = _Row()
-
-    def _show(self, variant: Variant, words: str) -> None:
+    def _show(self, variant: str, words: str) -> None:
         self.say(f"{self._titles[variant]}: {words}")
 
     def _render(self) -> Group:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def command(  # noqa: PLR0917  (one parameter an option)
     if remark:
         click.echo(f"psi-kv demo: {remark}", err=True)
     with ended_by_sigterm(), SceneView(TITLES, introduction(options)) as view:
-        results = [run_scene(variant, options, view) for variant in TITLES]
+        results = [run_scene(variant, options, partial(view.show, variant)) for variant in TITLES]
     if as_json:
         click.echo(_json(options, results, remark))
     else:
@@ -98,8 +99,5 @@ def choose_scene(figures: dict[str, Any], gentle: bool) -> tuple[SceneOptions, s
 
 
 def _json(options: SceneOptions, results: list[SceneResult], remark: str) -> str:
-    shown = [msgspec.to_builtins(result) for result in results]
-    for result in shown:
-        del result["moments"]
-    report = {"options": options, "remark": remark, "results": shown}
+    report = {"options": options, "remark": remark, "results": results}
     return msgspec.json.format(msgspec.json.encode(report), indent=2).decode()

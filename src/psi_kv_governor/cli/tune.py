@@ -148,7 +148,7 @@ def play_scenes(status: Status) -> tuple[list[list[Reading]], str]:
     if not able:
         return [], why
     try:
-        return tuning_scene.play("zram" if with_swap else "none", status.update), ""
+        return tuning_scene.play(with_swap, status.update), ""
     except PsiKvError as error:
         return [], f"{error}" + (f" ({why_no_swap})" if why_no_swap else "")
 

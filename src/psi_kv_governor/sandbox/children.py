@@ -2,50 +2,57 @@
 
 from __future__ import annotations
 
-import os
-import selectors
+import contextlib
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
-from types import TracebackType
-from typing import IO, Any, Protocol
+import threading
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+from typing import IO
 
-from psi_kv_governor.sandbox import guardian
+from psi_kv_governor.children import python_command
+from psi_kv_governor.sandbox import load
+
+Launch = Callable[..., "subprocess.Popen[bytes]"]
+"""How a process is started: subprocess.Popen, or the same inside a sandbox."""
+Heard = SimpleQueue[tuple["Child", bytes | None]]
+"""What children say, line by line; None says that one has ended."""
 
 _END_TIMEOUT_S = 10.0
 """A process that waits for its pages from swap answers SIGTERM late; after this it is killed."""
-_READ_BYTES = 1 << 16
-
-
-class Launch(Protocol):
-    """How a process is started: subprocess.Popen, or the same inside a sandbox."""
-
-    def __call__(self, argv: Sequence[str], **options: Any) -> subprocess.Popen[bytes]: ...
+_LAST_LINES_S = 1.0
+"""For what is still in the pipe of a process that has ended. A child of its own may hold it open."""
 
 
 class Child:
-    """A process whose lines are collected. Its standard error waits in a file until somebody asks."""
+    """A process that is listened to. Its standard error waits in a file until somebody asks.
 
-    def __init__(self, argv: Sequence[str], launch: Launch) -> None:
+    A context manager, which ends it.
+    """
+
+    def __init__(self, argv: Sequence[str], launch: Launch, heard: Heard) -> None:
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed in `end`
         self._process = launch(
             argv,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env={**os.environ, "PYTHONPATH": guardian.package_path()},
             start_new_session=True,  # Ctrl-C in the terminal is for the parent, which then ends this one
         )
-        self._rest = b""
+        self._listener = threading.Thread(target=self._listen, args=(heard,), daemon=True)
+        self._listener.start()
+
+    def _listen(self, heard: Heard) -> None:
+        assert self._process.stdout is not None, "started with a pipe"
+        with self._process.stdout as lines:
+            for line in lines:
+                if line.endswith(b"\n"):  # else it was killed while it wrote
+                    heard.put((self, line[:-1]))
+        heard.put((self, None))
 
     @property
     def pid(self) -> int:
         return self._process.pid
-
-    @property
-    def output(self) -> IO[bytes]:
-        assert self._process.stdout is not None, "started with a pipe"
-        return self._process.stdout
 
     def status(self) -> int | None:
         """Exit status, negative for a signal; None while it runs."""
@@ -58,19 +65,9 @@ class Child:
     def send(self, line: bytes) -> None:
         """Write a line to its standard input; nothing happens where the process no longer listens."""
         assert self._process.stdin is not None, "started with a pipe"
-        try:
+        with contextlib.suppress(BrokenPipeError):  # its end is seen, and judged, where its output is read
             self._process.stdin.write(line + b"\n")
             self._process.stdin.flush()
-        except BrokenPipeError:  # its end is seen, and judged, where its output is read
-            return
-
-    def read(self) -> list[bytes] | None:
-        """The whole lines that have come since; None at the end. Blocks where there is nothing to read."""
-        data = os.read(self.output.fileno(), _READ_BYTES)
-        if not data:
-            return None
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        return lines
 
     def complaint(self) -> str:
         """Last line of its standard error."""
@@ -78,13 +75,8 @@ class Child:
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else ""
 
-    def end(self) -> list[bytes]:
-        """SIGTERM, and SIGKILL where that does not help; then give its pipes back. Safe to call twice.
-
-        Gives the lines that it said and nobody has heard yet.
-        """
-        if self.output.closed:
-            return []
+    def end(self) -> None:
+        """SIGTERM, or SIGKILL where that does not help; its last lines are heard. Safe to call twice."""
         if self._process.poll() is None:
             self._process.terminate()
             try:
@@ -92,74 +84,20 @@ class Child:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        said = self._last_lines()
-        for pipe in (self._process.stdin, self._process.stdout, self._errors):
-            if pipe is not None:
-                _close(pipe)
-        return said
+        self._listener.join(_LAST_LINES_S)
+        self._errors.close()
+        with contextlib.suppress(BrokenPipeError):  # what was still to be written to it
+            assert self._process.stdin is not None, "started with a pipe"
+            self._process.stdin.close()
 
-    def _last_lines(self) -> list[bytes]:
-        """What is still in the pipe of a process that has ended. A child of its own may hold it open."""
-        os.set_blocking(self.output.fileno(), False)
-        said: list[bytes] = []
-        try:
-            while (lines := self.read()) is not None:
-                said += lines
-        except BlockingIOError:
-            pass
-        return said
-
-
-def _close(pipe: IO[bytes]) -> None:
-    try:
-        pipe.close()
-    except BrokenPipeError:  # what was still to be written to a process that has ended
-        return
-
-
-class Children:
-    """Starts children, hears them all, and ends those that are left. A context manager."""
-
-    def __init__(self, launch: Launch) -> None:
-        self._launch = launch
-        self._selector = selectors.DefaultSelector()
-        self._all: list[Child] = []
-        self._heard: list[Child] = []
-        """Those that may still say something."""
-
-    def start(self, argv: Sequence[str]) -> Child:
-        """Start a process and listen to it."""
-        child = Child(argv, self._launch)
-        self._all.append(child)
-        self._heard.append(child)
-        self._selector.register(child.output, selectors.EVENT_READ, child)
-        return child
-
-    def hear(self, timeout_s: float) -> Iterator[tuple[Child, bytes | None]]:
-        """Lines that come within `timeout_s`, with the child that said them; None says that it ended."""
-        for key, _ in self._selector.select(max(0.0, timeout_s)):
-            child: Child = key.data
-            lines = child.read()
-            if lines is None:
-                self._heard.remove(child)
-                self._selector.unregister(key.fileobj)
-                yield child, None
-            for line in lines or ():
-                yield child, line
-
-    def end(self, child: Child) -> list[bytes]:
-        """End one of them. Gives its last lines."""
-        if child in self._heard:
-            self._heard.remove(child)
-            self._selector.unregister(child.output)
-        return child.end()
-
-    def __enter__(self) -> Children:
+    def __enter__(self) -> Child:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for child in self._all:
-            child.end()
-        self._selector.close()
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+
+def neighbour(mib: int, step_mib: int, pause_s: float) -> list[str]:
+    """The command of a process that takes memory in steps: see `load`."""
+    argv = python_command(load.__name__, "--mib", str(mib))
+    return [*argv, "--step-mib", str(step_mib), "--pause-s", str(pause_s)]

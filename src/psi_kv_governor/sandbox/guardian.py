@@ -13,7 +13,6 @@ import secrets
 import select
 import signal
 import sys
-from pathlib import Path
 
 import msgspec
 
@@ -32,44 +31,35 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     """Process id of the parent."""
     limit_bytes: int
     swap_bytes: int
-    """What may be swapped in it; 0 for nothing."""
-    own_swap: bool = True
-    """Whether it swaps to a zram device of its own, and not to what the machine has."""
+    """Of its own zram device; 0 for none."""
 
 
 class Made(msgspec.Struct, frozen=True, kw_only=True):
-    """What was made."""
+    """A line from the guardian: what it made, or what could not be made or removed."""
 
-    group: cgroups.Group
+    group: cgroups.Group | None = None
     zram: int | None = None
     """Number of the device."""
-
-
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """A line from the guardian."""
-
-    made: Made | None = None
     problem: str = ""
 
 
 def make(order: Order) -> Made:
     """Make the device and the group. Raises PsiKvError, with nothing left behind."""
     place = cgroups.find_place()
-    number = zram.add_swap(order.swap_bytes) if order.swap_bytes and order.own_swap else None
+    number = zram.add_swap(order.swap_bytes) if order.swap_bytes else None
     try:
         # A name that was never used: removing a group kills what is in it.
         name = f"psi-kv-sandbox-{order.parent}-{secrets.token_hex(4)}"
         group = cgroups.make_group(place, name, order.limit_bytes, order.swap_bytes)
     except PsiKvError:
-        if number is not None:
-            zram.remove_swap(number)
+        remove(Made(zram=number))
         raise
     return Made(group=group, zram=number)
 
 
 def remove(made: Made) -> str:
     """Remove all of it, processes first. Gives what is left; empty when nothing is."""
-    problems = [cgroups.remove_group(made.group)]
+    problems = [] if made.group is None else [cgroups.remove_group(made.group)]
     if made.zram is not None:
         problems.append(zram.remove_swap(made.zram))
     return "; ".join(filter(None, problems))
@@ -83,12 +73,12 @@ def main() -> int:
     try:
         made = make(order)
     except PsiKvError as error:
-        _say(Answer(problem=str(error)))
+        _say(Made(problem=str(error)))
         return error.exit_status
-    _say(Answer(made=made))
+    _say(made)
     _wait_for_the_end(order.parent)
     problem = remove(made)
-    _say(Answer(problem=problem))
+    _say(Made(problem=problem))
     return 1 if problem else 0
 
 
@@ -99,15 +89,9 @@ def _wait_for_the_end(parent: int) -> None:
             return
 
 
-def _say(answer: Answer) -> None:
+def _say(answer: Made) -> None:
     with contextlib.suppress(BrokenPipeError):  # the parent is gone, and with it whoever would want to know
         os.write(sys.stdout.fileno(), msgspec.json.encode(answer) + b"\n")
-
-
-def package_path() -> str:
-    """PYTHONPATH with which a child of this process finds the same package."""
-    here = str(Path(__file__).resolve().parents[2])
-    return os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH", ""))))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,11 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from psi_kv_governor.errors import PsiKvError
-from psi_kv_governor.events import Event
-from psi_kv_governor.sandbox.messages import Setup, Turned, Variant
-
-_GGML_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}  # enum ggml_type, <ggml.h>
-_BACKINGS: dict[Variant, str] = {"psi-file": "file", "psi-memory": "memory", "file-only": "file"}
+from psi_kv_governor.sandbox.messages import Setup
 
 
 class Cells(NamedTuple):
@@ -23,25 +17,17 @@ class Cells(NamedTuple):
 
     live: int
     masked: int
+    """Away, and to come back bit for bit."""
     lost: int
+    """Away, and to be decoded again."""
 
 
-def is_governed(variant: Variant) -> bool:
-    """Whether a governor acts in it."""
-    return variant.startswith("psi")
-
-
-def is_plain(variant: Variant) -> bool:
-    """Whether it is llama_cpp.Llama and nothing else."""
-    return variant in {"fixed", "reference"}
-
-
-def llama_class(variant: Variant) -> Any:
-    """The class of a variant, with all of its modules loaded: which comes first matters.
+def llama_class(setup: Setup) -> Any:
+    """The class of what `setup` opens, with all of its modules loaded: which comes first matters.
 
     Raises PsiKvError where plain llama.cpp is not plain in this process.
     """
-    if is_plain(variant):
+    if setup.plain:
         import llama_cpp
 
         check_plain()
@@ -65,43 +51,21 @@ def check_plain(maps: Path = Path("/proc/self/maps")) -> None:
         raise PsiKvError(f"plain llama.cpp is not plain here: {loaded}; unset LD_PRELOAD, LLAMA_CPP_LIB_PATH")
 
 
-def open_llm(setup: Setup, n_ctx: int, prefill_threads: int) -> Any:
+def open_llm(setup: Setup) -> Any:
     """The model of `setup`. Only what governs it differs between variants. Raises BadInputError."""
-    arguments: dict[str, Any] = {
-        "n_ctx": n_ctx,
-        "n_batch": setup.batch_tokens,
-        "n_threads": setup.threads,
-        "n_threads_batch": prefill_threads,
-        "flash_attn": True,
-        "type_k": _GGML_TYPES[setup.cache],
-        "type_v": _GGML_TYPES[setup.cache],
-        "use_mmap": setup.mmap,
-        "verbose": False,
-    }
-    kind = llama_class(setup.variant)
-    if is_plain(setup.variant):
-        return kind(setup.model, **arguments)
+    kind = llama_class(setup)
+    if setup.plain:
+        return kind(setup.model, **setup.arguments())
     from psi_kv_governor.config import load_config
 
-    auto = setup.auto and is_governed(setup.variant)
-    return kind(setup.model, config=load_config(**settings_of(setup)), auto=auto, **arguments)
+    config, auto = load_config(**setup.governor_settings()), setup.auto and setup.governed
+    return kind(setup.model, config=config, auto=auto, **setup.arguments())
 
 
-def settings_of(setup: Setup) -> dict[str, Any]:
-    """The governor's settings that `setup` gives."""
-    given = {
-        "backing": _BACKINGS.get(setup.variant),
-        "sink_cells": setup.keep,
-        "window_cells": setup.tail,
-        **setup.settings,
-    }
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def cells_of(llm: Any, variant: Variant, removed: int = 0) -> Cells:
-    """Where the cells of the context are; `removed` are those that the reference took out."""
-    if is_plain(variant):
-        return Cells(int(llm.n_tokens) - removed, 0, removed)
+def cells_of(llm: Any, *, plain: bool) -> Cells:
+    """Where the cells of the context are."""
+    if plain:
+        return Cells(int(llm.n_tokens), 0, 0)
     status = llm.governor.status()
     return Cells(status.live_cells, status.masked_cells, status.lost_cells)
 
@@ -112,82 +76,6 @@ def put_back(llm: Any) -> int:
         llm.governor.restore()
     status = llm.governor.status()
     return int(status.masked_cells + status.lost_cells)
-
-
-def why_not_governable(llm: Any) -> str:
-    """Why nothing of this model can be given up; empty where something can."""
-    description = llm.governor.engine.describe()
-    return "" if description.place else str(description.capabilities.park.why)
-
-
-def follow(
-    llm: Any,
-    on_event: Callable[[Event], None],
-    on_turn: Callable[[], None],
-    on_busy: Callable[[Turned], None],
-) -> None:
-    """Hear all that the governor does, each of its turns, and those that are not calm."""
-
-    def on_any(turn: Any) -> None:
-        on_turn()
-        reading, decision = turn.reading, turn.decision
-        if decision.mode.value == "calm" and decision.action.value == "none" and not reading.some:
-            return
-        on_busy(
-            Turned(
-                time_s=reading.time_s,
-                some=reading.some,
-                full=reading.full,
-                headroom_bytes=reading.headroom_bytes,
-                live_bytes=turn.cache.live_bytes,
-                action=decision.action.value,
-                n_bytes=decision.n_bytes,
-                mode=decision.mode.value,
-                reason=decision.reason,
-            )
-        )
-
-    llm.governor.subscribe(on_event)
-    llm.governor.observe(on_any)
-
-
-def load_state(llm: Any, path: str, tokens: list[int]) -> None:
-    """The context `tokens` from a state file, which llama.cpp streams: no copy of it in this process.
-
-    Raises PsiKvError where the file does not hold them.
-    """
-    import llama_cpp
-
-    count = len(tokens)
-    found, read = (llama_cpp.llama_token * count)(), ctypes.c_size_t()
-    done = llama_cpp.llama_state_seq_load_file(llm.ctx, path.encode(), 0, found, count, ctypes.byref(read))
-    if not done or read.value != count:
-        raise PsiKvError("the prepared context could not be loaded: start the benchmark again")
-    llm.input_ids[:count] = tokens
-    llm.n_tokens = count
-
-
-def save_state(llm: Any, path: str, count: int) -> None:
-    """Write the first `count` tokens of the context to a file. Raises PsiKvError."""
-    import llama_cpp
-
-    cut(llm, count)
-    tokens = (llama_cpp.llama_token * count)(*llm.input_ids[:count].tolist())
-    if not llama_cpp.llama_state_seq_save_file(llm.ctx, path.encode(), 0, tokens, count):
-        raise PsiKvError(f"the prepared context could not be kept: is there space in {Path(path).parent}?")
-
-
-def cut(llm: Any, count: int) -> None:
-    """Take out what comes after the first `count` tokens."""
-    llm.n_tokens = count
-    llm._ctx.kv_cache_seq_rm(0, count, -1)
-
-
-def cell_bytes(llm: Any) -> int:
-    """K and V of one token in every layer, by what a saved context takes; 0 without a token."""
-    import llama_cpp
-
-    return llama_cpp.llama_state_seq_get_size(llm.ctx, 0) // int(llm.n_tokens) if llm.n_tokens else 0
 
 
 def logits_of(llm: Any) -> npt.NDArray[np.float32]:

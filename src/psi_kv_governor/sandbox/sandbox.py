@@ -10,8 +10,7 @@ import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Literal, get_args
+from typing import Any, Literal
 
 import msgspec
 
@@ -21,8 +20,8 @@ from psi_kv_governor.pressure.cgroup import Cgroup, OwnCgroups, find_cgroups
 from psi_kv_governor.pressure.headroom import HeadroomReader
 from psi_kv_governor.sandbox import cgroups, guardian, zram
 
-Swap = Literal["zram", "none", "host"]
-"""A zram device of the sandbox's own; no swap; what the machine has."""
+Swap = Literal["zram", "none"]
+"""A zram device of the sandbox's own, or no swap."""
 
 LEAST_BYTES = 16 << 20
 """Smallest limit: a Python interpreter does not start in less."""
@@ -34,30 +33,35 @@ _JOIN = 'set -e; n=$1; shift; while [ "$n" -gt 0 ]; do echo $$ > "$1"; shift; n=
 
 
 class Sandbox:
-    """A memory cgroup of `limit_bytes`, with `swap_bytes` of swap of the kind that `swap` says.
+    """A memory cgroup of `limit_bytes`, with a zram device of `swap_bytes` to swap to; 0: it may not swap.
 
     A context manager. Raises BadInputError for sizes that make no sense, PsiKvError where none can be
     made here (see `available`) or where the machine has not the memory to fill it.
     """
 
-    def __init__(self, limit_bytes: int, *, swap: Swap = "none", swap_bytes: int = 0) -> None:
+    def __init__(self, limit_bytes: int, *, swap_bytes: int = 0) -> None:
         order = guardian.Order(
             parent=os.getpid(),
             limit_bytes=limit_bytes,
-            swap_bytes=_checked_swap(limit_bytes, swap, swap_bytes),
-            own_swap=swap == "zram",
+            swap_bytes=_checked_swap(limit_bytes, swap_bytes),
         )
-        _check_headroom(limit_bytes + (order.swap_bytes if order.own_swap else 0))
+        _check_headroom(limit_bytes + order.swap_bytes)
         self._children: list[subprocess.Popen[bytes]] = []
+        self._made = guardian.Made()
         self._guardian: subprocess.Popen[bytes] | None = subprocess.Popen(
             python_command(guardian.__name__, msgspec.json.encode(order).decode()),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": guardian.package_path()},
             start_new_session=True,  # Ctrl-C in the terminal is for the parent
         )
         try:
-            self._made = self._hear_made()
+            assert self._guardian.stdout is not None, "started with a pipe"
+            line = self._guardian.stdout.readline()
+            if not line:
+                raise PsiKvError("the process that owns the sandbox did not start: see its message above")
+            self._made = msgspec.json.decode(line, type=guardian.Made)
+            if self._made.problem:
+                raise PsiKvError(self._made.problem)
         except BaseException:
             self._dismiss()
             raise
@@ -69,22 +73,14 @@ class Sandbox:
             cgroups.find_place()
         except PsiKvError as error:
             return False, str(error)
-        why = ""
-        if swap == "zram":
-            why = zram.why_not()
-        elif swap == "host":
-            why = _why_no_swap()
+        why = zram.why_not() if swap == "zram" else ""
         return not why, why
 
     @property
     def group(self) -> cgroups.Group:
         """The cgroup: its use, its peak, its kills and its folders."""
+        assert self._made.group is not None, "else it was not made"
         return self._made.group
-
-    @property
-    def swap_device(self) -> Path | None:
-        """The zram device, where it has one."""
-        return None if self._made.zram is None else Path(f"/dev/zram{self._made.zram}")
 
     @property
     def pressure_file(self) -> Path | None:
@@ -124,60 +120,25 @@ class Sandbox:
     def __enter__(self) -> Sandbox:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _hear_made(self) -> guardian.Made:
-        answer = self._hear()
-        if answer is None:
-            raise PsiKvError("the process that owns the sandbox did not start: see its message above")
-        if answer.made is None:
-            raise PsiKvError(answer.problem)
-        return answer.made
-
-    def _hear(self) -> guardian.Answer | None:
-        line = _stream(self._guardian).readline() if self._guardian is not None else b""
-        return msgspec.json.decode(line, type=guardian.Answer) if line else None
 
     def _dismiss(self) -> str:
         """Have the guardian end. Gives what is left behind; does its work where it was killed itself."""
-        owner = self._guardian
-        if owner is None:
+        if self._guardian is None:
             return ""
-        if owner.stdin is not None:
-            owner.stdin.close()
-        answer = self._hear()
-        owner.wait(_CLOSE_TIMEOUT_S)
-        _stream(owner).close()
-        self._guardian = None
-        if answer is not None:
-            return answer.problem
-        return guardian.remove(self._made) if hasattr(self, "_made") else ""
+        owner, self._guardian = self._guardian, None
+        said, _ = owner.communicate(timeout=_CLOSE_TIMEOUT_S)
+        answer = msgspec.json.decode(said, type=guardian.Made) if said else None
+        return guardian.remove(self._made) if answer is None else answer.problem
 
 
-def _why_no_swap(root: Path = Path("/")) -> str:
-    """Why the machine's own swap cannot be used; empty where it can."""
-    try:
-        devices = (root / "proc/swaps").read_text().splitlines()[1:]
-    except OSError:
-        devices = []
-    return "" if devices else "this machine has no swap of its own: use zram, or none"
-
-
-def _checked_swap(limit_bytes: int, swap: Swap, swap_bytes: int) -> int:
+def _checked_swap(limit_bytes: int, swap_bytes: int) -> int:
     """Size of the swap device, in whole pages."""
     if limit_bytes < LEAST_BYTES:
         raise BadInputError(f"limit_bytes = {limit_bytes} is not usable: give {LEAST_BYTES} or more")
-    if swap == "none":
-        if swap_bytes:
-            raise BadInputError("swap_bytes without swap is not usable: give swap='zram'")
-        return 0
-    if swap not in get_args(Swap):
-        raise BadInputError(f"swap = {swap!r} is not usable: give one of {', '.join(get_args(Swap))}")
-    if swap_bytes < LEAST_BYTES:
-        raise BadInputError(f"swap_bytes = {swap_bytes} is not usable: give {LEAST_BYTES} or more")
+    if swap_bytes and swap_bytes < LEAST_BYTES:
+        raise BadInputError(f"swap_bytes = {swap_bytes} is not usable: give 0, or {LEAST_BYTES} or more")
     page_bytes = os.sysconf("SC_PAGE_SIZE")
     return -(-swap_bytes // page_bytes) * page_bytes
 
@@ -190,8 +151,3 @@ def _check_headroom(wanted_bytes: int) -> None:
             f"the sandbox may take {wanted_bytes >> 20} MiB, {found.headroom_bytes >> 20} MiB are available: "
             "close other programs, or choose a smaller limit and less swap"
         )
-
-
-def _stream(process: subprocess.Popen[bytes]) -> IO[bytes]:
-    assert process.stdout is not None, "the guardian is started with a pipe"
-    return process.stdout

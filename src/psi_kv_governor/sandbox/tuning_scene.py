@@ -7,20 +7,18 @@ would read.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
+from queue import SimpleQueue
 
-from psi_kv_governor.children import python_command
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.pressure.headroom import HeadroomReader
 from psi_kv_governor.pressure.machine import MachineSource
 from psi_kv_governor.pressure.psi import PsiFile
 from psi_kv_governor.pressure.reading import Reading
-from psi_kv_governor.sandbox import load
-from psi_kv_governor.sandbox.children import Children
-from psi_kv_governor.sandbox.sandbox import Sandbox, Swap
-
-MIB = 1 << 20
+from psi_kv_governor.sandbox.children import Child, Heard, neighbour
+from psi_kv_governor.sandbox.load import MIB
+from psi_kv_governor.sandbox.sandbox import Sandbox
 
 LIMIT_BYTES = 160 * MIB
 """Small, so that it is over soon; thresholds are shares of the limit."""
@@ -39,28 +37,27 @@ CALM_S = 2.0
 PRESSED_S = 8.0
 
 
-def play(swap: Swap, say: Callable[[str], None]) -> list[list[Reading]]:
+def play(with_swap: bool, say: Callable[[str], None]) -> list[list[Reading]]:
     """The readings of each neighbour, from the moment in which it is started.
 
     `say` hears what is going on. Raises PsiKvError where there is no sandbox, or its kernel counts no stall.
     """
-    return [_played(swap, step_mib, pause_s, say) for step_mib, pause_s in STEPS]
+    return [_played(with_swap, step_mib, pause_s, say) for step_mib, pause_s in STEPS]
 
 
-def _played(swap: Swap, step_mib: int, pause_s: float, say: Callable[[str], None]) -> list[Reading]:
-    swap_bytes = SWAP_BYTES if swap == "zram" else 0
-    taken_mib = TAKEN_MIB if swap == "zram" else TAKEN_WITHOUT_SWAP_MIB
+def _played(with_swap: bool, step_mib: int, pause_s: float, say: Callable[[str], None]) -> list[Reading]:
+    swap_bytes, taken_mib = (SWAP_BYTES, TAKEN_MIB) if with_swap else (0, TAKEN_WITHOUT_SWAP_MIB)
+    heard: Heard = SimpleQueue()  # they are ended, and not asked
     with (
-        Sandbox(LIMIT_BYTES, swap=swap, swap_bytes=swap_bytes) as sandbox,
+        Sandbox(LIMIT_BYTES, swap_bytes=swap_bytes) as sandbox,
         closing(_source(sandbox)) as source,
-        Children(sandbox.popen) as children,
     ):
         say(f"a cgroup of {LIMIT_BYTES // MIB} MiB with a process of {HELD_MIB} MiB")
-        children.start(_neighbour(HELD_MIB, HELD_MIB, 0.0))
-        watch(source, CALM_S)
-        say(f"a neighbour takes {taken_mib} MiB, {step_mib} MiB every {pause_s:g} s")
-        children.start(_neighbour(taken_mib, step_mib, pause_s))
-        return watch(source, PRESSED_S)
+        with Child(neighbour(HELD_MIB, HELD_MIB, 0.0), sandbox.popen, heard):
+            watch(source, CALM_S)
+            say(f"a neighbour takes {taken_mib} MiB, {step_mib} MiB every {pause_s:g} s")
+            with Child(neighbour(taken_mib, step_mib, pause_s), sandbox.popen, heard):
+                return watch(source, PRESSED_S)
 
 
 def watch(source: MachineSource, seconds: float, look_s: float = LOOK_S) -> list[Reading]:
@@ -83,8 +80,3 @@ def _source(sandbox: Sandbox) -> MachineSource:
             f"{sandbox.pressure_file} cannot be read: {error.strerror}; boot with psi=1"
         ) from error
     return MachineSource(psi, HeadroomReader(sandbox.own_cgroups()), "the sandbox")
-
-
-def _neighbour(mib: int, step_mib: int, pause_s: float) -> Sequence[str]:
-    argv = python_command(load.__name__, "--mib", str(mib))
-    return [*argv, "--step-mib", str(step_mib), "--pause-s", str(pause_s)]

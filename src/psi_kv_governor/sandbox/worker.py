@@ -3,21 +3,16 @@
     python -m psi_kv_governor.sandbox.worker '{"variant": "psi", "model": "model.gguf"}'
 
 Its one argument is a Setup. Orders come in on standard input, messages go out on standard output. It ends
-with its standard input.
+with its standard input, or when nobody reads what it says.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import queue
 import sys
-import threading
 import time
-from collections.abc import Sequence
-from itertools import islice
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Union
 
 import msgspec
 
@@ -25,269 +20,133 @@ from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.events import Event
 from psi_kv_governor.sandbox import llm as llms
 from psi_kv_governor.sandbox import messages
-from psi_kv_governor.sandbox.messages import Setup, Stage
-from psi_kv_governor.sandbox.process_memory import own_memory
-from psi_kv_governor.sandbox.reference import MiddlePruner
-from psi_kv_governor.sandbox.self_look import drop_file_cache, looked
-from psi_kv_governor.sandbox.speaker import Speaker
+from psi_kv_governor.sandbox.messages import Setup
 from psi_kv_governor.sandbox.text import prompt_tokens
 
 _LOOK_S = 0.02
-_WHOLE_TIMEOUT_S = 20.0
-_SETTLE_S = 0.1
-"""libgomp's idle threads spin for about 8 ms; after this none does."""
+_CHUNK_TOKENS = 512
+
+Actions = Mapping[type[messages.Order], Callable[[Any], messages.Message | None]]
 
 
-class _Abandoned(Exception):
-    """Nobody listens any more."""
+def say(message: messages.Message) -> None:
+    """Write one, from any thread: a pipe takes a line whole. Raises BrokenPipeError where nobody reads."""
+    os.write(sys.stdout.fileno(), msgspec.json.encode(message) + b"\n")
 
 
 class Worker:
     """One process of the model."""
 
-    def __init__(self, setup: Setup, speaker: Speaker) -> None:
-        self._setup, self._speaker = setup, speaker
-        self._orders: queue.SimpleQueue[messages.Order | None] = queue.SimpleQueue()
-        self._abandoned = threading.Event()
-        self._llm: Any = None
-        self._probe = 0
-        self._prompt: list[int] = []
-        self._turns = 0
-        self._pruner: MiddlePruner | None = None
-        if setup.variant == "reference":
-            file, keep, tail = Path(setup.pressure_file), setup.keep or 0, setup.tail or 1
-            self._pruner = MiddlePruner(file, keep, tail, setup.min_prune)
+    def __init__(self, setup: Setup) -> None:
+        self.setup: Any = setup
+        self.llm: Any = None
+        self.orders = open(0, "rb", buffering=0, closefd=False)  # noqa: SIM115  # unbuffered: it can be polled
+
+    def actions(self) -> Actions:
+        """What is done on each order. Gives what is said of it; None: Done."""
+        return {messages.Decode: self.decode, messages.Settle: self.settle}
 
     def run(self) -> None:
-        """Open, then carry out orders until nobody speaks any more."""
-        threading.Thread(target=self._listen, daemon=True).start()
-        setup = self._setup
-        self._speaker.say(messages.Progress(stage="load", done=0, total=1))
-        llms.llama_class(setup.variant)
-        imported = own_memory()
-        self._llm = llms.open_llm(setup, setup.cells, setup.prefill_threads or os.cpu_count() or 1)
+        """Open, then carry out orders until nobody gives any more."""
+        say(messages.Progress(stage="load", done=0, total=1))
+        self.open()
         try:
-            if llms.is_governed(setup.variant):
-                llms.follow(self._llm, self._on_event, self._on_turn, self._speaker.say)
-            self._fill_context()
-            opened = messages.Opened(
-                cell_bytes=llms.cell_bytes(self._llm),
-                digest=self._digest() if setup.context_tokens else "",
-                imported=imported,
-                memory=own_memory(),
-            )
-            self._speaker.say(opened)
-            while (order := self._orders.get()) is not None:
-                self._do(order)
-        finally:
-            self._llm.close()
-
-    def _listen(self) -> None:
-        """Orders come in here, so that one can come while a token is decoded."""
-        decoder = msgspec.json.Decoder(messages.Order)
-        try:
-            for line in sys.stdin.buffer:
+            self.fill_context()
+            say(self.opened())
+            actions = self.actions()
+            decoder = msgspec.json.Decoder(Union[tuple(actions)])  # noqa: UP007
+            while line := self.orders.readline():
                 order = decoder.decode(line)
-                if not isinstance(order, messages.Restore):
-                    self._orders.put(order)
-                elif self._llm is not None:
-                    self._llm.governor.restore()
+                began_s, cpu_began_s = time.perf_counter(), time.process_time()
+                answer = actions[type(order)](order)
+                seconds, cpu_s = time.perf_counter() - began_s, time.process_time() - cpu_began_s
+                say(answer or messages.Done(seconds=seconds, cpu_s=cpu_s))
         finally:
-            self._abandoned.set()
-            self._orders.put(None)
+            self.llm.close()
 
-    def _do(self, order: messages.Order) -> None:
-        match order:
-            case messages.Decode(tokens=None):
-                self._decode_on()
-            case messages.Prefill():
-                self._prefill_on()
-            case messages.Stop():
-                self._speaker.say(messages.Stopped())
-            case messages.Settle():
-                self._speaker.say(self._settle(order.max_s))
-            case messages.Whole():
-                self._speaker.say(self._whole())
-            case messages.Look():
-                self._speaker.say(looked(self._cells(), self._turns))
-            case _:
-                self._timed(order)
+    def open(self) -> None:
+        """The model."""
+        self.llm = llms.open_llm(self.setup)
+        if self.setup.governed:
+            self.llm.governor.subscribe(self._on_event)
 
-    def _timed(self, order: messages.Order) -> None:
-        """The orders that end by themselves, and say how long they took."""
-        if isinstance(order, messages.Generate):
-            time.sleep(_SETTLE_S)
-        began_s, cpu_began_s = time.perf_counter(), time.process_time()
-        match order:
-            case messages.Fill():
-                self._fill(order.tokens, order.chunk)
-            case messages.Decode():
-                self._decode(order)
-            case messages.Generate():
-                self._generate(order.tokens, order.again)
-            case messages.Trim():
-                self._llm.governor.trim(order.fraction)
-            case messages.Save():
-                llms.save_state(self._llm, order.path, self._setup.context_tokens)
-                drop_file_cache(order.path, written=True)
-        seconds, cpu_s = time.perf_counter() - began_s, time.process_time() - cpu_began_s
-        self._speaker.say(messages.Done(seconds=seconds, cpu_s=cpu_s))
+    def opened(self) -> messages.Opened:
+        """What is said once the context is full."""
+        return messages.Opened()
 
-    # -- the context ------------------------------------------------------------------------------------
+    # -- tokens -----------------------------------------------------------------------------------------
 
-    def _fill_context(self) -> None:
-        base = self._setup.context_tokens
-        if not base:
-            return
-        tokens = prompt_tokens(self._llm, base + 1 + self._setup.prompt_tokens)
-        self._probe, self._prompt = tokens[base], tokens[base + 1 :]
-        if self._setup.state:
-            llms.load_state(self._llm, self._setup.state, tokens[:base])
-            drop_file_cache(self._setup.state)
-        else:
-            self._read(tokens[:base], self._setup.batch_tokens)
+    def fill_context(self) -> None:
+        """Decode as much of the text as the context is to hold."""
+        if self.setup.context_tokens:
+            self.read(prompt_tokens(self.llm, self.setup.context_tokens))
 
-    def _read(self, tokens: Sequence[int], chunk: int) -> None:
+    def read(self, tokens: Sequence[int], chunk: int = _CHUNK_TOKENS) -> None:
         """Decode `tokens` in chunks."""
         for start in range(0, len(tokens), chunk):
-            self._speaker.say(messages.Progress(stage="prefill", done=start, total=len(tokens)))
-            part = tokens[start : start + chunk]
-            self._eval(list(part), said=True)
-        self._speaker.say(messages.Progress(stage="prefill", done=len(tokens), total=len(tokens)))
+            say(messages.Progress(stage="prefill", done=start, total=len(tokens)))
+            self.eval(tokens[start : start + chunk], time.monotonic())
+        say(messages.Progress(stage="prefill", done=len(tokens), total=len(tokens)))
 
-    def _fill(self, count: int, chunk: int) -> None:
-        begin = int(self._llm.n_tokens)
-        self._read(prompt_tokens(self._llm, begin + count)[begin:], chunk)
-
-    def _eval(self, tokens: list[int], *, said: bool, since_s: float | None = None) -> float:
-        """Decode `tokens` at once; gives when it was done. Raises _Abandoned where nobody listens."""
-        if self._abandoned.is_set():
-            raise _Abandoned
-        since_s = time.monotonic() if since_s is None else since_s
-        self._llm.eval(tokens)
+    def eval(self, tokens: Sequence[int], since_s: float) -> float:
+        """Decode `tokens` at once; gives when it was done."""
+        self.llm.eval(list(tokens))
         now_s = time.monotonic()
-        if said:
-            self._speaker.say(messages.Token(time_s=now_s, seconds=now_s - since_s, tokens=len(tokens)))
+        say(messages.Token(time_s=now_s, seconds=now_s - since_s, tokens=len(tokens)))
         return now_s
 
-    def _digest(self) -> str:
-        """Of the logits after the context and the probe, which is taken out again by the next decode."""
-        self._llm.eval([self._probe])
-        self._llm.n_tokens = self._setup.context_tokens
-        return hashlib.sha256(llms.logits_of(self._llm).tobytes()).hexdigest()[:16]
-
-    # -- what goes on under pressure ----------------------------------------------------------------------
-
-    def _decode(self, order: messages.Decode) -> None:
-        """Greedy, and past any end of text: what is measured is the time, not the story."""
-        assert order.tokens is not None, "checked by the caller"
-        self._progress(order.stage, order.tokens)
+    def decode(self, order: messages.Decode) -> None:
+        """Token after token."""
+        say(messages.Progress(stage=order.stage, done=0, total=order.tokens))
         began_s = last_s = time.monotonic()
         for number in range(order.tokens):
-            if number == order.trim_at and llms.is_governed(self._setup.variant):
-                self._llm.governor.trim(0.5)
+            if number == order.trim_at and self.setup.governed:
+                self.llm.governor.trim(0.5)
                 last_s = time.monotonic()
-            if order.stage == "pressed" and self._pruner is not None:
-                self._say_pruned(self._pruner.prune(self._llm))
-            last_s = self._eval([llms.greedy(self._llm)], said=True, since_s=last_s)
+            last_s = self.eval([self.next_token(order)], last_s)
             if order.max_s is not None and last_s - began_s > order.max_s:
                 return
 
-    def _say_pruned(self, pruned: messages.Pruned | None) -> None:
-        if pruned is not None:
-            self._speaker.say(pruned)
+    def next_token(self, order: messages.Decode) -> int:
+        """The one that is decoded next."""
+        del order
+        return llms.greedy(self.llm)
 
-    def _decode_on(self) -> None:
-        """Token after token until an order comes, and back to the end of the context in time."""
-        last_s = time.monotonic()
-        while self._orders.empty():
-            if self._llm.n_tokens >= self._setup.context_tokens + self._setup.decoded_tokens:
-                self._llm.n_tokens = self._setup.context_tokens  # the next decode takes out what comes after
-            last_s = self._eval([llms.greedy(self._llm)], said=True, since_s=last_s)
+    # -- cells ------------------------------------------------------------------------------------------
 
-    def _prefill_on(self) -> None:
-        """The same long prompt again and again after the context, until an order comes."""
-        last_s = time.monotonic()
-        while True:
-            self._llm.n_tokens = self._setup.context_tokens
-            for start in range(0, len(self._prompt), self._setup.batch_tokens):
-                if not self._orders.empty():
-                    return
-                chunk = self._prompt[start : start + self._setup.batch_tokens]
-                last_s = self._eval(chunk, said=True, since_s=last_s)
+    def cells(self) -> llms.Cells:
+        """Where those of the context are."""
+        return llms.cells_of(self.llm, plain=self.setup.plain)
 
-    def _generate(self, tokens: int, again: int) -> None:
-        self._llm.n_tokens = min(int(self._llm.n_tokens), self._setup.context_tokens - again)
-        prompt = self._llm.input_ids[: self._setup.context_tokens].tolist()
-        request = self._llm.generate(prompt, temp=0.0)
-        decoded = sum(1 for _ in islice(request, tokens))
-        request.close()
-        if decoded != tokens:
-            raise PsiKvError(f"the model stopped after {decoded} of {tokens} tokens")
-
-    # -- afterwards -------------------------------------------------------------------------------------
-
-    def _settle(self, max_s: float) -> messages.Settled:
-        began_s = time.perf_counter()
-        if not llms.is_governed(self._setup.variant):
-            return messages.Settled(missing_cells=self._cells().lost, seconds=0.0, on_request=False)
-        while (cells := self._cells()).masked and time.perf_counter() - began_s < max_s:
-            self._progress("restore", int(self._llm.n_tokens), done=cells.live)
-            self._abandoned.wait(_LOOK_S)
-            if self._abandoned.is_set():
-                raise _Abandoned
-        on_request = cells.masked + cells.lost > 0
-        missing = llms.put_back(self._llm)
-        seconds = time.perf_counter() - began_s
-        return messages.Settled(missing_cells=missing, seconds=seconds, on_request=on_request)
-
-    def _whole(self) -> messages.Checked:
-        """Ask until everything is back: right after the pressure, the governor still holds."""
-        began_s = time.monotonic()
-        llms.cut(self._llm, self._setup.context_tokens)
-        digest = ""
-        missing = self._put_back()
-        while time.monotonic() - began_s < _WHOLE_TIMEOUT_S:
-            if not missing:
-                digest = self._digest()
-            missing = self._put_back()
-            if not missing and digest:  # nothing went while the digest was made
-                return messages.Checked(missing_cells=0, digest=digest, seconds=time.monotonic() - began_s)
+    def settle(self, order: messages.Settle) -> messages.Settled:
+        """Wait for what is away, then ask for it."""
+        until_s = time.monotonic() + order.max_s
+        while (cells := self.cells()).masked and time.monotonic() < until_s:
+            say(messages.Progress(stage="restore", done=cells.live, total=int(self.llm.n_tokens)))
             time.sleep(_LOOK_S)
-        return messages.Checked(missing_cells=missing, digest="", seconds=time.monotonic() - began_s)
+        missing = cells.masked + cells.lost
+        asked = self.setup.governed and missing > 0
+        return messages.Settled(missing_cells=self.put_back() if asked else missing, on_request=asked)
 
-    def _put_back(self) -> int:
-        return llms.put_back(self._llm) if llms.is_governed(self._setup.variant) else 0
-
-    # -- what is said -----------------------------------------------------------------------------------
-
-    def _cells(self) -> llms.Cells:
-        removed = 0 if self._pruner is None else self._pruner.removed_cells
-        return llms.cells_of(self._llm, self._setup.variant, removed)
-
-    def _progress(self, stage: Stage, total: int, done: int = 0) -> None:
-        self._speaker.say(messages.Progress(stage=stage, done=done, total=total))
+    def put_back(self) -> int:
+        """Ask for all that is away; gives the cells that stay away."""
+        return llms.put_back(self.llm) if self.setup.governed else 0
 
     def _on_event(self, event: Event) -> None:
-        self._speaker.say(messages.Governed(event=event, live_cells=self._cells().live))
-
-    def _on_turn(self) -> None:
-        self._turns += 1
+        say(messages.Governed(event=event, live_cells=self.cells().live))
 
 
-def main() -> int:
+def main(kind: type[Worker] = Worker, setup: type[Setup] = Setup) -> int:
     """Entry point of the process. A failure is said in one line; gives the exit status."""
-    speaker = Speaker()
     try:
-        Worker(msgspec.json.decode(sys.argv[1], type=Setup), speaker).run()
-    except (_Abandoned, BrokenPipeError):
+        kind(msgspec.json.decode(sys.argv[1], type=setup)).run()
+    except BrokenPipeError:
         return 1
     except PsiKvError as error:
-        speaker.say(messages.Failed(why=str(error), exit_status=error.exit_status))
+        print(error, file=sys.stderr)
         return error.exit_status
     except ModuleNotFoundError as error:
-        why = f"this needs {error.name}: pip install 'psi-kv-governor[llama]'"
-        speaker.say(messages.Failed(why=why, exit_status=PsiKvError.exit_status))
+        print(f"this needs {error.name}: pip install 'psi-kv-governor[llama]'", file=sys.stderr)
         return PsiKvError.exit_status
     return 0
 

@@ -48,7 +48,8 @@ def add_swap(n_bytes: int) -> int:
         Path(f"/sys/block/zram{number}/disksize").write_text(str(n_bytes))
         with _device(number).open("r+b", buffering=0) as file:
             file.write(_header(n_bytes))
-        _check(_libc.swapon(bytes(_device(number)), _SWAP_FLAG_PREFER | _PRIORITY))
+        if _libc.swapon(bytes(_device(number)), _SWAP_FLAG_PREFER | _PRIORITY):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     except OSError as error:
         remove_swap(number)
         raise PsiKvError(f"cannot swap on {_device(number)}: {error.strerror}; run it as root") from error
@@ -58,9 +59,8 @@ def add_swap(n_bytes: int) -> int:
 def remove_swap(number: int) -> str:
     """Stop swapping on the device and remove it. Gives why it is left; empty when it is gone."""
     deadline_s = time.monotonic() + _BUSY_TIMEOUT_S
+    _libc.swapoff(bytes(_device(number)))  # refused where it was no swap yet
     try:
-        if _is_swap(number):
-            _check(_libc.swapoff(bytes(_device(number))))
         while Path(f"/sys/block/zram{number}").exists():
             try:
                 (CONTROL / "hot_remove").write_text(str(number))
@@ -77,11 +77,6 @@ def _device(number: int) -> Path:
     return Path(f"/dev/zram{number}")
 
 
-def _is_swap(number: int) -> bool:
-    device = str(_device(number))
-    return any(line.split()[0] == device for line in Path("/proc/swaps").read_text().splitlines()[1:])
-
-
 def _header(n_bytes: int) -> bytes:
     """First page of a swap area: version 1, its last page, no bad pages (include/linux/swap.h)."""
     page_bytes = os.sysconf("SC_PAGE_SIZE")
@@ -89,9 +84,3 @@ def _header(n_bytes: int) -> bytes:
     struct.pack_into("=III", page, _HEADER_AT, 1, n_bytes // page_bytes - 1, 0)
     page[-len(_MAGIC) :] = _MAGIC
     return bytes(page)
-
-
-def _check(result: int) -> None:
-    if result != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))

@@ -55,7 +55,7 @@ print(json.dumps(out))
 
 def told_by(script: str, *words: str, limit_bytes: int) -> dict[str, Any]:
     """The line of JSON of a child in a cgroup with that limit, and with zram to swap to."""
-    with Sandbox(limit_bytes, swap="zram", swap_bytes=512 << 20) as sandbox:
+    with Sandbox(limit_bytes, swap_bytes=512 << 20) as sandbox:
         child = sandbox.popen(
             [sys.executable, "-c", script, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )

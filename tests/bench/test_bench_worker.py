@@ -1,13 +1,13 @@
-"""The process that holds a model, with the real one: orders, and that plain llama.cpp is plain."""
+"""The process that holds a model, with the real one: the orders of the benchmarks."""
 
 from __future__ import annotations
 
 import pytest
 
-from psi_kv_governor.errors import BadInputError, PsiKvError
-from psi_kv_governor.sandbox import llm, messages
-from psi_kv_governor.sandbox.host import Host
-from psi_kv_governor.sandbox.messages import Setup
+from psi_kv_governor.errors import BadInputError
+from psikv_bench import messages
+from psikv_bench.host import Host
+from psikv_bench.messages import Setup, is_governed
 
 TIMEOUT_S = 120.0
 
@@ -26,7 +26,7 @@ class TestOrders:
         with Host(setup) as host:
             before = opened(host)
             assert before.cell_bytes == pytest.approx(4608, rel=0.01)
-            host.order(messages.Trim(fraction=1.0))
+            host.order(messages.Decode(tokens=2, trim_at=1))
             host.until(messages.Done, TIMEOUT_S, heard.append)
             host.order(messages.Look())
             assert host.until(messages.Looked, TIMEOUT_S).live_cells < 600
@@ -34,7 +34,7 @@ class TestOrders:
             whole = host.until(messages.Checked, TIMEOUT_S)
         assert (whole.missing_cells, whole.digest) == (0, before.digest)
         (trimmed,) = [message.event for message in heard if isinstance(message, messages.Governed)]
-        assert trimmed.bytes_returned > 1 << 20
+        assert trimmed.bytes_returned > 1 << 18
 
     def test_plain_and_governed_give_the_same_bits_from_one_saved_context(self, shallow_model, tmp_path):
         state = str(tmp_path / "state")
@@ -54,7 +54,7 @@ class TestOrders:
         tokens = []
         with Host(setup) as host:
             opened(host)
-            for order in (messages.Decode(), messages.Prefill()):
+            for order in (messages.DecodeOn(), messages.Prefill()):
                 host.order(order)
                 for _ in range(6):  # past the four that are decoded in one go
                     tokens.append(host.until(messages.Token, TIMEOUT_S).tokens)
@@ -62,40 +62,41 @@ class TestOrders:
                 host.until(messages.Stopped, TIMEOUT_S)
         assert tokens == [1] * 6 + [8] * 6
 
+    def test_a_restore_is_done_beside_what_goes_on_and_does_not_end_it(self, shallow_model):
+        setup = Setup(
+            variant="psi", model=str(shallow_model), context_tokens=600, decoded_tokens=16, auto=False
+        )
+        heard = []
+        with Host(setup) as host:
+            opened(host)
+            host.done(messages.Decode(tokens=2, trim_at=1), TIMEOUT_S)
+            host.order(messages.DecodeOn())
+            host.until(messages.Token, TIMEOUT_S)
+            host.order(messages.Restore())
+            while not any(isinstance(one, messages.Governed) for one in heard):
+                heard.append(host.until(messages.Message, TIMEOUT_S))
+            host.until(messages.Token, TIMEOUT_S)
+            host.order(messages.Stop())
+            host.until(messages.Stopped, TIMEOUT_S)
+
     def test_a_file_that_is_no_model_is_one_line(self, tmp_path):
         setup = Setup(variant="psi", model=str(tmp_path / "nothing.gguf"))
         with Host(setup) as host, pytest.raises(BadInputError, match=r"nothing\.gguf"):
             opened(host)
 
 
-class TestPlain:
-    def maps(self, tmp_path, *files: str):
-        path = tmp_path / "maps"
-        path.write_text("".join(f"7f00-7f01 r-xp 00000000 fe:00 11    {file}\n" for file in files))
-        return path
+def test_only_the_governed_variants_are_governed():
+    assert [is_governed(variant) for variant in messages.VARIANTS] == [
+        False, False, True, True, True, False,
+    ]  # fmt: skip
 
-    def test_one_llama_is_plain(self, tmp_path):
-        llm.check_plain(self.maps(tmp_path, "/a/psi-kv-governor/.venv/libllama.so", "/lib/libc.so.6"))
-        llm.check_plain(tmp_path / "no such file")
 
-    @pytest.mark.parametrize(
-        "files", [("/a/libllama.so", "/b/libllama.so.0"), ("/a/libllama.so", "/b/libpsikv.so")]
-    )
-    def test_an_agent_in_front_of_it_is_not(self, tmp_path, files):
-        with pytest.raises(PsiKvError, match="not plain"):
-            llm.check_plain(self.maps(tmp_path, *files))
-
-    def test_only_the_governed_variants_are_governed(self):
-        assert [llm.is_governed(variant) for variant in messages.VARIANTS] == [
-            False, False, True, True, True, False,
-        ]  # fmt: skip
-
-    def test_backings_reach_the_governor_by_their_variant(self):
-        given = {
-            variant: llm.settings_of(Setup(variant=variant, model="x")).get("backing")
-            for variant in messages.VARIANTS
-        }
-        assert given == {
-            "fixed": None, "reference": None, "psi": None, "psi-file": "file", "psi-memory": "memory",
-            "file-only": "file",
-        }  # fmt: skip
+def test_backings_reach_the_governor_by_their_variant():
+    given = {
+        variant: Setup(variant=variant, model="x").governor_settings().get("backing")
+        for variant in messages.VARIANTS
+    }
+    assert given == {
+        "fixed": None, "reference": None, "psi": None, "psi-file": "file", "psi-memory": "memory",
+        "file-only": "file",
+    }  # fmt: skip

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from psi_kv_governor.errors import BadInputError
-from psi_kv_governor.sandbox.messages import Pruned
-from psi_kv_governor.sandbox.process_memory import own_memory
+from psi_kv_governor.events import Trimmed
+from psi_kv_governor.sandbox.process_memory import Sample
+from psikv_bench.process_memory import own_memory
 
 POLL_S = 1.0
 THRESHOLD = 0.10
@@ -47,23 +48,25 @@ class MiddlePruner:
         self._polled_s = float("-inf")
         self.removed_cells = 0
 
-    def prune(self, llm: Any) -> Pruned | None:
+    def prune(self, llm: Any) -> Trimmed | None:
         """The method's whole answer to pressure: `n_tokens` of `llm` stays, and with it the positions."""
-        cut = self.look(time.monotonic(), llm.n_tokens)
+        began_s = time.monotonic()
+        cut = self.look(began_s, llm.n_tokens)
         if cut is None:
             return None
         before = own_memory()
         llm._ctx.kv_cache_seq_rm(0, cut.start, cut.stop)
         after = own_memory()
         self.removed_cells += cut.stop - cut.start
-        return Pruned(
-            time_s=time.monotonic(),
+        now_s = time.monotonic()
+        return Trimmed(
+            time_s=now_s,
             cells=cut.stop - cut.start,
-            live_cells=llm.n_tokens - self.removed_cells,
-            bytes_returned=before.anonymous_bytes
-            + before.swap_bytes
-            - after.anonymous_bytes
-            - after.swap_bytes,
+            masked=0,
+            lost=cut.stop - cut.start,
+            bytes_returned=_private_bytes(before) - _private_bytes(after),
+            seconds=now_s - began_s,
+            reason=f"avg10 is at {THRESHOLD:.0%} or above",
         )
 
     def look(self, time_s: float, next_position: int) -> Cut | None:
@@ -76,3 +79,7 @@ class MiddlePruner:
             return None
         self._from = cut.stop
         return cut
+
+
+def _private_bytes(memory: Sample) -> int:
+    return memory.anonymous_bytes + memory.swap_bytes

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psi_kv_governor.errors import BadInputError
-from psi_kv_governor.sandbox.reference import POLL_S, THRESHOLD, Cut, MiddlePruner, read_avg10
+from psikv_bench.reference import POLL_S, THRESHOLD, Cut, MiddlePruner, read_avg10
 
 PSI = "some avg10={} avg60=0.00 avg300=0.00 total=1\nfull avg10=99.00 avg60=0.00 avg300=0.00 total=1\n"
 

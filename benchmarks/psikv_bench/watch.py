@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import os
 import re
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 from psi_kv_governor.pressure.headroom import HeadroomReader
+from psi_kv_governor.pressure.kernel_file import KernelFile
 from psi_kv_governor.sandbox.process_memory import Sample, glance
 from psi_kv_governor.sandbox.sandbox import Sandbox
 
 MACHINE_PRESSURE = Path("/proc/pressure/memory")
 
-_READ_BYTES = 512
 _PSI = re.compile(rb"some avg10=(\d+\.\d\d) [^\n]*total=(\d+)\nfull [^\n]*total=(\d+)\n")
 _NOWHERE = Path("/nonexistent")
 _GONE = Sample(resident_bytes=0, anonymous_bytes=0, swap_bytes=0, peak_bytes=0)
@@ -71,9 +69,7 @@ class Watcher:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
 
@@ -82,21 +78,21 @@ class Watcher:
         return self._cpu_s / seconds
 
     def _run(self) -> None:
-        inside, outside = _opened(self._inside), _opened(MACHINE_PRESSURE)
-        began_s = time.thread_time()
-        try:
+        with contextlib.ExitStack() as files:
+            inside, outside = (
+                None if path is None else files.enter_context(contextlib.closing(KernelFile(path)))
+                for path in (self._inside, MACHINE_PRESSURE)
+            )
+            if self._headroom is not None:
+                files.enter_context(contextlib.closing(self._headroom))
+            began_s = time.thread_time()
             while True:
                 self.looks.append(self._look(inside, outside))
                 self._cpu_s = time.thread_time() - began_s
                 if self._stop.wait(self._interval_s):
                     return
-        finally:
-            for descriptor in filter(None, (inside, outside)):
-                os.close(descriptor)
-            if self._headroom is not None:
-                self._headroom.close()
 
-    def _look(self, inside: int | None, outside: int | None) -> Look:
+    def _look(self, inside: KernelFile | None, outside: KernelFile | None) -> Look:
         found = None if self._headroom is None else self._headroom.read()
         return Look(
             time_s=time.monotonic(),
@@ -107,20 +103,9 @@ class Watcher:
         )
 
 
-def _opened(path: Path | None) -> int | None:
-    """A descriptor; None where there is no such file: a kernel without PSI."""
-    with contextlib.suppress(OSError):
-        return None if path is None else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    return None
-
-
-def _pressure(descriptor: int | None) -> Pressure | None:
-    if descriptor is None:
-        return None
-    try:
-        found = _PSI.match(os.pread(descriptor, _READ_BYTES, 0))
-    except OSError:  # the sandbox is gone
-        return None
+def _pressure(file: KernelFile | None) -> Pressure | None:
+    """None where there is no such file (a kernel without PSI), or no longer."""
+    found = None if file is None else _PSI.match(file.read() or b"")
     return None if found is None else Pressure(int(found[2]), int(found[3]), float(found[1]) / 100.0)
 
 

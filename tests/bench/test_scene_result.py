@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 
 from psi_kv_governor.events import Released, Trimmed
 from psi_kv_governor.sandbox import messages
-from psi_kv_governor.sandbox.messages import NeighbourSaid
 from psi_kv_governor.sandbox.process_memory import Sample
-from psi_kv_governor.sandbox.result import Seen, moments, result_of
-from psi_kv_governor.sandbox.watch import Look, Pressure, Shares, amount_at, between, shares
+from psi_kv_governor.sandbox.result import Seen
+from psikv_bench.messages import NeighbourSaid
+from psikv_bench.pressure.result import moments, result_of
+from psikv_bench.watch import Look, Pressure, Shares, amount_at, between, shares
 
 MIB = 1 << 20
 
@@ -85,8 +86,6 @@ def test_cells_and_bytes_follow_what_the_model_says():
     seen.hear(messages.Governed(event=trimmed, live_cells=601), 5.0)
     seen.hear(messages.Governed(event=Released(time_s=6.0, bytes_returned=7), live_cells=601), 6.0)
     assert (seen.live_cells, seen.trim_s, seen.returned_bytes) == (601, [5.0], 77)
-    seen.hear(messages.Pruned(time_s=7.0, cells=1, live_cells=600, bytes_returned=0), 7.0)
-    assert (seen.live_cells, len(seen.trim_s), seen.returned_bytes) == (600, 2, 77)
 
 
 def test_a_chunk_of_a_prompt_is_no_token():
@@ -121,8 +120,9 @@ def said(time_s: float, work_bytes: int) -> NeighbourSaid:
 
 
 def test_the_figures_of_a_scene_are_of_its_pressed_time():
-    settled = messages.Settled(missing_cells=0, seconds=0.0, on_request=False)
-    seen = Seen(variant="fixed", seconds=0.5, final_cells=77, settled=settled, pressed_s=(101.0, 102.0))
+    settled = messages.Settled(missing_cells=0, on_request=False)
+    seen = Seen(variant="fixed", seconds=0.5, settled=settled, pressed_s=(101.0, 102.0), peak_bytes=60 * MIB)
+    seen.live = [(100.0, 70), (101.5, 77), (103.0, 5)]
     seen.tokens = [messages.Token(time_s=101.0, seconds=seconds) for seconds in (0.1, 0.2)]
     looks = [look(101.0, 0, 50 * MIB), look(102.0, 1_000_000, 40 * MIB, swap_bytes=3, peak_bytes=60 * MIB)]
     found = result_of(seen, looks, [said(100.0, 0), said(101.0, 1000), said(102.0, 3000)])

@@ -1,0 +1,54 @@
+"""What the benchmarks do with a model beyond opening and decoding (`psi_kv_governor.sandbox.llm`)."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+from psi_kv_governor.errors import PsiKvError
+
+
+def why_not_governable(llm: Any) -> str:
+    """Why nothing of this model can be given up; empty where something can."""
+    description = llm.governor.engine.describe()
+    return "" if description.place else str(description.capabilities.park.why)
+
+
+def load_state(llm: Any, path: str, tokens: list[int]) -> None:
+    """The context `tokens` from a state file, which llama.cpp streams: no copy of it in this process.
+
+    Raises PsiKvError where the file does not hold them.
+    """
+    import llama_cpp
+
+    count = len(tokens)
+    found, read = (llama_cpp.llama_token * count)(), ctypes.c_size_t()
+    done = llama_cpp.llama_state_seq_load_file(llm.ctx, path.encode(), 0, found, count, ctypes.byref(read))
+    if not done or read.value != count:
+        raise PsiKvError("the prepared context could not be loaded: start the benchmark again")
+    llm.input_ids[:count] = tokens
+    llm.n_tokens = count
+
+
+def save_state(llm: Any, path: str, count: int) -> None:
+    """Write the first `count` tokens of the context to a file. Raises PsiKvError."""
+    import llama_cpp
+
+    cut(llm, count)
+    tokens = (llama_cpp.llama_token * count)(*llm.input_ids[:count].tolist())
+    if not llama_cpp.llama_state_seq_save_file(llm.ctx, path.encode(), 0, tokens, count):
+        raise PsiKvError(f"the prepared context could not be kept: is there space in {Path(path).parent}?")
+
+
+def cut(llm: Any, count: int) -> None:
+    """Take out what comes after the first `count` tokens."""
+    llm.n_tokens = count
+    llm._ctx.kv_cache_seq_rm(0, count, -1)
+
+
+def cell_bytes(llm: Any) -> int:
+    """K and V of one token in every layer, by what a saved context takes; 0 without a token."""
+    import llama_cpp
+
+    return llama_cpp.llama_state_seq_get_size(llm.ctx, 0) // int(llm.n_tokens) if llm.n_tokens else 0

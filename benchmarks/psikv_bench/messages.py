@@ -1,0 +1,218 @@
+"""What is said to the process that holds a model, and by it, beyond `psi_kv_governor.sandbox.messages`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import msgspec
+
+from psi_kv_governor.sandbox import messages
+from psi_kv_governor.sandbox.messages import (
+    Decode,
+    Done,
+    Governed,
+    Message,
+    Order,
+    Progress,
+    Settle,
+    Settled,
+    Stage,
+    Token,
+)
+from psi_kv_governor.sandbox.process_memory import Sample
+
+__all__ = [
+    "VARIANTS", "Checked", "Decode", "DecodeOn", "Done", "Fill", "Generate", "Governed", "Look", "Looked",
+    "Message", "NeighbourSaid", "Opened", "Order", "Prefill", "Progress", "Restore", "Said", "Save",
+    "Settle", "Settled", "Setup", "Stage", "Stop", "Stopped", "Token", "Turned", "Variant", "Whole",
+    "is_governed",
+]  # fmt: skip
+
+Variant = Literal["fixed", "reference", "psi", "psi-file", "psi-memory", "file-only"]
+"""`fixed`: llama_cpp.Llama as upstream has it. `reference`: the same, with the middle of its context removed
+from the cache's metadata when PSI avg10 is high. `psi`: governed, with the backing that the governor chooses
+by itself; `psi-file` and `psi-memory`: with that backing. `file-only`: born in a file, and nobody governs."""
+
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+
+_BACKINGS: dict[Variant, str] = {"psi-file": "file", "psi-memory": "memory", "file-only": "file"}
+_GGML_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}  # enum ggml_type, <ggml.h>
+
+
+def is_governed(variant: Variant) -> bool:
+    """Whether a governor acts in it."""
+    return variant.startswith("psi")
+
+
+class Setup(messages.Setup, frozen=True, kw_only=True):
+    """What the process opens. None leaves a choice to it."""
+
+    variant: Variant
+    context_cells: int | None = None
+    """Cells of the cache; None: as many as the context and what is decoded after it need."""
+    prompt_tokens: int = 0
+    """Of the prompt that `Prefill` decodes again and again."""
+    prefill_threads: int | None = None
+    """None: all cores, where filling the context is not what is measured."""
+    batch_tokens: int = 512
+    mmap: bool = True
+    """Whether the weights are a mapped file, as is the default of llama.cpp, or read into memory."""
+    cache: Literal["f16", "q8_0", "q4_0"] = "f16"
+    state: str = ""
+    """File with the context; empty: it is decoded."""
+    settings: dict[str, Any] = msgspec.field(default_factory=dict)
+    """Of the governor."""
+    keep: int | None = None
+    """First tokens that never go; None: the governor's own `sink_cells`."""
+    tail: int | None = None
+    """Last tokens that never go; None: the governor's own `window_cells`."""
+    min_prune: int = 64
+    """The reference never removes fewer tokens than this."""
+    pressure_file: str = ""
+    """The PSI file that the reference polls."""
+
+    @property
+    def plain(self) -> bool:
+        return self.variant in {"fixed", "reference"}
+
+    @property
+    def governed(self) -> bool:
+        return is_governed(self.variant)
+
+    @property
+    def cells(self) -> int:
+        if self.context_cells is not None:
+            return self.context_cells
+        longest = max(self.decoded_tokens, self.prompt_tokens)
+        if longest > self.decoded_tokens:
+            return msgspec.structs.replace(self, decoded_tokens=longest).cells
+        return super().cells
+
+    def arguments(self) -> dict[str, Any]:
+        given = super().arguments()
+        return {
+            **given,
+            "n_batch": self.batch_tokens,
+            "n_threads_batch": self.prefill_threads or given["n_threads_batch"],
+            "type_k": _GGML_TYPES[self.cache],
+            "type_v": _GGML_TYPES[self.cache],
+            "use_mmap": self.mmap,
+        }
+
+    def governor_settings(self) -> dict[str, Any]:
+        given = {
+            "backing": _BACKINGS.get(self.variant),
+            "sink_cells": self.keep,
+            "window_cells": self.tail,
+            **self.settings,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+
+# -- orders ------------------------------------------------------------------------------------------------
+
+
+class Fill(Order, frozen=True, kw_only=True):
+    """Decode so many more tokens of the text. Says Token for each chunk, and Done."""
+
+    tokens: int
+    chunk: int = 512
+
+
+class DecodeOn(Order, frozen=True):
+    """Decode greedily until the next order. Says Token for each."""
+
+
+class Prefill(Order, frozen=True):
+    """Decode the same long prompt after the context, again and again, until the next order."""
+
+
+class Generate(Order, frozen=True, kw_only=True):
+    """A whole request of so many tokens on the prompt that is in the cache, as users make one. Says Done."""
+
+    tokens: int
+    again: int = 0
+    """Of the prompt's last tokens so many are decoded anew."""
+
+
+class Stop(Order, frozen=True):
+    """Ends what goes on. Says Stopped."""
+
+
+class Restore(Order, frozen=True):
+    """Put back what can be put back, while decoding goes on. Says nothing but the governor's event."""
+
+
+class Whole(Order, frozen=True):
+    """Cut off what was decoded, put everything back, and look at the logits. Says Checked."""
+
+
+class Save(Order, frozen=True, kw_only=True):
+    """Write the context to a file, and say Done."""
+
+    path: str
+
+
+class Look(Order, frozen=True):
+    """Say Looked."""
+
+
+# -- messages ----------------------------------------------------------------------------------------------
+
+
+class Opened(messages.Opened, frozen=True, kw_only=True):
+    """The context is full and nothing runs."""
+
+    cell_bytes: int
+    """K and V of one token in every layer; 0 without a context."""
+    digest: str
+    """Of the logits after the context and one more token: equal where no bit of the context changed. Empty
+    without a context."""
+    memory: Sample
+
+
+class Stopped(Message, frozen=True):
+    """Nothing is decoded any more."""
+
+
+class Turned(Message, frozen=True, kw_only=True):
+    """A turn of the governor's loop that was not a calm one: what it saw and what it decided."""
+
+    time_s: float
+    some: float
+    headroom_bytes: int | None
+    live_bytes: int
+    action: str
+    reason: str
+
+
+class Checked(Message, frozen=True, kw_only=True):
+    """What is back, after it was asked to put everything back."""
+
+    missing_cells: int
+    digest: str
+    """Empty while cells are missing."""
+
+
+class Looked(Message, frozen=True, kw_only=True):
+    """The process at one moment."""
+
+    memory: Sample
+    live_cells: int
+    masked_cells: int
+    """Away, and to come back bit for bit."""
+    lost_cells: int
+    """Away, and to be decoded again."""
+    governor_cpu_s: float
+    """Processor time of the governor's thread so far; 0 without one."""
+
+
+Said = Progress | Opened | Token | Done | Governed | Settled | Stopped | Turned | Checked | Looked
+
+
+class NeighbourSaid(messages.NeighbourSaid, frozen=True, kw_only=True):
+    """A line of the neighbour (`load`)."""
+
+    event: Literal["begin", "taken", "work", "end"]
+    taken_bytes: int
+    work_bytes: int
