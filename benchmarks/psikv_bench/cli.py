@@ -21,7 +21,6 @@ from psi_kv_governor.cli._group import NearestGroup, example
 from psi_kv_governor.cli.session import ended_by_sigterm
 from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.preflight import Check
-from psikv_bench.figures import Figure, measured
 from psikv_bench.options import Options, chosen, flag, with_model
 from psikv_bench.record import Recorder, Report, Say, markdown
 from psikv_bench.scene import Scene
@@ -45,7 +44,6 @@ SCENES = {
 _PLAIN_EVERY_S = 10.0
 """Between two lines of progress where the output is no terminal: a run of hours must not look dead."""
 _SHORT = {"model": "-m", "threads": "-t", "ctx": "-c", "ctx_size": "-c", "tokens": "-n", "n_predict": "-n"}
-_FILE = click.Path(path_type=Path)
 
 
 class SceneGroup(NearestGroup):
@@ -87,7 +85,7 @@ def command_of(name: str) -> click.Command:
     about = "Keep JSON, Markdown, CSV and plots there."
     params: list[click.Parameter] = [
         *options_of(scene.options),
-        click.Option(["--out-dir"], type=_FILE, metavar="FOLDER", help=about),
+        click.Option(["--out-dir"], type=click.Path(path_type=Path), metavar="FOLDER", help=about),
         *(click.Option([name], is_flag=True, help=about) for name, about in flags.items()),
     ]
 
@@ -115,7 +113,7 @@ def options_of(base: Options) -> Iterator[click.Option]:
         if default not in (None, "", ()):
             words = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
             about = f"{about} [{words}]"
-        yield click.Option([*names, flag(name)], type=_click_type(name, kind), default=None, help=about)
+        yield click.Option([*names, flag(name)], type=_click_type(kind), default=None, help=about)
 
 
 def _bare(hint: Any) -> tuple[Any, str]:
@@ -129,11 +127,11 @@ def _bare(hint: Any) -> tuple[Any, str]:
     return hint, about
 
 
-def _click_type(name: str, kind: Any) -> Any:
+def _click_type(kind: Any) -> Any:
     if get_origin(kind) is Literal:
         return click.Choice(get_args(kind))
     if get_origin(kind) is tuple:
-        return Listed(name, get_args(kind)[0])
+        return Listed(get_args(kind)[0])
     return {int: click.INT, float: click.FLOAT, str: click.STRING}[kind]
 
 
@@ -142,9 +140,8 @@ class Listed(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 
     name = "list"
 
-    def __init__(self, field: str, item: Any) -> None:
-        self._field = field
-        self._item = _bare(item)[0]
+    def __init__(self, item: Any) -> None:
+        self._item = _click_type(_bare(item)[0])
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
         return "A,B,..."
@@ -153,8 +150,7 @@ class Listed(click.ParamType):  # type: ignore[type-arg, unused-ignore]
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[Any, ...]:
         words = [word.strip() for word in value.split(",") if word.strip()]
-        item = _click_type(self._field, self._item)
-        return tuple(item.convert(word, param, ctx) for word in words)
+        return tuple(self._item.convert(word, param, ctx) for word in words)
 
 
 # -- a run -------------------------------------------------------------------------------------------------
@@ -190,7 +186,7 @@ def _run(
     if report.interrupted:
         raise KeyboardInterrupt
     if report.missed:
-        raise PsiKvError("missed: " + "; ".join(map(_missed_words, report.missed)))
+        raise PsiKvError("missed: " + "; ".join(one.missed_words for one in report.missed))
 
 
 def _print(report: Report, as_json: bool) -> None:
@@ -205,10 +201,6 @@ def _print(report: Report, as_json: bool) -> None:
 
 def _new_folder(name: str) -> Path:
     return Path("out") / f"{name}-{datetime.datetime.now().astimezone():%Y%m%d-%H%M%S}"
-
-
-def _missed_words(found: Figure) -> str:
-    return f"{found.full_name} is {measured(found.judged, found.unit)}, asked {found.asked_words}"
 
 
 @contextmanager

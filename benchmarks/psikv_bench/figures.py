@@ -62,6 +62,11 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
         return self.name + (f" ({self.case})" if self.case else "")
 
     @property
+    def missed_words(self) -> str:
+        """What is said of one that misses what was asked."""
+        return f"{self.full_name} is {measured(self.judged, self.unit)}, asked {self.asked_words}"
+
+    @property
     def verdict(self) -> str:
         """All of it in a line."""
         passed = {True: "pass: ", False: "MISSED: ", None: ""}[self.passed]
