@@ -84,7 +84,7 @@ def test_what_the_running_graph_still_reads_goes_when_it_is_over(context, client
         target=lambda: replies.append(client.ask(Op.MASK, region.id, 0, ranges=[(100, 1400)]))
     )
     masking.start()
-    masking.join(0.1)  # the patience is 0.25
+    masking.join(0.1)  # it is waited for until a second after its beginning: no other wrote one row before
     assert masking.is_alive()
     assert not replies
     pausing.goes_on.set()

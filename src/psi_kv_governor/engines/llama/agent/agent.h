@@ -132,6 +132,8 @@ struct region {
     // What the graph that runs writes: rows first..last of each tensor, or everything.
     bool     computing, writes_all;
     uint64_t n_graphs;           // that have begun
+    int64_t  took_rows;          // the last one that is over wrote so many rows,
+    double   took_s;             // and took so long
     int64_t * write_rows;
     int64_t  n_write_rows, write_capacity;
     struct sampler * sampler;
@@ -248,7 +250,7 @@ bool row_reached(const struct region * region, int64_t row);
 
 void graph_before(struct lib * lib, ggml_backend_sched_t sched, struct ggml_cgraph * graph);
 void graph_after(void);
-void graph_wait(struct region * region, double patience_s);  // agent.lock is held
+void graph_wait(struct region * region, double most_s);  // agent.lock is held
 void graph_note_callback(ggml_backend_sched_t sched, ggml_backend_sched_eval_callback callback, void * user);
 void graph_laid_out(ggml_backend_sched_t sched, const struct ggml_cgraph * graph);
 void graph_forget_scheduler(ggml_backend_sched_t sched);

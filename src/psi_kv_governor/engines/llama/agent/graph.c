@@ -81,6 +81,8 @@ void graph_after(void) {
                 region->sequences[j].used_s = now_s;
             }
         }
+        region->took_s    = now_s - region->used_s;
+        region->took_rows = region->n_write_rows;
         region->used_s    = now_s;
         region->computing = false;
     }
@@ -89,10 +91,13 @@ void graph_after(void) {
     pthread_mutex_unlock(&agent.lock);
 }
 
-// Waits for the end of the graph that uses the region now, if there is one.
-void graph_wait(struct region * region, double patience_s) {
-    const struct timespec until = realtime_in(patience_s);
-    const uint64_t        begun = region->n_graphs;
+// Waits for the end of the graph that uses the region now, if there is one: half as long again as the last one took, if it
+// is of its kind, and until `most_s` after its beginning. One that takes longer may be waiting for memory itself.
+void graph_wait(struct region * region, double most_s) {
+    const double          usual_s = region->took_rows == region->n_write_rows ? 1.5 * region->took_s : most_s;
+    const double          left_s  = region->used_s + (usual_s < most_s ? usual_s : most_s) - agent_now_s();
+    const struct timespec until   = realtime_in(left_s > 0 ? left_s : 0);
+    const uint64_t        begun   = region->n_graphs;
     int error = 0;
     while (region->computing && region->n_graphs == begun && error != ETIMEDOUT) {
         error = pthread_cond_timedwait(&agent.graph_over, &agent.lock, &until);

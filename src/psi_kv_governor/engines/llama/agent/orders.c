@@ -9,8 +9,8 @@
 #define SLICE_BYTES (8u << 20)
 // Where there is a deadline and something has to be written for it: half a second of a disk that takes 2 MB/s.
 #define URGENT_BYTES (1u << 20)
-// How long we wait for a graph that still reads what is masked now. A token over 8,192 cells takes 0.1 s on two slow cores.
-#define GRAPH_PATIENCE_S 0.25
+// How long after its beginning we wait for a graph that still reads what is masked now. In a file it can be taken meanwhile.
+#define LONG_GRAPH_S(region) ((region)->backing == BACKING_FILE ? 1.0 : 0.25)
 
 bool late(const struct request * request, double begin_s) {
     return request->deadline_s > 0 && agent_now_s() - begin_s >= request->deadline_s;
@@ -231,7 +231,7 @@ static void let_graph_end(struct region * region, const struct request * request
         act_on_rows(region, request, begin_s, ACT_WRITE, rows, reply);
     }
     pthread_mutex_lock(&agent.lock);
-    graph_wait(region, GRAPH_PATIENCE_S);
+    graph_wait(region, LONG_GRAPH_S(region));
     pthread_mutex_unlock(&agent.lock);
 }
 
