@@ -9,6 +9,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from paper import MIB, STEP_S, Governed
 
@@ -112,19 +113,27 @@ def run(machine: Machine, *, pressed: bool, governed: bool) -> Outcome:
         one.last_used_s = float(i)
     lost_s = dict.fromkeys((limit.name for limit in machine.limits), 0.0)
     told_s = [dict(lost_s) for _ in caches]
-    killed = False
+    now: _Now | None = None
+    soonest_s = 0.0 if governed else math.inf
     for step in range(round(SECONDS / STEP_S)):
         time_s = step * STEP_S
-        taken = 0
-        if pressed and COMES_S <= time_s < GOES_S:
-            taken = min(machine.taken_bytes, int(200e6 * (time_s - COMES_S)))
-        used, killed = _used(machine, sum(one.live_bytes for one in caches), taken)
-        _add_lost(machine, used, lost_s, noise=time_s % 20.0 < SHORT_STALL_S)
-        if killed:
+        taken = _taken_bytes(machine, time_s) if pressed else 0
+        if now is None or now.taken_bytes != taken:
+            now = _now(machine, caches, taken)
+        noise = time_s % 20.0 < SHORT_STALL_S
+        for name in lost_s if noise else now.shares:
+            lost_s[name] += STEP_S * (1.0 if noise else now.shares[name])
+        if now.killed:
             break
+        if time_s < soonest_s - 1e-6:
+            continue
+        used = now.used
         for one, before in zip(caches, told_s, strict=True):
-            if governed and time_s >= one.next_s - 1e-9 and time_s - one.last_s >= 0.1 - 1e-9:
+            if time_s >= one.next_s - 1e-9 and time_s - one.last_s >= 0.1 - 1e-9:
                 _turn(machine, one, caches, (time_s, used, lost_s, before))
+                now = None
+        soonest_s = min(max(one.next_s, one.last_s + 0.1) for one in caches)
+    killed = now is not None and now.killed
     return Outcome(
         trims=sum(one.count(Action.TRIM) for one in caches),
         restores=sum(one.count(Action.RESTORE) for one in caches),
@@ -135,23 +144,32 @@ def run(machine: Machine, *, pressed: bool, governed: bool) -> Outcome:
     )
 
 
-def _used(machine: Machine, live_bytes: int, taken_bytes: int) -> tuple[dict[str, int], bool]:
-    """Bytes in use under each limit, and whether that is more than one of them can hold."""
-    used, killed = {}, False
+class _Now(NamedTuple):
+    """What follows from what everybody holds."""
+
+    taken_bytes: int
+    used: dict[str, int]
+    """Bytes in use under each limit."""
+    shares: dict[str, float]
+    """Of the time that is lost there, for each limit that is nearly met."""
+    killed: bool
+    """More is in use than one of them can hold."""
+
+
+def _now(machine: Machine, caches: list[Governed], taken_bytes: int) -> _Now:
+    live, used, shares, killed = sum(one.live_bytes for one in caches), {}, {}, False
     for at, limit in enumerate(machine.limits):
-        used[limit.name] = limit.others_bytes + live_bytes + (taken_bytes if at >= machine.apart else 0)
-        killed = killed or used[limit.name] > limit.bytes + machine.swap_bytes
-    return used, killed
-
-
-def _add_lost(machine: Machine, used: dict[str, int], lost_s: dict[str, float], *, noise: bool) -> None:
-    """What is lost in a step to each limit that is nearly met, and to what any machine waits for."""
-    for limit in machine.limits:
+        used[limit.name] = limit.others_bytes + live + (taken_bytes if at >= machine.apart else 0)
         over = used[limit.name] / limit.bytes - 0.97
-        if noise:
-            lost_s[limit.name] += STEP_S
-        elif over > 0.0:
-            lost_s[limit.name] += STEP_S * (1.0 - math.exp(-over / 0.06))
+        if over > 0.0:
+            shares[limit.name] = 1.0 - math.exp(-over / 0.06)
+        killed = killed or used[limit.name] > limit.bytes + machine.swap_bytes
+    return _Now(taken_bytes, used, shares, killed)
+
+
+def _taken_bytes(machine: Machine, time_s: float) -> int:
+    """What the neighbour holds."""
+    return min(machine.taken_bytes, int(200e6 * (time_s - COMES_S))) if COMES_S <= time_s < GOES_S else 0
 
 
 def _turn(machine: Machine, one: Governed, caches: list[Governed], seen: tuple) -> None:
