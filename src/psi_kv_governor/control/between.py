@@ -39,8 +39,8 @@ def nothing_new(config: GovernorConfig, state: LawState, reading: Reading, last_
     return (
         state.mode is Mode.CALM
         and reading.time_s - state.time_s < turn_s(state, last_used_s)
-        and reading.some < config.low
         and pause_s(config, reading) >= config.poll_s / 2
+        and reading.some < config.low
     )
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from psi_kv_governor.cache import (
@@ -46,65 +44,41 @@ class Rung(NamedTuple):
         return 0.0 if used is None else used.last_used_s
 
 
-@dataclass(frozen=True)
 class Ladder:
     """The rungs of one snapshot, for an engine that is as `description` says."""
 
-    snapshot: Snapshot
-    description: Description
-    config: GovernorConfig
-    marks: Marks = field(default_factory=dict)
-
-    @property
-    def parks(self) -> bool:
+    def __init__(
+        self, snapshot: Snapshot, description: Description, config: GovernorConfig, marks: Marks | None = None
+    ) -> None:
+        self.snapshot, self.description, self.config = snapshot, description, config
+        self.marks: Marks = marks or {}
+        able = description.capabilities
+        self.parks = able.park.able
         """Whether there is a place for what is given up."""
-        return self.description.capabilities.park.able
-
-    @property
-    def evicts(self) -> bool:
+        self.evicts = able.evict.able and not self.parks and (config.evict or not description.place)
         """Whether content is dropped: never where it could be parked; where a place was found but can't be
         used, only when the configuration says so."""
-        able = self.description.capabilities.evict.able and not self.parks
-        return able and (self.config.evict or not self.description.place)
-
-    @cached_property
-    def lossless(self) -> tuple[Rung, ...]:
+        free, blobs, idle, lossy, preempting = [], [], [], [], []
+        for cache in snapshot.caches:
+            if able.release.able and cache.free_resident_bytes > 0:
+                free.append(Rung(Verb.RELEASE, cache, cache.free_resident_bytes))
+            if self.parks and able.blobs.able and cache.blobs:
+                blobs += _blobs(cache)
+            for one in cache.sequences:
+                if self.parks and not one.running:
+                    idle += _idle(cache, one)
+                elif self.parks and able.mask.able and one.preempt_order is not None:
+                    preempting += _preempting(cache, one)
+                lossy += self._lossy(cache, one)
+        self.lossless: tuple[Rung, ...] = (*free, *_by_use(blobs), *_by_use(idle))
         """What costs no fidelity: pages of free cells, then blobs, then idle sequences. Of the latter two the
         least recently used first, whichever cache they are in."""
-        able = self.description.capabilities
-        free = list(self._free()) if able.release.able else []
-        if not self.parks:
-            return tuple(free)
-        blobs = [
-            Rung(Verb.PARK, cache, blob.n_bytes, blob=blob)
-            for cache in self.snapshot.caches
-            for blob in cache.blobs
-            if able.blobs.able and not blob.parked and blob.n_bytes > 0
-        ]
-        idle = [rung for cache in self.snapshot.caches for rung in self._idle(cache)]
-        by_use = [sorted(rungs, key=lambda rung: rung.used_s) for rungs in (blobs, idle)]
-        return (*free, *by_use[0], *by_use[1])
-
-    @cached_property
-    def lossy(self) -> tuple[Rung, ...]:
+        self.lossy: tuple[Rung, ...] = tuple(sorted(_by_use(lossy), key=_runs))
         """What costs fidelity: ranges of running sequences to be masked, or of any to be evicted. Idle ones
         first, then the least recently used."""
-        rungs = [rung for cache in self.snapshot.caches for rung in self._lossy(cache)]
-        return tuple(sorted(rungs, key=lambda rung: (_runs(rung), rung.used_s)))
-
-    @cached_property
-    def preempting(self) -> tuple[Rung, ...]:
+        self.preempting: tuple[Rung, ...] = tuple(sorted(preempting, key=_preempt_order))
         """Running sequences that can be made to stand still, whole: only where memory is about to be gone. No
         fidelity is lost, but somebody waits."""
-        if not self.parks or not self.description.capabilities.mask.able:
-            return ()
-        found = [
-            (one.preempt_order, Rung(Verb.MASK, cache, one.live_cells * cache.cell_bytes, sequence=one))
-            for cache in self.snapshot.caches
-            for one in cache.sequences
-            if one.running and one.preempt_order is not None and one.live_cells
-        ]
-        return tuple(rung for _, rung in sorted(found, key=lambda pair: pair[0]))
 
     def holdings(self) -> CacheSnapshot:
         """The caches as the law sees them."""
@@ -133,31 +107,17 @@ class Ladder:
             last_used_s=last_used_s,
         )
 
-    # -- the rungs --------------------------------------------------------------------------------------
-
-    def _free(self) -> Iterator[Rung]:
-        for cache in self.snapshot.caches:
-            if cache.free_resident_bytes > 0:
-                yield Rung(Verb.RELEASE, cache, cache.free_resident_bytes)
-
-    def _idle(self, cache: CacheState) -> Iterator[Rung]:
-        """Sequences that are not being decoded, with what is resident of them."""
-        for one in cache.sequences:
-            n_bytes = one.live_cells * cache.cell_bytes - one.parked_bytes
-            if not one.running and n_bytes > 0:
-                yield Rung(Verb.PARK, cache, n_bytes, sequence=one)
-
-    def _lossy(self, cache: CacheState) -> Iterator[Rung]:
-        """Sequences that can give ranges. All of their cells count, resident or not: the next token reads
+    def _lossy(self, cache: CacheState, one: SequenceState) -> list[Rung]:
+        """A sequence that can give ranges. All of its cells count, resident or not: the next token reads
         what attention looks at."""
-        masks = self.parks and self.description.capabilities.mask.able and cache.maskable
+        masks = self.parks and self.description.capabilities.mask.able and cache.maskable and one.running
         evicts = self.evicts and cache.evictable
-        for one in cache.sequences:
-            cells = self.may_go(one) if evicts or (masks and one.running) else 0
-            # Less than a block would make each token that is decoded at the floor a trim of its own.
-            if cells >= self.config.block_cells:
-                verb = Verb.EVICT if evicts else Verb.MASK
-                yield Rung(verb, cache, cells * cache.cell_bytes, sequence=one)
+        cells = self.may_go(one) if evicts or masks else 0
+        # Less than a block would make each token that is decoded at the floor a trim of its own.
+        if cells < self.config.block_cells:
+            return []
+        verb = Verb.EVICT if evicts else Verb.MASK
+        return [Rung(verb, cache, cells * cache.cell_bytes, sequence=one)]
 
     # -- what is kept -----------------------------------------------------------------------------------
 
@@ -177,8 +137,10 @@ class Ladder:
 
     def may_go(self, sequence: SequenceState) -> int:
         """Live cells of `sequence` outside protection and above the floor."""
-        free = cells_in(self.protection(sequence).free(sequence.live, sequence.next_position))
-        return max(0, min(free, sequence.live_cells - self.floor(sequence)))
+        above = sequence.live_cells - self.floor(sequence)
+        if above <= 0:
+            return 0
+        return min(above, cells_in(self.protection(sequence).free(sequence.live, sequence.next_position)))
 
     def why_nothing(self) -> str:
         """Why nothing can be given up, in one clause; '' where something can."""
@@ -206,6 +168,33 @@ class Ladder:
             return cache.why_not_maskable or mask.why or "what is being decoded can't be masked here"
         protection, floor = self.protection(sequence), self.floor(sequence)
         return why_nothing(sequence.live, sequence.next_position, protection, floor)
+
+
+def _blobs(cache: CacheState) -> list[Rung]:
+    return [
+        Rung(Verb.PARK, cache, blob.n_bytes, blob=blob)
+        for blob in cache.blobs
+        if not blob.parked and blob.n_bytes > 0
+    ]
+
+
+def _idle(cache: CacheState, one: SequenceState) -> list[Rung]:
+    """A sequence that is not being decoded, with what is resident of it."""
+    n_bytes = one.live_cells * cache.cell_bytes - one.parked_bytes
+    return [Rung(Verb.PARK, cache, n_bytes, sequence=one)] if n_bytes > 0 else []
+
+
+def _preempting(cache: CacheState, one: SequenceState) -> list[Rung]:
+    cells = one.live_cells
+    return [Rung(Verb.MASK, cache, cells * cache.cell_bytes, sequence=one)] if cells else []
+
+
+def _preempt_order(rung: Rung) -> int:
+    return (rung.sequence and rung.sequence.preempt_order) or 0
+
+
+def _by_use(rungs: list[Rung]) -> list[Rung]:
+    return sorted(rungs, key=lambda rung: rung.used_s)
 
 
 def _bytes_of(rungs: Sequence[Rung]) -> int:
