@@ -30,13 +30,22 @@ TESTED_ELSEWHERE = {
 }
 """Commands that serve, ask, fetch or press: they are only parsed here."""
 LOOKING = frozenset({"limit", "park", "status", "unpark", "watch"})
+
+
+def _simulated(words: list[str]) -> list[str]:
+    if "--trace" in words:
+        return words
+    one = ["--scenario", "spike"] if "--plot" in words and "--scenario" not in words else []
+    return [*words, "--seconds", "2", *one]  # each of six panels would take a third of a second
+
+
 QUICK: dict[str, Callable[[list[str]], list[str]]] = {
     # Without a model: what doctor finds by opening one is in tests/test_preflight.py.
     "doctor": lambda words: words if "--" in words else [*words, "--model", "none.gguf"],
     "exec": lambda words: [words[0], *([] if "--dry-run" in words else ["--dry-run"]), *words[1:]],
     "record": lambda words: [*words, "--seconds", "1"],
     "run": lambda words: [*words, "-n", "2"],
-    "simulate": lambda words: words if "--trace" in words else [*words, "--seconds", "2"],
+    "simulate": _simulated,
     "tune": lambda words: [*words, "--no-scene", *([] if "--trace" in words else ["--calm-s", "2"])],
     "watch": lambda words: words if "--once" in words else [*words, "--once"],
 }

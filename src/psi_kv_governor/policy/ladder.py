@@ -58,7 +58,11 @@ class Ladder:
         self.evicts = able.evict.able and not self.parks and (config.evict or not description.place)
         """Whether content is dropped: never where it could be parked; where a place was found but can't be
         used, only when the configuration says so."""
-        free, blobs, idle, lossy, preempting = [], [], [], [], []
+        free: list[Rung] = []
+        blobs: list[Rung] = []
+        idle: list[Rung] = []
+        lossy: list[Rung] = []
+        preempting: list[Rung] = []
         for cache in snapshot.caches:
             if able.release.able and cache.free_resident_bytes > 0:
                 free.append(Rung(Verb.RELEASE, cache, cache.free_resident_bytes))
@@ -84,7 +88,6 @@ class Ladder:
         """The caches as the law sees them."""
         live, masked, lost, last_used_s = 0, 0, 0, 0.0
         steps = []
-        evicts = self.evicts
         for cache in self.snapshot.caches:
             size = cache.cell_bytes
             for blob in cache.blobs:
@@ -94,7 +97,7 @@ class Ladder:
                 masked += one.masked_cells * size
                 lost += one.lost_cells * size
                 last_used_s = max(last_used_s, one.last_used_s)
-            if cache.sequences and (cache.maskable or evicts):
+            if cache.sequences and (cache.maskable or self.evicts):
                 steps.append(self.config.block_cells * size)
         lossless = _bytes_of(self.lossless)
         return CacheSnapshot(
