@@ -25,6 +25,7 @@ from psikv_bench.fidelity.weights import weights
 from psikv_bench.journal import encoded
 from psikv_bench.record import JOURNAL, RESULT, SUMMARY, Recorder, Report
 from psikv_bench.scenes.fidelity import run
+from psikv_bench.wide_model import write_wide_model
 
 pytestmark = pytest.mark.llama
 
@@ -96,10 +97,13 @@ def test_report_plot_and_json_are_kept(rows, folder):
     assert msgspec.json.decode((folder / RESULT).read_bytes())["rows"] == msgspec.json.decode(encoded(rows))
 
 
-def test_weights_are_taken_to_f32_for_as_long_as_they_are_read(shallow_model):
-    with weights(shallow_model, "f32") as path:
+def test_weights_are_taken_to_f32_for_as_long_as_they_are_read(tmp_path):
+    model = write_wide_model(tmp_path / "wide.gguf", 4096)
+    before = GGUFReader(model).tensors
+    assert {one.tensor_type.name for one in before} == {"F32", "Q8_0"}
+    with weights(model, "f32") as path:
         tensors = GGUFReader(path).tensors
-        assert {one.name for one in tensors} == {one.name for one in GGUFReader(shallow_model).tensors}
+        assert {one.name for one in tensors} == {one.name for one in before}
         assert {one.tensor_type.name for one in tensors} == {"F32"}
     assert not path.exists()
 
@@ -121,17 +125,18 @@ class Interrupt:
 
 
 def test_an_interrupted_run_keeps_its_finished_pieces_and_goes_on(senseless, tmp_path):
-    cut = small(senseless, tmp_path, Interrupt("spike:"), texts=("syntax", "reference"))
+    two = {"texts": ("syntax", "reference"), "policies": ("window",)}
+    cut = small(senseless, tmp_path, Interrupt("spike:"), **two)
     assert cut.interrupted
     assert {line.text for line in cut.rows.likelihood} == {"", "syntax", "reference"}
     assert cut.rows.spikes == []
     again = Interrupt("facts:")
-    further = small(senseless, tmp_path, again, resume=True, texts=("syntax", "reference"))
+    further = small(senseless, tmp_path, again, resume=True, **two)
     assert not any(doing.startswith("texts:") for doing in again.seen)
     assert further.rows.likelihood == cut.rows.likelihood
     assert further.rows.spikes
     with pytest.raises(BadInputError, match="other options"):
-        small(senseless, tmp_path, resume=True, texts=("syntax", "reference"), seed=1)
+        small(senseless, tmp_path, resume=True, seed=1, **two)
 
 
 def test_a_chat_that_does_not_fit_is_said(senseless):

@@ -165,12 +165,12 @@ class TestOverhead:
 
 
 @pytest.mark.llama
-def test_a_governed_context_is_demand_paged_and_a_plain_one_is_not(demo_model):
+def test_a_governed_context_is_demand_paged_and_a_plain_one_is_not(shallow_model):
     resident = {}
     for variant in ("fixed", "psi"):
-        with Host(Setup(variant=variant, model=str(demo_model), context_cells=8192)) as host:
+        with Host(Setup(variant=variant, model=str(shallow_model), context_cells=40_960)) as host:
             resident[variant] = until_opened(host, say_nothing).memory.resident_bytes
-    assert resident["fixed"] - resident["psi"] > 0.7 * 8192 * 23_040
+    assert resident["fixed"] - resident["psi"] > 0.7 * 40_960 * 4_608
 
 
 @pytest.mark.llama
