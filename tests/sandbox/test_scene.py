@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gguf_models import LARGE, write_model
 from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.events import Restored, Trimmed
 from psi_kv_governor.sandbox import text
@@ -85,13 +86,14 @@ class TestPen:
 @pytest.mark.slow
 @pytest.mark.llama
 @pytest.mark.swap
-def test_under_pressure_the_governed_model_gives_back_and_is_made_whole(demo_model):
+def test_under_pressure_the_governed_model_gives_back_and_is_made_whole(tmp_path, monkeypatch):
+    monkeypatch.setenv("PSI_KV_QUIET_S", "1")
     options = SceneOptions(
-        model=str(demo_model),
+        model=str(write_model(tmp_path / "large.gguf", LARGE)),  # a cell takes as many bytes, a token no time
         context_tokens=2000,
-        tokens=60,
-        limit_bytes=360 * MIB,
-        pressure_bytes=250 * MIB,
+        tokens=600,
+        limit_bytes=150 * MIB,
+        pressure_bytes=90 * MIB,
     )
     events = []
     result = run_scene("psi", options, events.append)

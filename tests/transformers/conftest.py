@@ -4,7 +4,9 @@ They need torch and transformers: `make test-transformers` runs them in an envir
 only the tests that need neither are collected.
 """
 
+import functools
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,9 +51,19 @@ else:
             yield
 
     @pytest.fixture(scope="session")
-    def demo(demo_model: Path):
+    def demo_gguf(demo_model: Path) -> Iterator[dict[str, str]]:
+        """Where transformers find the demo model. Its file is read for the tokenizer, for the configuration
+        and for the weights: here once for all, since each time takes 8 s of a processor."""
+        import gguf
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("GGUFReader", "get_tensor_name_map"):
+                patch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
+            yield {"pretrained_model_name_or_path": str(demo_model.parent), "gguf_file": demo_model.name}
+
+    @pytest.fixture(scope="session")
+    def demo(demo_gguf):
         """The real demo model, of 30 layers."""
         from transformers import AutoModelForCausalLM
 
-        where = {"pretrained_model_name_or_path": str(demo_model.parent), "gguf_file": demo_model.name}
-        return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(**demo_gguf, dtype=torch.float32).eval()

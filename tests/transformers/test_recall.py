@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,10 +27,10 @@ pytestmark = pytest.mark.usefixtures("native_part")
 
 
 @pytest.fixture(scope="session")
-def tokenizer(demo_model: Path):
+def tokenizer(demo_gguf):
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(demo_model.parent), gguf_file=demo_model.name)
+    return AutoTokenizer.from_pretrained(**demo_gguf)
 
 
 class Story:
@@ -88,7 +87,7 @@ def demo_story(demo, tokenizer, place):
     story.engine.close()
 
 
-@pytest.fixture
+@pytest.fixture(params=[pytest.param("demo", marks=pytest.mark.slow)])  # all tests of it: its file takes long
 def story(demo_story):
     yield demo_story
     demo_story.engine.recall(Recall())
