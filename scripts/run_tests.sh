@@ -1,30 +1,54 @@
 #!/usr/bin/env bash
-# All tests of `make test`: run_tests.sh PYTHON WORKERS.
+# Lint, types and all tests of `make test`: run_tests.sh PYTHON WORKERS.
 #
-# Many tests wait, for a child, a server or the kernel, so there are more workers than cores. What makes pressure has a
-# turn of its own. The environments of others are made and tested meanwhile with what time is left over: niced, so that
-# they hold nothing up, and their output is shown at the end. WORKERS=0: all of it one after the other.
+# What makes pressure comes first, one test after the other: the whole machine sees it. It waits much, and lint and the
+# environments of others and their tests fill what it leaves of the processors, and later what the main part leaves:
+# niced, so that they hold nothing up. Their output is shown when they are done. In the main part many tests wait, for a
+# child, a server or the kernel, so there are more workers than cores. WORKERS=0: all of it one after the other.
 set -euo pipefail
 
 python=$1 workers=$2
 log=.venv/other-environments.log
+lint_log=.venv/lint.log
 alone='cgroup or swap'
-failed=0 others=
+set_up=.venv/.set-up-for-tests
+failed=0
+background=()
+
+others() { # the environment of transformers has no need of the rest of .venv: it is begun meanwhile
+  make --no-print-directory begin-transformers
+  until [ -e "$1" ]; do sleep 1; done
+  make --no-print-directory --jobs=2 --output-sync=recurse test-others
+}
+
+finish() { # the one in the background whose output is in $2
+  wait "$1" || failed=1
+  cat "$2"
+}
 
 trap 'exit 130' INT TERM
-if [ "$workers" != 0 ]; then
-  # Side by side, each one's output in one piece; a group of its own, to be ended whole.
-  setsid nice -n 10 make --no-print-directory --jobs=2 --output-sync=recurse test-others >"$log" 2>&1 &
-  others=$!
-  trap 'kill -- "-$others" 2>/dev/null || true' EXIT
-fi
-"$python" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder -m "not ($alone)" || failed=1
-"$python" -m pytest -m "$alone" || failed=1
-if [ -z "$others" ]; then
+if [ "$workers" = 0 ]; then
+  make --no-print-directory model
+  make --no-print-directory lint || failed=1
+  "$python" -m pytest -m "$alone" || failed=1
+  "$python" -m pytest -m "not ($alone)" || failed=1
   make --no-print-directory test-others || failed=1
-else
-  echo "the environments of frameworks and transformers:"
-  wait "$others" || failed=1
-  cat "$log"
+  exit "$failed"
 fi
+trap 'for group in "${background[@]}"; do kill -- "-$group" 2>/dev/null || true; done' EXIT
+# Each a group of its own, to be ended whole; the environments side by side, each one's output in one piece.
+make --no-print-directory "$python"
+rm -f "$set_up"
+export -f others
+setsid nice -n 10 bash -c "others $set_up" >"$log" 2>&1 &
+background+=($!)
+make --no-print-directory model
+touch "$set_up"
+setsid nice -n 5 make --no-print-directory lint >"$lint_log" 2>&1 &
+background+=($!)
+"$python" -m pytest -m "$alone" || failed=1
+finish "${background[1]}" "$lint_log"
+"$python" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder -m "not ($alone)" || failed=1
+echo "the environments of frameworks and transformers:"
+finish "${background[0]}" "$log"
 exit "$failed"

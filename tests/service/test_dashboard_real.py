@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.llama,
     pytest.mark.cgroup,
     pytest.mark.slow,
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(900),  # the first test that needs Debian's server fetches it
     pytest.mark.skipif(
         not (CHROMIUM and DRIVER), reason="there is no Chromium: apt install chromium chromium-driver"
     ),
