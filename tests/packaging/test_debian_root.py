@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from packages_help import CACHE, Unavailable, alone, debian_mirror, run
-from psi_kv_governor.native.building import agent_path
 
 ROOT = Path(__file__).parents[2]
 SUITE = "trixie"
@@ -46,13 +45,8 @@ def debian() -> Path:
 
 
 @pytest.fixture
-def package(tmp_path) -> Path:
+def package(wheel, tmp_path) -> Path:
     """The package of a wheel that has this machine's agent in it."""
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", tmp_path, ROOT], check=True
-    )
-    (wheel,) = tmp_path.glob("*.whl")
-    assert agent_path().is_file()
     subprocess.run([sys.executable, ROOT / "scripts/build_deb.py", wheel, tmp_path], check=True)
     (deb,) = tmp_path.glob("*.deb")
     return deb
