@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torture import Context
 
 from fakes import FakeSource
 from gguf_models import LARGE, LLAMA, Shape, write_model
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.engines.llama import loader
+from psi_kv_governor.engines.llama.client import Client, InProcess
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +36,34 @@ def agent() -> loader.Agent:
     loaded = loader.load()
     assert loaded.agent is not None, loaded.why
     return loaded.agent
+
+
+@pytest.fixture
+def client(agent) -> Client:
+    """Speaks to the agent in this process."""
+    return Client(InProcess(agent.serve))
+
+
+@pytest.fixture
+def open_raw(tiny_model, folder, agent) -> Iterator[Callable[..., Context]]:
+    """Opens plain contexts over the agent, used through llama.cpp's own functions."""
+    import llama_cpp as api
+
+    contexts, models = [], []
+
+    def open_(*, in_file: bool, **given: Any) -> Context:
+        agent.configure(str(folder), in_file=in_file, reserve_bytes=0, limit_bytes=0)
+        api.llama_backend_init()
+        path = str(tiny_model(LARGE)).encode()
+        models.append(api.llama_model_load_from_file(path, api.llama_model_default_params()))
+        contexts.append(Context(api, models[-1], flash=True, n_ubatch=256, **given))
+        return contexts[-1]
+
+    yield open_
+    for context in contexts:
+        api.llama_free(context.ctx)
+    for model in models:
+        api.llama_model_free(model)
 
 
 @pytest.fixture

@@ -148,17 +148,6 @@ def test_what_is_parked_is_what_was_asked_for_and_not_all_the_free_cells_beside_
     assert before - resident(llm, engine) == result.bytes_returned  # the free ones are there still
 
 
-def test_cells_that_nobody_uses_are_released(open_llm):
-    llm, engine = open_llm()
-    llm.eval(TOKENS)
-    llm.n_tokens = 50
-    llm.eval(TOKENS[:1])  # upstream cuts the tail
-    state = whole_state(llm)
-    result = do(engine, Verb.RELEASE, sequence=None)
-    assert result.bytes_returned >= 0.98 * (N_TOKENS - 51) * CELL_BYTES
-    assert whole_state(llm) == state
-
-
 def test_tokens_decoded_into_masked_cells_are_seen(open_llm):
     """A cell that llama.cpp gave to another token is that token's, whatever it was before."""
     llm, engine = open_llm()

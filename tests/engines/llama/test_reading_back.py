@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from torture import Context
 
-from gguf_models import LARGE
-from psi_kv_governor.engines.llama.client import Client, InProcess, Op
+from psi_kv_governor.engines.llama.client import Client, Op
 
 pytestmark = pytest.mark.llama
 CELL_BYTES = 8192  # of LARGE
@@ -46,24 +45,12 @@ def pausing():
 
 
 @pytest.fixture
-def context(tiny_model, folder, agent, pausing):
+def context(open_raw, pausing) -> Context:
     """One sequence in a cache born in a file."""
-    import llama_cpp as api
-
-    agent.configure(str(folder), in_file=True, reserve_bytes=0, limit_bytes=0)
-    api.llama_backend_init()
-    model = api.llama_model_load_from_file(str(tiny_model(LARGE)).encode(), api.llama_model_default_params())
-    context = Context(api, model, unified=True, flash=True, n_ubatch=256, callback=pausing.function)
+    context = open_raw(in_file=True, unified=True, callback=pausing.function)
     for start in range(0, len(TOKENS), 250):
         assert context.decode(TOKENS[start : start + 250]) == 0
-    yield context
-    api.llama_free(context.ctx)
-    api.llama_model_free(model)
-
-
-@pytest.fixture
-def client(agent) -> Client:
-    return Client(InProcess(agent.serve))
+    return context
 
 
 def region_of(client: Client, context: Context):

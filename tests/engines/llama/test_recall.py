@@ -43,7 +43,6 @@ def opened(agent, place, model, *, backing="file", **arguments):
 
 @pytest.fixture
 def open_llm(folder, agent):
-    """Opens them."""
     with contextlib.ExitStack() as stack:
         yield lambda model, **arguments: stack.enter_context(opened(agent, folder, model, **arguments))
 
@@ -61,8 +60,7 @@ def do(engine, verb, *ranges):
 
 
 def sequence(engine):
-    (cache,) = engine.snapshot().caches
-    return cache.sequences[0]
+    return engine.snapshot().caches[0].sequences[0]
 
 
 def since(engine, before: Recalled) -> Recalled:

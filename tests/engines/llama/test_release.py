@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from torture import Context
 
-from gguf_models import LARGE
-from psi_kv_governor.engines.llama.client import Client, InProcess, Op
+from psi_kv_governor.engines.llama.client import Client, Op
 
 pytestmark = pytest.mark.llama
 CELL_BYTES = 8192  # of LARGE
@@ -26,22 +25,8 @@ def backing(request) -> str:
 
 
 @pytest.fixture(params=[True, False], ids=["one stream", "a stream for each sequence"])
-def context(request, tiny_model, folder, agent, backing):
-    """A plain llama_context over the agent, used through llama.cpp's own functions."""
-    import llama_cpp as api
-
-    agent.configure(str(folder), in_file=backing == "file", reserve_bytes=0, limit_bytes=0)
-    api.llama_backend_init()
-    model = api.llama_model_load_from_file(str(tiny_model(LARGE)).encode(), api.llama_model_default_params())
-    context = Context(api, model, unified=request.param, flash=True, n_ubatch=256)
-    yield context
-    api.llama_free(context.ctx)
-    api.llama_model_free(model)
-
-
-@pytest.fixture
-def client(agent) -> Client:
-    return Client(InProcess(agent.serve))
+def context(request, open_raw, backing) -> Context:
+    return open_raw(in_file=backing == "file", unified=request.param)
 
 
 def resident(client: Client, context: Context) -> int:
