@@ -28,11 +28,7 @@ struct sequence * map_sequence(struct region * region, int32_t id, bool create) 
     return sequence;
 }
 
-void map_append(struct region * region, int32_t id, int32_t row) {
-    struct sequence * sequence = map_sequence(region, id, true);
-    if (!sequence) {
-        return;
-    }
+static void append(struct region * region, struct sequence * sequence, int32_t row) {
     if (sequence->n == sequence->capacity) {
         const int32_t capacity = sequence->capacity ? 2 * sequence->capacity : 1024;
         int32_t *     rows     = realloc(sequence->rows, (size_t) capacity * sizeof(int32_t));
@@ -44,6 +40,13 @@ void map_append(struct region * region, int32_t id, int32_t row) {
     }
     sequence->rows[sequence->n++] = row;
     sequence->highest             = region->pos[row] > sequence->highest ? region->pos[row] : sequence->highest;
+}
+
+void map_append(struct region * region, int32_t id, int32_t row) {
+    struct sequence * sequence = map_sequence(region, id, true);
+    if (sequence) {
+        append(region, sequence, row);
+    }
 }
 
 bool map_fresh(const struct region * region) {
@@ -62,9 +65,11 @@ bool map_asking(const struct ggml_tensor * tensor, size_t offset, size_t size) {
         if (address >= leader->base && address < leader->base + leader->row_bytes * leader->n_rows) {
             const int32_t row = (int32_t) ((address - leader->base) / leader->row_bytes);
             const int32_t n   = (int32_t) (size / leader->row_bytes);
+            // Looked up once, and not for each of 131,072 rows among 128 sequences.
+            struct sequence * sequence = asking.id >= 0 ? map_sequence(region, asking.id, true) : NULL;
             for (int32_t i = row; i < row + n && i < region->n_rows; i++) {
-                if (asking.id >= 0) {
-                    map_append(region, asking.id, i);
+                if (sequence) {
+                    append(region, sequence, i);
                 }
                 region->flags[i] |= ROW_USED;
             }
