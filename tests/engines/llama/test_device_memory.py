@@ -56,8 +56,8 @@ def test_8192_cells_become_256_and_whole_again(child, shallow_model, kind):
     assert told["least_cells"] == 256
     assert told["returned_bytes"] >= 0.98 * told["computed_bytes"]  # by the kernel, not computed
     assert told["measured_bytes"] >= 0.98 * told["computed_bytes"]
-    # 1.6 and 1.8 MB were measured, of some 500: fewer rows of logits are another graph to the driver.
-    assert told["peak_above_start_bytes"] <= 4 << 20
+    # A second cache would be 38 MB. By how the heap lies 0.1 to 5.8 were measured, kept logits among them.
+    assert told["peak_above_start_bytes"] <= 8 << 20
     assert told["masked"] == told["back"] == 12
     assert told["mask_changes"]
     assert told["cells_after"] == 8192
