@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 
 def sandboxes_of(pid: int) -> list[Path]:
@@ -25,6 +28,15 @@ def pids_in(sandboxes: list[Path]) -> set[int]:
         with contextlib.suppress(OSError):
             found.update(map(int, (sandbox / "cgroup.procs").read_text().split()))
     return found
+
+
+def started(module: ModuleType, *arguments: str) -> subprocess.Popen[bytes]:
+    """`python -m module ARGUMENTS`, listened to."""
+    return subprocess.Popen(
+        [sys.executable, "-m", module.__name__, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def swap_devices() -> set[str]:

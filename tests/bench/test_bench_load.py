@@ -6,25 +6,21 @@ import contextlib
 import json
 import signal
 import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from psikv_bench import load
 from psikv_bench.process_memory import sample
+from sandbox_help import started
 from waiting import until
 
 MIB = 1 << 20
 
 
-def start(*arguments: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", load.__name__, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+start = partial(started, load)
 
 
 def test_what_is_taken_and_touched_is_counted_to_the_end():

@@ -10,21 +10,18 @@ import subprocess
 import sys
 import time
 import zlib
+from functools import partial
 
 import pytest
 
 from psi_kv_governor.sandbox import load
 from psi_kv_governor.sandbox.process_memory import glance
+from sandbox_help import started
 
 MIB = 1 << 20
 
 
-def start(*arguments: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", load.__name__, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+start = partial(started, load)
 
 
 def test_it_takes_memory_in_steps_and_ends_on_sigterm():

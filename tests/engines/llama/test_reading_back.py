@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import resource
 import threading
 from pathlib import Path
 
 import pytest
 from torture import Context
 
+from major_faults import major_faults_of
 from psi_kv_governor.engines.llama.client import Client, Op
 
 pytestmark = pytest.mark.llama
@@ -28,6 +28,14 @@ class Pausing:
         self.armed = False
         self.stopped, self.goes_on = threading.Event(), threading.Event()
         self.function = api.ggml_backend_sched_eval_callback(self._called)
+
+    def decode(self, context: Context) -> threading.Thread:
+        """One more token, whose graph stands still when this returns."""
+        self.armed = True
+        decoding = threading.Thread(target=context.decode, args=([(7, len(TOKENS), 0)],))
+        decoding.start()
+        assert self.stopped.wait(WAITS_S)
+        return decoding
 
     def _called(self, _node, ask: bool, _user) -> bool:
         if self.armed and not ask:
@@ -62,10 +70,7 @@ def region_of(client: Client, context: Context):
 def test_what_the_running_graph_still_reads_goes_when_it_is_over(context, client, pausing):
     """It has its masks from its beginning: 140 MB came back page by page, in a token of 2.5 s for 0.1."""
     region = region_of(client, context)
-    pausing.armed = True
-    decoding = threading.Thread(target=context.decode, args=([(7, len(TOKENS), 0)],))
-    decoding.start()
-    assert pausing.stopped.wait(WAITS_S)
+    decoding = pausing.decode(context)
     replies = []
     masking = threading.Thread(
         target=lambda: replies.append(client.ask(Op.MASK, region.id, 0, ranges=[(100, 1400)]))
@@ -84,10 +89,7 @@ def test_what_the_running_graph_still_reads_goes_when_it_is_over(context, client
 
 def test_a_graph_that_takes_long_is_not_waited_for_for_ever(context, client, pausing):
     region = region_of(client, context)
-    pausing.armed = True
-    decoding = threading.Thread(target=context.decode, args=([(7, len(TOKENS), 0)],))
-    decoding.start()
-    assert pausing.stopped.wait(WAITS_S)
+    decoding = pausing.decode(context)
     reply = client.ask(Op.MASK, region.id, 0, ranges=[(100, 1400)])  # the graph stands still meanwhile
     pausing.goes_on.set()
     decoding.join(WAITS_S)
@@ -111,8 +113,6 @@ def test_what_the_kernel_took_by_itself_is_read_ahead(context, client, folder):
     pages = len(TOKENS) * CELL_BYTES // mmap.PAGESIZE
     gone = pages - region_of(client, context).resident // mmap.PAGESIZE
     assert gone > 0.9 * pages
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
-    context.decode([(7, len(TOKENS), 0)])
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_majflt - before < 0.25 * gone
+    assert major_faults_of(lambda: context.decode([(7, len(TOKENS), 0)])) < 0.25 * gone
     context.api.llama_memory_seq_rm(context.memory, 0, len(TOKENS), -1)
     assert bytes(context.state()) == state
