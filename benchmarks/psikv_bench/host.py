@@ -54,18 +54,18 @@ class Host(host.Host):
     ) -> _M:
         """Wait for a message of `kind`; `on_other` hears what is said before it.
 
+        What is said after it waits for the next one who listens.
+
         Raises ModelKilledError, SilentError after `timeout_s`, or PsiKvError when the process ends otherwise.
         """
         deadline_s = time.monotonic() + timeout_s
-        found: _M | None = None
         while time.monotonic() < deadline_s:
-            for message in self.hear(_POLL_S):
-                if found is None and isinstance(message, kind):
-                    found = message
-                else:
-                    on_other(message)
-            if found is not None:
-                return found
+            heard = self.hear(_POLL_S)
+            for place, message in enumerate(heard):
+                if isinstance(message, kind):
+                    self.hear_again(heard[place + 1 :])
+                    return message
+                on_other(message)
             self.check_alive()
         raise SilentError(f"the model's process said nothing of {kind.__name__} in {timeout_s:.0f} s")
 

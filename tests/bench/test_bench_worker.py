@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+
+import msgspec
 import pytest
 
 from psi_kv_governor.errors import BadInputError
@@ -66,15 +69,13 @@ class TestOrders:
         setup = Setup(
             variant="psi", model=str(shallow_model), context_tokens=600, decoded_tokens=16, auto=False
         )
-        heard = []
         with Host(setup) as host:
             opened(host)
             host.done(messages.Decode(tokens=2, trim_at=1), TIMEOUT_S)
             host.order(messages.DecodeOn())
             host.until(messages.Token, TIMEOUT_S)
             host.order(messages.Restore())
-            while not any(isinstance(one, messages.Governed) for one in heard):
-                heard.append(host.until(messages.Message, TIMEOUT_S))
+            host.until(messages.Governed, TIMEOUT_S)
             host.until(messages.Token, TIMEOUT_S)
             host.order(messages.Stop())
             host.until(messages.Stopped, TIMEOUT_S)
@@ -83,6 +84,34 @@ class TestOrders:
         setup = Setup(variant="psi", model=str(tmp_path / "nothing.gguf"))
         with Host(setup) as host, pytest.raises(BadInputError, match=r"nothing\.gguf"):
             opened(host)
+
+
+class Speaker(Host):
+    """Says what it has to say in one go, and no more."""
+
+    SAID = (
+        messages.Token(time_s=1.0, seconds=0.1),
+        messages.Done(seconds=2.0, cpu_s=1.0),
+        messages.Stopped(),
+    )
+
+    def command(self, setup):
+        lines = b"\n".join(map(msgspec.json.encode, self.SAID)).decode()
+        return [sys.executable, "-c", f"print({lines!r}, flush=True); input()"]
+
+
+def test_what_is_said_behind_what_was_waited_for_is_heard_by_the_next_who_waits():
+    token, done, stopped = Speaker.SAID
+    with Speaker(Setup(variant="fixed", model="none")) as host:
+        heard = []
+        while len(heard) < len(Speaker.SAID):
+            heard += host.hear(TIMEOUT_S)
+        host.hear_again(heard)
+        others = []
+        assert host.until(messages.Done, TIMEOUT_S, others.append) == done
+        assert others == [token]
+        assert host.until(messages.Stopped, TIMEOUT_S, others.append) == stopped
+        assert others == [token]
 
 
 def test_only_the_governed_variants_are_governed():

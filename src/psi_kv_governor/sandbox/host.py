@@ -96,6 +96,10 @@ class Host:
         found, self._messages = self._messages, []
         return found
 
+    def hear_again(self, heard: Sequence[Any]) -> None:
+        """Give back what was heard last and nobody looked at: the next `hear` begins with it."""
+        self._messages[:0] = heard
+
     def _take_in(self, child: Child, line: bytes | None) -> None:
         if child is self._worker:
             if line is None:
@@ -140,7 +144,7 @@ class Host:
         if self._neighbour is None:
             return
         self._neighbour.end()
-        self._messages = self.hear(0.0)
+        self.hear_again(self.hear(0.0))
         self._neighbour = None
 
 
