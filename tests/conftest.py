@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from platformdirs import user_cache_path
 
 import uml
@@ -40,6 +41,12 @@ _own_sockets()
 # Threads of ggml that wait spin by default, each on a core that a test beside it has need of: 512 tokens on
 # two threads took 2.2 s of processor time on a busy machine, and 1.2 s so. Children inherit it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# An example that takes 0.2 s, or inputs that take a second, say only that the machine has other work; and a
+# fixture that is the same for all examples is what the tests with one ask for.
+SUPPRESSED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("busy", deadline=None, suppress_health_check=SUPPRESSED)
+settings.load_profile("busy")
 
 if importlib.util.find_spec("llama_cpp") is not None:
     from psi_kv_governor.engines.llama import loader

@@ -88,7 +88,7 @@ def test_strings_are_read_as_the_type_of_their_field():
     assert (config.backing, config.place, config.evict, config.block_cells) == ("file", "7", True, 32)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.floats(0.02, 1.0), st.integers(0, 10**6), st.floats(0.0, 1e6))
 def test_a_value_is_the_same_from_each_origin(high, floor_cells, quiet_s):
     values = {"high": high, "floor_cells": floor_cells, "quiet_s": quiet_s}

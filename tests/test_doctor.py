@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psi_kv_governor import doctor, preflight
@@ -76,7 +76,7 @@ def lay(root: Path, path: str, content: str | bytes) -> None:
         )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150)
 @given(st.fixed_dictionaries(dict.fromkeys(PATHS, CONTENT)))
 def test_whatever_a_machine_s_files_are_each_check_has_its_line(tmp_path, machine):
     root = tmp_path / "root"

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf.constants import GGML_QUANT_SIZES
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psi_kv_governor.errors import BadInputError
@@ -78,7 +78,7 @@ def refused(file: Path) -> str:
     return str(caught.value)
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80)
 @given(data=st.data())
 def test_cut_anywhere_it_is_refused(file, model_bytes, data):
     length = data.draw(st.integers(0, end_of_data(model_bytes) - 1))
@@ -86,7 +86,7 @@ def test_cut_anywhere_it_is_refused(file, model_bytes, data):
     assert ("truncated" if length else "does not begin") in refused(file)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200)
 @given(at=st.integers(0, HEAD_BYTES), noise=st.binary(min_size=1, max_size=12))
 def test_damage_never_ends_in_another_error(file, model_bytes, at, noise):
     file.write_bytes(model_bytes[:at] + noise + model_bytes[at + len(noise) :])

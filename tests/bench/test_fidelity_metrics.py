@@ -88,7 +88,7 @@ def test_tokens_agree_up_to_the_first_other_one():
 SERIES = st.lists(arrays(np.float64, st.integers(1, 40), elements=st.floats(0, 10)), min_size=1, max_size=4)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(SERIES)
 def test_the_mean_is_that_of_all_values_and_lies_in_its_interval(series):
     found = mean_of(series, seed=1)

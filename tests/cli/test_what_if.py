@@ -70,7 +70,7 @@ def test_a_context_that_shrinks_is_followed():
 COUNTS = st.integers(0, 700)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(COUNTS, COUNTS, COUNTS, st.floats(0, 1), st.integers(0, LIMIT_BYTES)), min_size=1))
 def test_any_context_can_be_played_and_keeps_its_length(made):
     turns = []

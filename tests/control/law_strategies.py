@@ -20,7 +20,7 @@ from psi_kv_governor.pressure.reading import Reading, one_level
 
 LIMIT_BYTES = 1 << 30
 PROTECTED = 320
-SHORT = settings(max_examples=80, deadline=None)
+SHORT = settings(max_examples=80)
 
 shares = st.one_of(st.floats(0.0, 1.0), st.sampled_from([0.0, 0.01, 0.02, 0.05, 0.1, 0.3, 1.0]))
 headrooms = st.none() | shares.map(lambda share: int(share * LIMIT_BYTES))

@@ -110,7 +110,7 @@ def test_no_swing_from_trim_to_restore_within_a_quiet_time(config, looks, cache)
             assert after[0].time_s - before[0].time_s >= config.quiet_s
 
 
-@settings(max_examples=6, deadline=None)  # two hours each
+@settings(max_examples=6)  # two hours each
 @given(
     st.lists(st.tuples(st.floats(1.0, 2000.0), st.floats(0.0, 3.0)), min_size=1, max_size=30),
     st.floats(0.0, 1.0),

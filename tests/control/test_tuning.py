@@ -68,7 +68,7 @@ CONFIGS = st.builds(
 # -- laws --------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(readings(), st.lists(readings(), max_size=2), CONFIGS)
 def test_whatever_was_seen_the_settings_are_usable_and_above_the_noise(calm, scenes, base):
     tuning = tune(calm, scenes, base, CACHE)
@@ -88,7 +88,7 @@ def test_whatever_was_seen_the_settings_are_usable_and_above_the_noise(calm, sce
     assert all(proposal.reason for proposal in tuning.proposals)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(readings(), st.lists(readings(), max_size=2))
 def test_what_is_promised_is_what_the_law_does(calm, scenes):
     tuning = tune(calm, scenes, BASE, CACHE)

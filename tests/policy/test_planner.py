@@ -26,7 +26,7 @@ from psi_kv_governor.policy.planner import SLICE_S
 
 BLOCK = CONFIG.block_cells
 amounts = st.integers(0, 3_000_000)
-a_law = settings(max_examples=150, deadline=None)
+a_law = settings(max_examples=150)
 
 # -- laws of every trim ------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ from psi_kv_governor.policy.scoring import MOST_BLOCKS, block_size
 
 BLOCK = CONFIG.block_cells
 amounts = st.integers(0, 3_000_000)
-a_law = settings(max_examples=150, deadline=None)
+a_law = settings(max_examples=150)
 
 # -- and what they look like -------------------------------------------------------------------------------
 

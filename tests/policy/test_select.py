@@ -103,7 +103,7 @@ def test_equal_scores_go_oldest_first():
     assert gone == [Range(start, start + 50) for start in (0, 150, 300, 450)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(lives(), st.integers(1, 1200), ends, blocks, st.integers(0, 99))
 def test_a_selection_is_live_unprotected_and_as_large_as_asked(live, cells, ends, block_cells, seed):
     ranges, next_position = live
@@ -117,7 +117,7 @@ def test_a_selection_is_live_unprotected_and_as_large_as_asked(live, cells, ends
     assert all(a.stop < b.start for a, b in pairwise(gone))  # sorted and merged
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lives(), ends, blocks, st.integers(0, 99))
 def test_a_block_is_the_same_tokens_however_long_the_context_is(live, ends, block_cells, seed):
     ranges, next_position = live
@@ -137,7 +137,7 @@ def test_a_block_is_the_same_tokens_however_long_the_context_is(live, ends, bloc
         assert set(seen[0][:-1]) <= set(seen[1])  # only the block at the moving window's edge changes
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lives(), ends, blocks, st.integers(0, 99), st.integers(1, 400))
 def test_repeated_selections_give_up_everything_and_then_nothing(live, ends, block_cells, seed, cells):
     ranges, next_position = live
@@ -182,7 +182,7 @@ protections = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(lives(), st.integers(1, 1200), protections, blocks, st.integers(0, 99))
 def test_no_mark_is_ever_broken(live, cells, protection, block_cells, seed):
     ranges, next_position = live
@@ -195,7 +195,7 @@ def test_no_mark_is_ever_broken(live, cells, protection, block_cells, seed):
     assert sum(part.cells for part in gone) >= min(cells, free)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 50), st.integers(1, 50), st.integers(0, 50), st.integers(1, 50))
 def test_without_is_the_difference_of_sets(start, length, other_start, other_length):
     part, gone = Range(start, start + length), Range(other_start, other_start + other_length)

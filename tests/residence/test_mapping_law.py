@@ -1,7 +1,7 @@
 """Whatever is parked, brought back, written and released in whatever order: bytes are as in plain memory."""
 
 import numpy as np
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psi_kv_governor.kernel.memory import PAGE_BYTES
@@ -16,7 +16,7 @@ STEP = st.tuples(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(backing=st.sampled_from(["file", "memory"]), steps=st.lists(STEP, max_size=25))
 def test_a_mapping_is_memory(place, backing, steps):
     mapping = Mapping(PAGES * PAGE_BYTES, backing=backing, place=place)

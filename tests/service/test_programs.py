@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from servers import PSI_KV, WAIT_S, Server, children_of, free_port, resident_bytes, with_agent
 
+from psi_kv_governor import Governor
 from psi_kv_governor.engines.llama.fleet import Fleet
 from psi_kv_governor.native.building import agent_path
 from waiting import until
@@ -48,6 +49,43 @@ def test_each_server_that_a_parent_starts_is_one_cache_of_the_same_governor(xlla
             lambda: {cache.pid for cache in fleet.snapshot().caches} == {fleet.pids[0]},
             "the dead one is still told",
         )
+
+
+HOLDS = """
+import sys
+from llama_cpp import Llama
+llm = Llama(sys.argv[1], n_ctx=2048, n_threads=1, verbose=False, flash_attn=True)
+llm.eval(list(range(100, 400)))
+if sys.argv[2] == "closed":
+    llm.close()
+print("ready", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_a_process_that_holds_no_cache_any_more_keeps_nobody_else_from_giving_memory_back(
+    shallow_model, folder
+):
+    fleet = Fleet(place=str(folder), backing="memory")
+    with contextlib.ExitStack() as ending:
+        ending.enter_context(contextlib.closing(fleet))
+        for what in ("closed", "open"):
+            program = subprocess.Popen(
+                [sys.executable, "-c", HOLDS, str(shallow_model), what],
+                env=with_agent(fleet.name, folder, "memory"),
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            ending.callback(program.communicate, "\n")
+            assert program.stdout.readline() == "ready\n"
+        until(lambda: len(fleet.pids) == 2 and len(fleet.snapshot().caches) == 1, "not both came")
+        able = fleet.describe().capabilities
+        assert able.park.able
+        assert able.mask.able
+        until(
+            lambda: not any(one.running for one in fleet.snapshot().caches[0].sequences),
+            "it is still being decoded",
+        )
+        assert Governor(fleet).park().bytes_returned > 1 << 18
 
 
 APP = """

@@ -11,7 +11,7 @@ RANGE = st.tuples(st.integers(0, 60), st.integers(0, 60)).map(lambda pair: Range
 STEP = st.tuples(st.sampled_from(["grow", "mask", "lose", "unmask", "crop"]), st.lists(RANGE, max_size=3))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(STEP, max_size=12))
 def test_places_are_a_set_of_positions(steps):
     places, state = Places(), {}  # position -> live, masked or lost

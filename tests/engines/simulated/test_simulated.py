@@ -166,7 +166,7 @@ VERBS = st.sampled_from([Verb.PARK, Verb.MASK, Verb.EVICT, Verb.UNMASK, Verb.UNP
         max_size=30,
     )
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_every_byte_is_accounted_for_whatever_is_asked(acts):
     able = msgspec.structs.replace(CAPABLE, evict=Capability(able=True))
     engine = SimulatedEngine(capabilities=able)

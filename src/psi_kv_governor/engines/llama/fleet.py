@@ -142,9 +142,17 @@ class Fleet:
     # -- the protocol -----------------------------------------------------------------------------------
 
     def describe(self) -> Description:
-        """See Engine. Of several processes what the first can do."""
+        """See Engine. Of several processes what any can do: the others say why not when they are asked."""
+        told = []
         for member in self._all():
-            return member.engine.describe()
+            with contextlib.suppress(EngineError):  # it ended: the next snapshot leaves it out
+                told.append(member.engine.describe())
+        if told:
+            first = msgspec.structs.asdict(told[0].capabilities)
+            for one in told[1:]:
+                others = msgspec.structs.asdict(one.capabilities)
+                first = {name: able if able.able else others[name] for name, able in first.items()}
+            return msgspec.structs.replace(told[0], capabilities=Capabilities(**first))
         none_yet = Capability(able=False, why="no program with a llama.cpp cache has connected yet")
         return Description(
             engine="llama",
