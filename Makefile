@@ -3,6 +3,9 @@
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
+# Python keeps what it compiled: a shell that forbids it has every worker of the tests compile them all, for 12 s each,
+# and every program that they start what it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 PYTHON ?= python3
 VENV := .venv

@@ -111,6 +111,15 @@ def shallow_model(demo_model: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def wide_model(tmp_path_factory) -> Path:
+    """An 8B's cache and next to nothing else, for what asks for memory and no words: 128 KiB a cell."""
+    pytest.importorskip("gguf")
+    from psikv_bench.wide_model import write_wide_model
+
+    return write_wide_model(tmp_path_factory.mktemp("model") / "wide.gguf", 4096)
+
+
 @functools.cache
 def _why_not(mark: str) -> str:
     """Why tests with `mark` cannot run on this machine; empty when they can."""

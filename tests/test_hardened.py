@@ -15,6 +15,7 @@ import pytest
 from gguf_models import LARGE, write_model
 from psi_kv_governor.kernel.filters import _CALLS
 from psi_kv_governor.native import building
+from psi_kv_governor.native.compiling import compile_command
 from psikv_bench.survival import filtered
 from warm import Warm
 
@@ -62,47 +63,72 @@ def folder() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-@pytest.fixture
-def run(folder) -> Callable[..., str]:
-    """Runs the model, `plain` or `governed`; gives all that it says. It must not fail."""
-
-    def run_(
-        kind: str,
-        wrap: Callable[[list[str]], list[str]] = lambda argv: argv,
-        before: str = "",
-        environ: dict[str, str] | None = None,
-    ) -> str:
-        model = folder / "tiny.gguf"
-        if not model.exists():
-            write_model(model, LARGE).chmod(0o644)
-        usual = {"HOME": str(folder), "TMPDIR": str(folder), "OPENBLAS_NUM_THREADS": "1", "CC": str(COMPILER)}
-        done = subprocess.run(
-            wrap([sys.executable, "-c", MODEL.format(before=before), str(model), kind]),
-            capture_output=True, text=True, check=False, timeout=200, cwd="/",
-            env={"PATH": os.environ["PATH"], **usual, **(environ or {})},
-        )  # fmt: skip
-        assert done.returncode == 0, (kind, done.returncode, done.stderr[-2000:])
-        assert "Traceback" not in done.stderr
-        return done.stdout + done.stderr
-
-    return run_
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[Path]:
+    """The agent, where any user can read it: each of these would compile it anew, for two seconds."""
+    target = Path(f"/var/tmp/psi-kv-hardened-{os.getpid()}.so")
+    subprocess.run(compile_command([str(COMPILER)], str(target)), check=True, timeout=200)
+    target.chmod(0o644)
+    yield target
+    target.unlink()
 
 
 def answer_in(said: str) -> str:
     return next(line for line in said.splitlines() if line.startswith("answer"))
 
 
+@pytest.fixture(scope="module")
+def under(tmp_path_factory, compiled) -> Iterator[Callable[..., str]]:
+    """Runs the model, `plain` or `governed`, under a filter, in a process that has imported everything but
+    llama.cpp; gives all that it says. It must not fail."""
+    home = tmp_path_factory.mktemp("home")
+    model = write_model(home / "tiny.gguf", LARGE)
+    environ = {"PATH": os.environ["PATH"], "HOME": str(home), "TMPDIR": str(home)}
+    environ |= {"CC": str(COMPILER), "QUICK_CC": str(compiled)}
+    with Warm(
+        "psi_kv_governor.governor", "psi_kv_governor.engines.llama.fleet", "jinja2", "diskcache"
+    ) as warm:
+
+        def run(kind: str, *deny: str, how: filtered.How = "kill") -> str:
+            code, words = MODEL.format(before=""), (str(model), kind)
+            done = warm.run(code, words, home, cwd=home, environ=environ, deny=deny, how=how)
+            assert done.returncode == 0, done.stderr[-2000:]
+            assert "Traceback" not in done.stderr
+            return done.stdout + done.stderr
+
+        yield run
+
+
+@pytest.fixture(scope="module")
+def plain_answer(under) -> str:
+    return answer_in(under("plain"))
+
+
 @pytest.fixture
-def both(run) -> Callable[..., str]:
-    """Runs plain llama.cpp and the governed one alike: the answers are the same. Gives what the governed one
-    says."""
+def governed(folder, compiled, plain_answer) -> Callable[..., str]:
+    """Runs the governed model in other surroundings, in which it must not fail and answers as without us;
+    gives all that it says."""
+    model = write_model(folder / "tiny.gguf", LARGE)
+    model.chmod(0o644)
 
-    def both_(**surroundings) -> str:
-        said = {kind: run(kind, **surroundings) for kind in ("plain", "governed")}
-        assert answer_in(said["plain"]) == answer_in(said["governed"])
-        return said["governed"]
+    def run(
+        wrap: Callable[[list[str]], list[str]] = lambda argv: argv,
+        before: str = "",
+        environ: dict[str, str] | None = None,
+    ) -> str:
+        usual = {"HOME": str(folder), "TMPDIR": str(folder), "OPENBLAS_NUM_THREADS": "1"}
+        usual |= {"CC": str(COMPILER), "QUICK_CC": str(compiled)}
+        done = subprocess.run(
+            wrap([sys.executable, "-c", MODEL.format(before=before), str(model), "governed"]),
+            capture_output=True, text=True, check=False, timeout=200, cwd="/",
+            env={"PATH": os.environ["PATH"], **usual, **(environ or {})},
+        )  # fmt: skip
+        assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
+        assert "Traceback" not in done.stderr
+        assert answer_in(done.stdout) == plain_answer
+        return done.stdout + done.stderr
 
-    return both_
+    return run
 
 
 def as_nobody(argv: list[str]) -> list[str]:
@@ -137,18 +163,20 @@ def service_calls() -> list[str]:
     return of("@system-service")
 
 
-def test_under_the_filter_of_a_hardened_service_it_is_governed_and_lives(both):
+def test_under_the_filter_of_a_hardened_service_it_is_governed_and_lives(governed):
     """@system-service, which has no mincore: systemd's default is to kill."""
     calls = service_calls()
     assert "mincore" not in calls
     # Newer than this systemd's list, and used by every program of this libc.
     calls += ["clone3", "rseq", "faccessat2", "statx"]
-    said = both(wrap=lambda argv: filtered.command(argv, allow=calls))
+    said = governed(  # and compiles its agent under it
+        wrap=lambda argv: filtered.command(argv, allow=calls), environ={"QUICK_CC": ""}
+    )
     assert int(said.partition("returned ")[2].split()[0]) > 1 << 20
 
 
-def test_where_mincore_is_refused_bytes_are_counted_otherwise(both):
-    said = both(wrap=lambda argv: filtered.command(argv, deny=["mincore"], how="refuse"))
+def test_where_mincore_is_refused_bytes_are_counted_otherwise(governed):
+    said = governed(wrap=lambda argv: filtered.command(argv, deny=["mincore"], how="refuse"))
     assert int(said.partition("returned ")[2].split()[0]) > 1 << 20
     assert "stayed resident" not in said
 
@@ -158,32 +186,6 @@ REFUSED = sorted({*_CALLS, "fadvise64", "pwrite64", "cachestat", "inotify_init1"
 
 
 KILLED = ("bind", "chmod", "epoll_ctl", "fallocate", "flock", "poll", "pwrite64", "sendto")
-
-
-@pytest.fixture(scope="module")
-def under(tmp_path_factory) -> Iterator[Callable[..., str]]:
-    """Runs the model under a filter, in a process that has imported everything but llama.cpp; gives all that
-    it says. It must not fail."""
-    home = tmp_path_factory.mktemp("home")
-    model = write_model(home / "tiny.gguf", LARGE)
-    environ = {"PATH": os.environ["PATH"], "HOME": str(home), "TMPDIR": str(home), "CC": str(COMPILER)}
-    with Warm(
-        "psi_kv_governor.governor", "psi_kv_governor.engines.llama.fleet", "jinja2", "diskcache"
-    ) as warm:
-
-        def run(kind: str, *deny: str, how: filtered.How = "kill") -> str:
-            code, words = MODEL.format(before=""), (str(model), kind)
-            done = warm.run(code, words, home, cwd=home, environ=environ, deny=deny, how=how)
-            assert done.returncode == 0, done.stderr[-2000:]
-            assert "Traceback" not in done.stderr
-            return done.stdout + done.stderr
-
-        yield run
-
-
-@pytest.fixture(scope="module")
-def plain_answer(under) -> str:
-    return answer_in(under("plain"))
 
 
 @pytest.mark.slow
@@ -202,12 +204,12 @@ def test_a_filter_that_kills_for_what_only_the_governor_calls_leaves_the_model_a
     assert "seccomp filter kills for" in said
 
 
-def test_a_random_user_without_home_or_name_is_governed(both, folder):
-    said = both(wrap=as_nobody, environ={"HOME": "/", "TMPDIR": str(folder)})
+def test_a_random_user_without_home_or_name_is_governed(governed, folder):
+    said = governed(wrap=as_nobody, environ={"HOME": "/", "TMPDIR": str(folder)})
     assert "psi-kv-54321" in said or "place" in said
 
 
-def test_with_the_service_manager_s_folders_nothing_else_is_needed(both, folder):
+def test_with_the_service_manager_s_folders_nothing_else_is_needed(governed, folder):
     """DynamicUser=, ProtectHome=, CacheDirectory=: no home, and folders that can't be entered."""
     for name in ("cache", "state", "runtime"):
         (folder / name).mkdir()
@@ -217,7 +219,7 @@ def test_with_the_service_manager_s_folders_nothing_else_is_needed(both, folder)
     python = Path(sys.executable).resolve()
     if Path("/root") in python.parents:
         hidden = in_mounts("mount -t tmpfs -o mode=0000 none /run")
-    said = both(
+    said = governed(
         wrap=lambda argv: hidden(as_nobody(argv)),
         before="import atexit; atexit.register(lambda: print(os.listdir(os.environ['RUNTIME_DIRECTORY'])))",
         environ={**given, "HOME": "/nonexistent", "XDG_RUNTIME_DIR": "/run/user/54321"},
@@ -227,19 +229,19 @@ def test_with_the_service_manager_s_folders_nothing_else_is_needed(both, folder)
     assert not (Path("/") / "~").exists()
 
 
-def test_on_a_read_only_root_without_any_folder_it_runs(both):
-    said = both(
+def test_on_a_read_only_root_without_any_folder_it_runs(governed):
+    said = governed(
         wrap=in_mounts("mount -o remount,ro,bind /", "mount -o remount,ro,bind /dev/shm"),
         environ={"HOME": "/nonexistent"},
     )
     assert "Read-only file system" in said or "returned" in said
 
 
-def test_where_every_folder_is_noexec_it_runs_and_says_so(both, folder):
+def test_where_every_folder_is_noexec_it_runs_and_says_so(governed, folder):
     """The agent and what leads to it are libraries: nothing can be loaded from a folder mounted noexec."""
     (folder / "native").mkdir()
     noexec = "mount -t tmpfs -o noexec,mode=1777 none"
-    said = both(
+    said = governed(
         wrap=in_mounts(f"{noexec} /dev/shm", f"{noexec} {folder}/native"),
         environ={"HOME": f"{folder}/native", "TMPDIR": "/dev/shm"},
     )
@@ -248,24 +250,26 @@ def test_where_every_folder_is_noexec_it_runs_and_says_so(both, folder):
         assert "PSIKV_NATIVE_DIR" in said
 
 
-def test_a_temporary_folder_mounted_noexec_alone_is_no_obstacle(both, folder):
+def test_a_temporary_folder_mounted_noexec_alone_is_no_obstacle(governed, folder):
     noexec = "mount -t tmpfs -o noexec,mode=1777 none"
     home = Path("/var/tmp") / f"psi-kv-test-{os.getpid()}"
     home.mkdir(mode=0o700)
     try:
-        said = both(wrap=in_mounts(f"{noexec} /dev/shm"), environ={"TMPDIR": "/dev/shm", "HOME": str(home)})
+        said = governed(
+            wrap=in_mounts(f"{noexec} /dev/shm"), environ={"TMPDIR": "/dev/shm", "HOME": str(home)}
+        )
     finally:
         shutil.rmtree(home)
     assert int(said.partition("returned ")[2].split()[0]) > 0
 
 
-def test_without_a_compiler_it_runs_and_says_so(both, folder):
-    said = both(environ={"CC": "no-such-compiler", "HOME": str(folder / "fresh")})
+def test_without_a_compiler_it_runs_and_says_so(governed, folder):
+    said = governed(environ={"CC": "no-such-compiler", "HOME": str(folder / "fresh")})
     if not building.shipped():
         assert "no C compiler found" in said
 
 
-def test_an_agent_that_root_built_into_an_image_serves_any_user_without_a_compiler(both, folder):
+def test_an_agent_that_root_built_into_an_image_serves_any_user_without_a_compiler(governed, folder):
     image = folder / "image"
     image.mkdir(mode=0o755)
     build = "from psi_kv_governor.native.building import agent_path; print(agent_path())"
@@ -273,7 +277,7 @@ def test_an_agent_that_root_built_into_an_image_serves_any_user_without_a_compil
         "PATH": os.environ["PATH"], "PSIKV_NATIVE_DIR": str(image), "HOME": str(folder), "CC": str(COMPILER),
     }  # fmt: skip
     subprocess.run([sys.executable, "-c", build], env=environ, check=True)
-    said = both(
+    said = governed(
         wrap=as_nobody,
         environ={
             "PSIKV_NATIVE_DIR": str(image),
@@ -286,9 +290,9 @@ def test_an_agent_that_root_built_into_an_image_serves_any_user_without_a_compil
 
 
 @pytest.mark.parametrize("limit", ["--nproc=1:1", "--nofile=48:48", "--memlock=0:0", "--fsize=0:0"])
-def test_under_a_tight_limit_of_the_unit_it_runs(both, folder, limit):
+def test_under_a_tight_limit_of_the_unit_it_runs(governed, folder, limit):
     """TasksMax=1: no thread of ours. LimitNOFILE=, LimitFSIZE=: no file."""
-    both(
+    governed(
         wrap=lambda argv: ["prlimit", limit, *as_nobody(argv)],
         environ={"TMPDIR": str(folder), "HOME": "/"},
     )

@@ -25,7 +25,6 @@ from psikv_bench.fidelity.weights import weights
 from psikv_bench.journal import encoded
 from psikv_bench.record import JOURNAL, RESULT, SUMMARY, Recorder, Report
 from psikv_bench.scenes.fidelity import run
-from psikv_bench.wide_model import write_wide_model
 
 pytestmark = pytest.mark.llama
 
@@ -97,11 +96,10 @@ def test_report_plot_and_json_are_kept(rows, folder):
     assert msgspec.json.decode((folder / RESULT).read_bytes())["rows"] == msgspec.json.decode(encoded(rows))
 
 
-def test_weights_are_taken_to_f32_for_as_long_as_they_are_read(tmp_path):
-    model = write_wide_model(tmp_path / "wide.gguf", 4096)
-    before = GGUFReader(model).tensors
+def test_weights_are_taken_to_f32_for_as_long_as_they_are_read(wide_model):
+    before = GGUFReader(wide_model).tensors
     assert {one.tensor_type.name for one in before} == {"F32", "Q8_0"}
-    with weights(model, "f32") as path:
+    with weights(wide_model, "f32") as path:
         tensors = GGUFReader(path).tensors
         assert {one.name for one in tensors} == {one.name for one in before}
         assert {one.tensor_type.name for one in tensors} == {"F32"}

@@ -17,7 +17,6 @@ from psikv_bench.scenes import capacity, latency, oom
 from psikv_bench.scenes.capacity import CapacityOptions
 from psikv_bench.scenes.latency import LatencyOptions
 from psikv_bench.scenes.oom import OomOptions
-from psikv_bench.wide_model import write_wide_model
 from sandbox_help import leftovers, pids_in, sandboxes_of
 
 MIB = 1 << 20
@@ -37,12 +36,6 @@ GENTLE = OomOptions(ctx=256, runs=2, rates=(0.0,), hold_s=0.2, limit_mib=400, lo
 LATENCY = LatencyOptions(
     ctx=640, onsets=1, control=0, modes=("decode",), rate=0.0, hold_s=0.5, hold_max_s=5.0
 )
-
-
-@pytest.fixture(scope="module")
-def wide_model(tmp_path_factory) -> Path:
-    """An 8B's cache and nothing else: what is shown here is memory, and 640 cells of it take 80 MiB."""
-    return write_wide_model(tmp_path_factory.mktemp("model") / "wide.gguf", 4096)
 
 
 @pytest.fixture(autouse=True)

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.llama
 READS = """
 import sys
 from llama_cpp import Llama
-llm = Llama(sys.argv[1], n_ctx=2048, n_threads=1, verbose=False, flash_attn=True)
-llm.eval(llm.tokenize(b"The quick brown fox jumps over the lazy dog. " * 30))
+llm = Llama(sys.argv[1], n_ctx=512, n_threads=1, verbose=False, flash_attn=True)
+llm.eval([104] * 96)
 print("up", flush=True)
 sys.stdin.readline()
 llm.eval([1])
@@ -43,12 +43,12 @@ def _lose(pid: int) -> int:
 
 
 @pytest.mark.parametrize("backing", ["file", "memory"])
-def test_a_read_error_of_parked_context_names_the_place(demo_model, folder, backing):
+def test_a_read_error_of_parked_context_names_the_place(wide_model, folder, backing):
     fleet = Fleet(place=str(folder), backing=backing)
     with (
         contextlib.closing(fleet),
         subprocess.Popen(
-            [sys.executable, "-c", READS, str(demo_model)], env=with_agent(fleet.name, folder, backing),
+            [sys.executable, "-c", READS, str(wide_model)], env=with_agent(fleet.name, folder, backing),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         ) as program,
     ):  # fmt: skip
@@ -67,8 +67,8 @@ def test_a_read_error_of_parked_context_names_the_place(demo_model, folder, back
 CHECKPOINT = """
 import ctypes, hashlib, sys
 import llama_cpp
-llm = llama_cpp.Llama(sys.argv[1], n_ctx=2048, n_threads=1, verbose=False, flash_attn=True)
-llm.eval([504] * 200)
+llm = llama_cpp.Llama(sys.argv[1], n_ctx=512, n_threads=1, verbose=False, flash_attn=True)
+llm.eval([104] * 64)
 new = ctypes.CDLL(None)._Znwm
 new.restype, new.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
 print("up", flush=True)
@@ -85,12 +85,12 @@ print(n, hashlib.sha256(ctypes.string_at(at, n)).hexdigest(), flush=True)
 """
 
 
-def test_a_checkpoint_is_never_refused_and_is_the_same_after_it_was_parked(demo_model, folder):
+def test_a_checkpoint_is_never_refused_and_is_the_same_after_it_was_parked(wide_model, folder):
     fleet = Fleet(place=str(folder), backing="memory")
     with (
         contextlib.closing(fleet),
         subprocess.Popen(
-            [sys.executable, "-c", CHECKPOINT, str(demo_model)],
+            [sys.executable, "-c", CHECKPOINT, str(wide_model)],
             env=with_agent(fleet.name, folder, "memory"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.llama
 SAVES = """
 import ctypes, hashlib, sys
 import llama_cpp
-llm = llama_cpp.Llama(sys.argv[1], n_ctx=2048, n_threads=1, verbose=False, flash_attn=True)
+llm = llama_cpp.Llama(sys.argv[1], n_ctx=512, n_threads=1, verbose=False, flash_attn=True)
 new = ctypes.CDLL(None)._Znwm
 new.restype, new.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
 at = None
@@ -28,17 +28,17 @@ def save(token):
     global at
     llm.reset()
     llm._ctx.kv_cache_clear()
-    llm.eval([token] * 200)
+    llm.eval([token] * 64)
     size = llama_cpp.llama_state_seq_get_size_ext(llm.ctx, 0, 0)
     at = at or new(size)
     to = ctypes.cast(at, ctypes.POINTER(ctypes.c_uint8))
     assert llama_cpp.llama_state_seq_get_data_ext(llm.ctx, to, size, 0, 0) == size
     return hashlib.sha256(ctypes.string_at(at, size)).hexdigest(), size
 
-first, size = save(504)
+first, size = save(104)
 print(first, flush=True)
 sys.stdin.readline()
-second, size = save(2365)
+second, size = save(165)
 print(second, flush=True)
 sys.stdin.readline()
 print(hashlib.sha256(ctypes.string_at(at, size)).hexdigest(), flush=True)
@@ -48,10 +48,10 @@ print(hashlib.sha256(ctypes.string_at(at, size)).hexdigest(), flush=True)
 LOADS = """
 import ctypes, resource, sys
 import llama_cpp
-llm = llama_cpp.Llama(sys.argv[1], n_ctx=2048, n_threads=1, verbose=False, flash_attn=True)
+llm = llama_cpp.Llama(sys.argv[1], n_ctx=512, n_threads=1, verbose=False, flash_attn=True)
 new = ctypes.CDLL(None)._Znwm
 new.restype, new.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
-llm.eval([504] * 400)
+llm.eval([104] * 96)
 size = llama_cpp.llama_state_seq_get_size_ext(llm.ctx, 0, 0)
 state = ctypes.cast(new(size), ctypes.POINTER(ctypes.c_uint8))
 assert llama_cpp.llama_state_seq_get_data_ext(llm.ctx, state, size, 0, 0) == size
@@ -67,10 +67,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_majflt - before, flush=True)
 FREES_WHILE_WRITTEN = """
 import ctypes, hashlib, sys, threading
 import llama_cpp
-llm = llama_cpp.Llama(sys.argv[1], n_ctx=2048, n_threads=1, verbose=False, flash_attn=True)
+llm = llama_cpp.Llama(sys.argv[1], n_ctx=512, n_threads=1, verbose=False, flash_attn=True)
 new, delete = ctypes.CDLL(None)._Znwm, ctypes.CDLL(None)._ZdlPv
 new.restype, new.argtypes, delete.argtypes = ctypes.c_void_p, (ctypes.c_size_t,), (ctypes.c_void_p,)
-llm.eval([504] * 200)
+llm.eval([104] * 64)
 files = lambda: open("/proc/self/maps").read().count("(deleted)")
 ended, seen, before = threading.Event(), set(), files()
 threading.Thread(target=lambda: (sys.stdin.readline(), ended.set())).start()
@@ -100,10 +100,10 @@ def park_all(fleet: Fleet) -> tuple[int, Result]:
     return do_all(fleet, Verb.PARK)
 
 
-def test_one_that_is_written_again_after_it_was_parked_is_the_new_one(demo_model, folder):
+def test_one_that_is_written_again_after_it_was_parked_is_the_new_one(wide_model, folder):
     fleet = Fleet(place=str(folder), backing="memory")
     results: list[tuple[int, Result]] = []
-    command = [sys.executable, "-c", SAVES, str(demo_model)]
+    command = [sys.executable, "-c", SAVES, str(wide_model)]
     with (
         contextlib.closing(fleet),
         subprocess.Popen(
@@ -138,8 +138,8 @@ def program_of(script, model, folder, backing, beside=""):
             yield program, fleet
 
 
-def test_one_that_is_loaded_is_read_ahead_and_not_page_by_page(demo_model, folder):
-    with program_of(LOADS, demo_model, folder, "memory") as (program, fleet):
+def test_one_that_is_loaded_is_read_ahead_and_not_page_by_page(wide_model, folder):
+    with program_of(LOADS, wide_model, folder, "memory") as (program, fleet):
         size = int(program.stdout.readline())
         _, done = park_all(fleet)
         assert done.bytes_returned >= size // 2
@@ -148,8 +148,8 @@ def test_one_that_is_loaded_is_read_ahead_and_not_page_by_page(demo_model, folde
     assert major_faults < size // 4096 // 64
 
 
-def test_one_that_is_only_written_is_loaded_without_the_disk(demo_model, folder):
-    with program_of(LOADS, demo_model, folder, "memory") as (program, fleet):
+def test_one_that_is_only_written_is_loaded_without_the_disk(wide_model, folder):
+    with program_of(LOADS, wide_model, folder, "memory") as (program, fleet):
         size = int(program.stdout.readline())
         _, done = do_all(fleet, Verb.WRITE_BEHIND)
         assert done.written_bytes >= size
@@ -158,8 +158,8 @@ def test_one_that_is_only_written_is_loaded_without_the_disk(demo_model, folder)
         assert int(program.stdout.readline()) < 16
 
 
-def test_one_that_is_freed_while_it_is_written_goes_and_nothing_else(demo_model, folder):
-    with program_of(FREES_WHILE_WRITTEN, demo_model, folder, "memory") as (program, fleet):
+def test_one_that_is_freed_while_it_is_written_goes_and_nothing_else(wide_model, folder):
+    with program_of(FREES_WHILE_WRITTEN, wide_model, folder, "memory") as (program, fleet):
         program.stdout.readline()
         written = 0
         for verb in itertools.cycle((Verb.PARK, Verb.WRITE_BEHIND)):
@@ -174,8 +174,8 @@ def test_one_that_is_freed_while_it_is_written_goes_and_nothing_else(demo_model,
 SAVES_PARKED = """
 import ctypes, resource, sys
 import llama_cpp
-llm = llama_cpp.Llama(sys.argv[1], n_ctx=2048, n_threads=1, verbose=False, flash_attn=True)
-llm.eval([504] * 400)
+llm = llama_cpp.Llama(sys.argv[1], n_ctx=512, n_threads=1, verbose=False, flash_attn=True)
+llm.eval([104] * 96)
 size = llama_cpp.llama_state_seq_get_size_ext(llm.ctx, 0, 0)
 state = (ctypes.c_uint8 * size)()
 assert llama_cpp.llama_state_seq_get_data_ext(llm.ctx, state, size, 0, 0) == size
@@ -188,8 +188,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_majflt - before, bytes(state) 
 """
 
 
-def test_a_parked_sequence_that_is_saved_is_read_ahead_and_not_page_by_page(demo_model, folder):
-    with program_of(SAVES_PARKED, demo_model, folder, "file") as (program, fleet):
+def test_a_parked_sequence_that_is_saved_is_read_ahead_and_not_page_by_page(wide_model, folder):
+    with program_of(SAVES_PARKED, wide_model, folder, "file") as (program, fleet):
         size = int(program.stdout.readline())
         (cache,) = [cache for cache in fleet.snapshot().caches if cache.sequences]
         done = fleet.apply(Plan(steps=(Step(verb=Verb.PARK, cache=cache.id, sequence=0),)))
@@ -211,18 +211,18 @@ that is one piece in 256: so seldom llama-server stood still for ever."""
 
 FREES = SAVES.replace(
     "print(first, flush=True)",
-    "llm._ctx.kv_cache_seq_rm(0, 150, -1)\n"
+    "llm._ctx.kv_cache_seq_rm(0, 48, -1)\n"
     "ctypes.c_int.in_dll(ctypes.CDLL(None), 'on_pages').value = 1\n"
     "print(first, flush=True)",
 )
 
 
-def test_what_llama_cpp_frees_while_it_is_asked_for_its_cells_is_not_waited_for(demo_model, folder, compiled):
+def test_what_llama_cpp_frees_while_it_is_asked_for_its_cells_is_not_waited_for(wide_model, folder, compiled):
     library = compiled("on_pages.so", ON_PAGES, "-shared", "-fPIC")
-    with program_of(FREES, demo_model, folder, "memory", library) as (program, fleet):
+    with program_of(FREES, wide_model, folder, "memory", library) as (program, fleet):
         first = program.stdout.readline()
         (cache,) = [cache for cache in fleet.snapshot().caches if cache.sequences]
-        assert cache.sequences[0].next_position == 150
+        assert cache.sequences[0].next_position == 48
         assert park_all(fleet)[1].bytes_returned > 1 << 20
         print(file=program.stdin, flush=True)
         assert program.stdout.readline() != first
