@@ -12,7 +12,9 @@ import pytest
 from torture import Context
 
 from major_faults import major_faults_of
-from psi_kv_governor.engines.llama.client import Client, Op
+from psi_kv_governor.cache import Plan, Range, Step, Verb
+from psi_kv_governor.engines.llama.client import Client, InProcess, Op
+from psi_kv_governor.engines.llama.engine import LlamaEngine
 
 pytestmark = pytest.mark.llama
 CELL_BYTES = 8192  # of LARGE
@@ -29,13 +31,20 @@ class Pausing:
         self.stopped, self.goes_on = threading.Event(), threading.Event()
         self.function = api.ggml_backend_sched_eval_callback(self._called)
 
-    def decode(self, context: Context) -> threading.Thread:
+    def decode(self, context: Context, at: int = len(TOKENS)) -> threading.Thread:
         """One more token, whose graph stands still when this returns."""
         self.armed = True
-        decoding = threading.Thread(target=context.decode, args=([(7, len(TOKENS), 0)],))
+        decoding = threading.Thread(target=context.decode, args=([(7, at, 0)],))
         decoding.start()
         assert self.stopped.wait(WAITS_S)
         return decoding
+
+    def go_on(self, decoding: threading.Thread) -> None:
+        """Let the graph end, and be ready for another one."""
+        self.goes_on.set()
+        decoding.join(WAITS_S)
+        self.stopped.clear()
+        self.goes_on.clear()
 
     def _called(self, _node, ask: bool, _user) -> bool:
         if self.armed and not ask:
@@ -79,20 +88,64 @@ def test_what_the_running_graph_still_reads_goes_when_it_is_over(context, client
     masking.join(0.1)  # it is waited for until a second after its beginning: no other wrote one row before
     assert masking.is_alive()
     assert not replies
-    pausing.goes_on.set()
-    decoding.join(WAITS_S)
+    pausing.go_on(decoding)
     masking.join(WAITS_S)
     assert replies[0].masked == 1300
     assert replies[0].n_bytes >= 0.98 * 1300 * CELL_BYTES
     assert region_of(client, context).resident <= 0.3 * len(TOKENS) * CELL_BYTES
 
 
+@pytest.fixture
+def two_running(open_raw, pausing) -> Context:
+    """Two sequences of 400 cells in a cache born in a file."""
+    context = open_raw(in_file=True, unified=True, callback=pausing.function)
+    for start in range(0, 400, 100):
+        for sequence in (0, 1):
+            part = [(token, at, sequence) for token, at, _ in TOKENS[start : start + 100]]
+            assert context.decode(part) == 0
+    return context
+
+
+def test_all_is_masked_before_any_of_it_is_parked(two_running, client, agent):
+    """Each sequence would wait for the end of a graph of its own."""
+    asked = []
+
+    class Asking(Client):
+        def ask(self, op, *args, **given):
+            asked.append(op)
+            return super().ask(op, *args, **given)
+
+    region = region_of(client, two_running)
+    engine = LlamaEngine(Asking(InProcess(agent.serve)), pid=os.getpid(), place="somewhere", backing="file")
+    steps = tuple(
+        Step(verb=Verb.MASK, cache=region.id, sequence=sequence, ranges=(Range(100, 300),))
+        for sequence in (0, 1)
+    )
+    result = engine.apply(Plan(steps=steps, max_bytes=200 * CELL_BYTES))
+    assert asked == [Op.MARK, Op.MARK, Op.MASK, Op.MASK]
+    assert (result.masked, result.cells) == (400, 400)
+    assert result.bytes_returned >= 0.9 * 400 * CELL_BYTES
+
+
+def test_a_graph_that_began_with_the_masks_is_not_waited_for(two_running, client, pausing):
+    region = region_of(client, two_running)
+    took_s = []
+    for turn in range(3):
+        begin = 100 + 50 * turn
+        assert client.ask(Op.MARK, region.id, 1, ranges=[(begin, begin + 50)]).masked == 50
+        decoding = pausing.decode(two_running, 400 + turn)
+        reply = client.ask(Op.MASK, region.id, 1, ranges=[(begin, begin + 50)])  # the graph stands still
+        pausing.go_on(decoding)
+        assert reply.n_bytes >= 0.6 * 50 * CELL_BYTES
+        took_s.append(reply.seconds)
+    assert min(took_s) < 0.5  # of a graph that still reads it, until a second after its beginning
+
+
 def test_a_graph_that_takes_long_is_not_waited_for_for_ever(context, client, pausing):
     region = region_of(client, context)
     decoding = pausing.decode(context)
     reply = client.ask(Op.MASK, region.id, 0, ranges=[(100, 1400)])  # the graph stands still meanwhile
-    pausing.goes_on.set()
-    decoding.join(WAITS_S)
+    pausing.go_on(decoding)
     assert reply.n_bytes >= 0.98 * 1300 * CELL_BYTES
 
 

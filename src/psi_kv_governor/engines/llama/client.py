@@ -49,6 +49,8 @@ class Op(IntEnum):
     RECALL = 18
     RECALLED = 19
     EVICT = 20
+    MARK = 21
+    """MASK without parking: of several sequences, so that one graph is waited for and not one for each."""
 
 
 class Reply(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 import numpy as np
@@ -24,7 +24,7 @@ from psi_kv_governor.cache import (
     Step,
     Verb,
 )
-from psi_kv_governor.engines.llama.client import NO_SUCH, Client, Op, RegionInfo, Reply
+from psi_kv_governor.engines.llama.client import Client, Op, RegionInfo
 from psi_kv_governor.engines.llama.evidence import LlamaEvidence, Sampling
 from psi_kv_governor.engines.llama.recalls import recalled, settings_of
 from psi_kv_governor.engines.llama.states import FIRST_ID, SavedStates
@@ -34,6 +34,7 @@ from psi_kv_governor.engines.llama.telling import (
     MASKED,
     cache_state,
     elsewhere,
+    result_of,
     saved_states,
     why_none,
 )
@@ -174,27 +175,40 @@ class LlamaEngine:
     def apply(self, plan: Plan) -> Result:
         """See Engine."""
         begin_s = time.monotonic()
-        total = Result()
-        for step in plan.steps:
+        total, marked = Result(), False
+        for number, step in enumerate(plan.steps):
             left_s = plan.deadline_s - (time.monotonic() - begin_s)
             left_bytes = (
                 math.inf
                 if plan.max_bytes is None
                 else plan.max_bytes - total.bytes_returned - total.bytes_back
             )
-            if left_s <= 0.0 or left_bytes <= 0:
+            masks = step.verb is Verb.MASK
+            if left_s <= 0.0 or (left_bytes <= 0 and not (masks and marked)):  # what is masked goes as well
                 total = msgspec.structs.replace(total, done=False)
                 break
+            if masks and not marked:
+                total, marked = total.plus(self._mark(plan.steps[number:])), True
             total = total.plus(self._step(step, left_s, left_bytes))
             self._counted_s = -math.inf  # the next look counts what is there now
         return msgspec.structs.replace(total, seconds=time.monotonic() - begin_s)
+
+    def _mark(self, steps: Sequence[Step]) -> Result:
+        """Mask all that is to be masked before any of it is parked: what the running graph still reads goes
+        when it is over, and one after the other each sequence would wait for a graph of its own."""
+        total = Result()
+        masks = [step for step in steps if step.verb is Verb.MASK and step.sequence is not None]
+        for step in masks if len(masks) > 1 else ():
+            reply = self.client.ask(Op.MARK, step.cache, step.sequence or 0, ranges=step.ranges)
+            total = total.plus(Result(masked=reply.masked))
+        return total
 
     def _step(self, step: Step, left_s: float, left_bytes: float) -> Result:
         if step.blob is not None and step.blob >= FIRST_ID and self.states is not None:
             return self.states.park(step.blob)
         if step.blob is not None and step.verb in {Verb.PARK, Verb.WRITE_BEHIND}:
             kept = int(step.verb is Verb.WRITE_BEHIND)
-            return _result(self.client.ask(Op.PARK_BLOB, step.blob, flags=kept), step.verb)
+            return result_of(self.client.ask(Op.PARK_BLOB, step.blob, flags=kept), step.verb)
         if step.verb is Verb.EVICT and self._place:
             return Result(problem=_NOTHING_THROWN_AWAY.why)
         op = _OPS.get(step.verb)
@@ -206,13 +220,13 @@ class LlamaEngine:
             -1 if step.sequence is None else step.sequence,
             ranges=step.ranges,
             deadline_s=0.0 if math.isinf(left_s) else left_s,
-            max_bytes=0 if math.isinf(left_bytes) else int(left_bytes),
+            max_bytes=0 if math.isinf(left_bytes) else max(1, int(left_bytes)),
         )
-        result = _result(reply, step.verb)
+        result = result_of(reply, step.verb)
         if op is Op.PARK and step.sequence is not None and self._all_idle(step):
             # Nobody reads this cache now: what does not lie cell by cell (a transposed V) can go as well.
             rest = self.client.ask(op, step.cache, -1, deadline_s=0.0 if math.isinf(left_s) else left_s)
-            result = result.plus(msgspec.structs.replace(_result(rest, step.verb), cells=0))
+            result = result.plus(msgspec.structs.replace(result_of(rest, step.verb), cells=0))
         return result
 
     def _all_idle(self, step: Step) -> bool:
@@ -283,18 +297,3 @@ class LlamaEngine:
         except EngineError:
             pass  # the agent is gone, and its masks with it
         self._closed = True
-
-
-def _result(reply: Reply, verb: Verb) -> Result:
-    back = verb in {Verb.UNMASK, Verb.UNPARK}
-    gone = "the sequence is gone" if reply.status == NO_SUCH else ""
-    return Result(
-        bytes_returned=0 if back else reply.n_bytes,
-        bytes_back=reply.n_bytes if back else 0,
-        cells=reply.cells,
-        masked=reply.masked,
-        lost=reply.cells if verb is Verb.EVICT else 0,
-        written_bytes=reply.written,
-        done=reply.done,
-        problem=reply.problem or gone,
-    )

@@ -11,6 +11,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable
+from itertools import groupby
 
 import msgspec
 
@@ -26,7 +27,6 @@ from psi_kv_governor.cache import (
     Recalled,
     Result,
     Snapshot,
-    Step,
 )
 from psi_kv_governor.engines.llama.client import VERSION, Client, Op
 from psi_kv_governor.engines.llama.engine import LlamaEngine
@@ -35,6 +35,7 @@ from psi_kv_governor.errors import EngineError
 
 _ID_BITS = 20
 """Bits of a cache's number within its process; the number of the process stands above them."""
+_OWN_ID = (1 << _ID_BITS) - 1
 _RETRY_S = 0.5
 
 
@@ -184,8 +185,9 @@ class Fleet:
     def apply(self, plan: Plan) -> Result:
         """See Engine. Steps of different processes are carried out in the order of the plan."""
         total = Result()
-        for step in plan.steps:
-            member, local = self._member(step)
+        for number, steps in groupby(plan.steps, lambda step: step.cache >> _ID_BITS):
+            with self._lock:
+                member = self._members.get(number)
             if member is None:
                 continue  # it ended meanwhile
             left = (
@@ -194,7 +196,7 @@ class Fleet:
             if (left is not None and left <= 0) or total.seconds >= plan.deadline_s:
                 return msgspec.structs.replace(total, done=False)
             one = Plan(
-                steps=(local,),
+                steps=tuple(msgspec.structs.replace(step, cache=step.cache & _OWN_ID) for step in steps),
                 deadline_s=plan.deadline_s - total.seconds,
                 max_bytes=left,
                 urgent=plan.urgent,
@@ -206,11 +208,6 @@ class Fleet:
                 continue
             total = total.plus(result)
         return total
-
-    def _member(self, step: Step) -> tuple[_Member | None, Step]:
-        with self._lock:
-            member = self._members.get(step.cache >> _ID_BITS)
-        return member, msgspec.structs.replace(step, cache=step.cache & ((1 << _ID_BITS) - 1))
 
     def collect(self, kinds: frozenset[Kind]) -> None:
         """See Engine. Also of those who connect later."""
@@ -226,7 +223,7 @@ class Fleet:
             member = self._members.get(cache >> _ID_BITS)
         if member is None:
             raise EngineError("the process of this cache has ended")
-        return member.engine.evidence(cache & ((1 << _ID_BITS) - 1), sequence)
+        return member.engine.evidence(cache & _OWN_ID, sequence)
 
     def recall(self, settings: Recall) -> None:
         """See LlamaEngine. Also of those who connect later."""

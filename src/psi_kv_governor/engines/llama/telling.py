@@ -8,8 +8,16 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from psi_kv_governor.cache import BlobState, CacheState, Range, SequenceState
-from psi_kv_governor.engines.llama.client import BlobInfo, BufferInfo, Client, RegionInfo, SequenceInfo
+from psi_kv_governor.cache import BlobState, CacheState, Range, Result, SequenceState, Verb
+from psi_kv_governor.engines.llama.client import (
+    NO_SUCH,
+    BlobInfo,
+    BufferInfo,
+    Client,
+    RegionInfo,
+    Reply,
+    SequenceInfo,
+)
 
 MASKED, PARKED, AFFECTED, LOST = 2, 4, 8, 16  # enum row_flag in agent.h
 SAVED_STATES = 1 << 19
@@ -159,3 +167,19 @@ def elsewhere(buffers: Iterable[BufferInfo]) -> list[str]:
         if one.name != "CPU":
             sizes[one.name] = sizes.get(one.name, 0) + one.n_bytes
     return [f"{name} ({n_bytes / 2**20:,.0f} MiB)" for name, n_bytes in sizes.items()]
+
+
+def result_of(reply: Reply, verb: Verb) -> Result:
+    """What was done, of the answer to an order."""
+    back = verb in {Verb.UNMASK, Verb.UNPARK}
+    gone = "the sequence is gone" if reply.status == NO_SUCH else ""
+    return Result(
+        bytes_returned=0 if back else reply.n_bytes,
+        bytes_back=reply.n_bytes if back else 0,
+        cells=reply.cells,
+        masked=reply.masked,
+        lost=reply.cells if verb is Verb.EVICT else 0,
+        written_bytes=reply.written,
+        done=reply.done,
+        problem=reply.problem or gone,
+    )

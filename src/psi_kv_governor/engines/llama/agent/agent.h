@@ -131,7 +131,7 @@ struct region {
     double   used_s;
     // What the graph that runs writes: rows first..last of each tensor, or everything.
     bool     computing, writes_all;
-    uint64_t n_graphs;           // that have begun
+    uint64_t n_graphs, masked_in;  // that have begun; and during which of them rows were masked last
     int64_t  took_rows;          // the last one that is over wrote so many rows,
     double   took_s;             // and took so long
     int64_t * write_rows;

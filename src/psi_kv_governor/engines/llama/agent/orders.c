@@ -245,24 +245,28 @@ void order_park(struct region * region, const struct request * request, double b
         act_on_all(region, request, begin_s, request->op == WRITE ? ACT_WRITE : ACT_PARK, reply);
         return;
     }
+    const bool masks = request->op == MASK || request->op == MARK;
     (void) refresh_map(region, false);
     uint8_t * rows = region->cells ? malloc((size_t) region->n_rows) : NULL;
     pthread_mutex_lock(&agent.lock);
     struct sequence * sequence = rows ? map_sequence(region, request->sequence, false) : NULL;
     if (sequence) {
-        const uint8_t set = request->op == MASK ? ROW_MASKED | ROW_PARKED : request->op == PARK ? ROW_PARKED : 0;
+        const uint8_t set = masks ? ROW_MASKED | ROW_PARKED : request->op == PARK ? ROW_PARKED : 0;
         choose_rows(region, request, sequence, rows, set, reply);
     }
-    const bool read = reply->masked > 0 && region->computing && !gate_inside();
+    if (reply->masked > 0) {
+        region->masked_in = region->computing ? region->n_graphs : 0;
+    }
+    const bool read = request->op == MASK && region->computing && region->masked_in == region->n_graphs && !gate_inside();
     pthread_mutex_unlock(&agent.lock);
     reply->status = sequence ? 0 : 1;
-    if (sequence && request->op == MASK) {
+    if (sequence && masks) {
         recall_summarise(region, rows);
     }
-    if (read) {
+    if (sequence && read) {
         let_graph_end(region, request, begin_s, rows, reply);
     }
-    if (sequence) {
+    if (sequence && request->op != MARK) {  // marked rows go by a MASK that follows
         act_on_rows(region, request, begin_s, request->op == WRITE ? ACT_WRITE : ACT_PARK, rows, reply);
     }
     free(rows);

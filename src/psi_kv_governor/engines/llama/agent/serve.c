@@ -71,6 +71,7 @@ static char * answer(const struct request * request, size_t n_message, char * to
         case SEQUENCE: return tell_sequence(region, request, to, end, reply);
         case EVIDENCE: return tell_evidence(region, request, to, end, reply);
         case SAMPLED:  return tell_sampled(region, (const char *) (request + 1), n_message - sizeof(*request), to, end);
+        case MARK:
         case MASK:
         case PARK:
         case WRITE:    order_park(region, request, begin_s, reply); break;
