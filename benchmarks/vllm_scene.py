@@ -25,6 +25,7 @@ from psi_kv_governor import socket_place
 from psi_kv_governor.engines.vllm.http import descendants
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.events import Trimmed
+from psi_kv_governor.sandbox.cgroups import set_limit
 from psi_kv_governor.sandbox.sandbox import Sandbox
 from psi_kv_governor.status_client import connect, messages
 from psi_kv_governor.status_messages import Update
@@ -235,9 +236,6 @@ def scheduled(pid: int) -> dict[str, tuple[float, float]]:
 
 
 def narrow(sandbox: Sandbox, limit_bytes: int) -> None:
-    """Give the cgroup less from now on."""
-    for name in ("memory.max", "memory.limit_in_bytes", "memory.memsw.limit_in_bytes"):
-        file = sandbox.group.memory / name
-        if file.exists():
-            with contextlib.suppress(OSError):
-                file.write_text(str(limit_bytes))
+    """Give the cgroup less from now on, where the kernel can get there."""
+    with contextlib.suppress(OSError):
+        set_limit(sandbox.group, limit_bytes, 0)

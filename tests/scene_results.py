@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from psi_kv_governor.sandbox.host import MIB
+from psi_kv_governor.sandbox.load import MIB
 from psikv_bench.messages import Variant
 from psikv_bench.pressure.figures import Run
 from psikv_bench.pressure.result import Moment, SceneResult

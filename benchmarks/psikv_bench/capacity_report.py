@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from psi_kv_governor.sandbox.host import MIB
+from psi_kv_governor.sandbox.load import MIB
 from psikv_bench import plots
 from psikv_bench.figures import Asked, Figure, figure
 from psikv_bench.messages import Token, Variant

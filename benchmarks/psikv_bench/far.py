@@ -20,7 +20,7 @@ from msgspec import Meta
 from psi_kv_governor.cache import Recall
 from psi_kv_governor.children import python_command, reason
 from psi_kv_governor.errors import PsiKvError
-from psi_kv_governor.sandbox.host import MIB
+from psi_kv_governor.sandbox.load import MIB
 from psi_kv_governor.sandbox.sandbox import Sandbox
 from psikv_bench.fidelity.contenders import WithRecall
 from psikv_bench.fidelity.likelihood import Tick

@@ -1,25 +1,32 @@
-"""The model's process with the orders of the benchmarks, and neighbours of every kind beside it."""
+"""The model's process, in a sandbox or outside of one, and at times a neighbour of any kind beside it."""
 
 from __future__ import annotations
 
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import msgspec
 
 from psi_kv_governor.children import python_command
 from psi_kv_governor.errors import PsiKvError
-from psi_kv_governor.sandbox import host
-from psi_kv_governor.sandbox.host import MIB, ModelKilledError
+from psi_kv_governor.sandbox.children import Child
+from psi_kv_governor.sandbox.load import MIB
+from psi_kv_governor.sandbox.sandbox import Sandbox, drop_file_cache
+from psi_kv_governor.sandbox.scene import ModelKilledError, check_alive
 from psikv_bench import load, messages, worker
 from psikv_bench.load import LoadKind
+from psikv_bench.messages import Setup
 from psikv_bench.watch import MACHINE_PRESSURE
 
 __all__ = ["MIB", "Host", "ModelKilledError", "SilentError", "neighbour"]
 
 _POLL_S = 0.1
 _M = TypeVar("_M", bound=messages.Message)
+_OF_MODEL = msgspec.json.Decoder(messages.Said)
+_OF_NEIGHBOUR = msgspec.json.Decoder(messages.NeighbourSaid)
 
 
 def neighbour(kind: LoadKind, n_bytes: int, **options: float | str) -> list[str]:
@@ -34,17 +41,53 @@ class SilentError(PsiKvError):
     """The model's process did not say in time what it was waited for."""
 
 
-class Host(host.Host):
-    """A context manager: see there."""
+class Host:
+    """A context manager. Everything in it is gone when it is left, or when this process is killed.
 
-    of_model = msgspec.json.Decoder(messages.Said)
-    of_neighbour = msgspec.json.Decoder(messages.NeighbourSaid)
+    Without a limit there is no sandbox. Raises PsiKvError where none can be made.
+    """
 
-    def command(self, setup: Any) -> list[str]:
+    def __init__(self, setup: Setup, limit_bytes: int | None = None, swap_bytes: int = 0) -> None:
+        self.sandbox: Sandbox | None = None
+        self._neighbour: Child | None = None
+        self._said: list[messages.NeighbourSaid] = []
+        with ExitStack() as stack:
+            if limit_bytes is not None:
+                drop_file_cache(setup.model)  # so that the weights are read, and charged, in it
+                self.sandbox = stack.enter_context(Sandbox(limit_bytes, swap_bytes=swap_bytes))
+            self.model = stack.enter_context(self._started(self.command(setup), _OF_MODEL.decode))
+            self.pid, self.hear = self.model.pid, self.model.hear
+            stack.callback(self.end_neighbour)
+            self._stack = stack.pop_all()
+
+    def command(self, setup: Setup) -> list[str]:
         """How the model's process is started: the reference polls the pressure of where that is."""
         file = (None if self.sandbox is None else self.sandbox.pressure_file) or MACHINE_PRESSURE
         setup = msgspec.structs.replace(setup, pressure_file=str(file))
         return python_command(worker.__name__, msgspec.json.encode(setup).decode())
+
+    def _started(self, argv: Sequence[str], decode: Callable[[bytes], Any]) -> Child:
+        return Child(argv, subprocess.Popen if self.sandbox is None else self.sandbox.popen, decode)
+
+    def __enter__(self) -> Host:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End what runs in it, and remove the sandbox. Safe to call twice."""
+        self._stack.close()
+
+    # -- the model --------------------------------------------------------------------------------------
+
+    def order(self, order: messages.Order) -> None:
+        """Have the model do something."""
+        self.model.send(msgspec.json.encode(order))
+
+    def check_alive(self) -> None:
+        """Raises ModelKilledError, BadInputError or PsiKvError when the model's process has ended."""
+        check_alive(self.model, self.sandbox)
 
     def until(
         self,
@@ -63,7 +106,7 @@ class Host(host.Host):
             heard = self.hear(_POLL_S)
             for place, message in enumerate(heard):
                 if isinstance(message, kind):
-                    self.hear_again(heard[place + 1 :])
+                    self.model.hear_again(heard[place + 1 :])
                     return message
                 on_other(message)
             self.check_alive()
@@ -81,6 +124,32 @@ class Host(host.Host):
         except ModelKilledError:
             return True
         return False
+
+    # -- the neighbour ----------------------------------------------------------------------------------
+
+    def bring(self, argv: Sequence[str]) -> None:
+        """Start a process that takes memory, in the same sandbox."""
+        self._said, self._neighbour = [], self._started(argv, _OF_NEIGHBOUR.decode)
+
+    @property
+    def said(self) -> list[messages.NeighbourSaid]:
+        """What the neighbour of now, or the last one, said. Raises PsiKvError where it could not begin."""
+        if self._neighbour is not None:
+            self._said += self._neighbour.hear(0.0)
+            if self._neighbour.ended and not self._said:
+                raise PsiKvError(f"the neighbour did not start: {self._neighbour.complaint()}")
+        return self._said
+
+    def neighbour_killed(self) -> bool:
+        """Whether the kernel killed the neighbour. Raises PsiKvError when it ended otherwise."""
+        return self._neighbour is not None and self._neighbour.killed("the neighbour")
+
+    def end_neighbour(self) -> None:
+        """Its memory is free when this returns. Safe to call without one."""
+        if self._neighbour is not None:
+            self._neighbour.end()
+            self._said += self._neighbour.hear(0.0)
+            self._neighbour = None
 
     def said_at(self, event: str) -> messages.NeighbourSaid | None:
         """The first line of the neighbour with this `event`."""

@@ -4,9 +4,40 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from psi_kv_governor.errors import PsiKvError
+from psi_kv_governor.sandbox.llm import open_llm
+from psikv_bench.messages import Setup
+
+
+def opened(setup: Setup) -> Any:
+    """The model of `setup`: only what governs it differs between variants. Raises BadInputError."""
+    return open_llm(
+        setup.model,
+        plain=setup.plain,
+        auto=setup.auto and setup.governed,
+        settings=setup.governor_settings(),
+        **setup.arguments(),
+    )
+
+
+class Cells(NamedTuple):
+    """Where the cells of a context are."""
+
+    live: int
+    masked: int
+    """Away, and to come back bit for bit."""
+    lost: int
+    """Away, and to be decoded again."""
+
+
+def cells_of(llm: Any, *, plain: bool) -> Cells:
+    """Where the cells of the context are."""
+    if plain:
+        return Cells(int(llm.n_tokens), 0, 0)
+    status = llm.governor.status()
+    return Cells(status.live_cells, status.masked_cells, status.lost_cells)
 
 
 def why_not_governable(llm: Any) -> str:

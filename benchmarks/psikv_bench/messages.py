@@ -1,32 +1,19 @@
-"""What is said to the process that holds a model, and by it, beyond `psi_kv_governor.sandbox.messages`."""
+"""What is said to the process that holds a model, and what it says: a JSON line each.
+
+Times are of the monotonic clock, which all processes of a machine share.
+"""
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal, get_args
 
 import msgspec
 
-from psi_kv_governor.sandbox import messages
-from psi_kv_governor.sandbox.messages import (
-    Decode,
-    Done,
-    Governed,
-    Message,
-    Order,
-    Progress,
-    Settle,
-    Settled,
-    Stage,
-    Token,
-)
+from psi_kv_governor.events import Event
 from psi_kv_governor.sandbox.process_memory import Sample
 
-__all__ = [
-    "VARIANTS", "Checked", "Decode", "DecodeOn", "Done", "Fill", "Generate", "Governed", "Look", "Looked",
-    "Message", "NeighbourSaid", "Opened", "Order", "Prefill", "Progress", "Restore", "Said", "Save",
-    "Settle", "Settled", "Setup", "Stage", "Stop", "Stopped", "Token", "Turned", "Variant", "Whole",
-    "is_governed",
-]  # fmt: skip
+Stage = Literal["load", "prefill", "calm", "pressed", "restore"]
 
 Variant = Literal["fixed", "reference", "psi", "psi-file", "psi-memory", "file-only"]
 """`fixed`: llama_cpp.Llama as upstream has it. `reference`: the same, with the middle of its context removed
@@ -36,6 +23,7 @@ by itself; `psi-file` and `psi-memory`: with that backing. `file-only`: born in 
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
 _BACKINGS: dict[Variant, str] = {"psi-file": "file", "psi-memory": "memory", "file-only": "file"}
+_CELLS_STEP = 256
 _GGML_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}  # enum ggml_type, <ggml.h>
 
 
@@ -44,10 +32,19 @@ def is_governed(variant: Variant) -> bool:
     return variant.startswith("psi")
 
 
-class Setup(messages.Setup, frozen=True, kw_only=True):
+class Setup(msgspec.Struct, frozen=True, kw_only=True):
     """What the process opens. None leaves a choice to it."""
 
     variant: Variant
+    model: str
+    context_tokens: int = 0
+    """Decoded before it says that it is open."""
+    decoded_tokens: int = 0
+    """After the context."""
+    threads: int = 1
+    """That decode. With one for every core, a neighbour's work alone would slow it down: ggml spins."""
+    auto: bool = True
+    """Whether the governor acts by itself."""
     context_cells: int | None = None
     """Cells of the cache; None: as many as the context and what is decoded after it need."""
     prompt_tokens: int = 0
@@ -73,33 +70,36 @@ class Setup(messages.Setup, frozen=True, kw_only=True):
 
     @property
     def plain(self) -> bool:
+        """Whether it is llama_cpp.Llama and nothing else."""
         return self.variant in {"fixed", "reference"}
 
     @property
     def governed(self) -> bool:
+        """Whether a governor acts in it."""
         return is_governed(self.variant)
 
     @property
     def cells(self) -> int:
+        """Cells of the cache, as llama.cpp pads them: as many as the context and what follows it need."""
         if self.context_cells is not None:
             return self.context_cells
-        longest = max(self.decoded_tokens, self.prompt_tokens)
-        if longest > self.decoded_tokens:
-            return msgspec.structs.replace(self, decoded_tokens=longest).cells
-        return super().cells
+        wanted = self.context_tokens + max(self.decoded_tokens, self.prompt_tokens) + 1
+        return -(-wanted // _CELLS_STEP) * _CELLS_STEP
 
     def arguments(self) -> dict[str, Any]:
-        given = super().arguments()
+        """Those of llama_cpp.Llama."""
         return {
-            **given,
+            "n_ctx": self.cells,
+            "n_threads": self.threads,
+            "n_threads_batch": self.prefill_threads or os.cpu_count() or 1,
             "n_batch": self.batch_tokens,
-            "n_threads_batch": self.prefill_threads or given["n_threads_batch"],
             "type_k": _GGML_TYPES[self.cache],
             "type_v": _GGML_TYPES[self.cache],
             "use_mmap": self.mmap,
         }
 
     def governor_settings(self) -> dict[str, Any]:
+        """Those of the governor that are not its defaults."""
         given = {
             "backing": _BACKINGS.get(self.variant),
             "sink_cells": self.keep,
@@ -110,6 +110,28 @@ class Setup(messages.Setup, frozen=True, kw_only=True):
 
 
 # -- orders ------------------------------------------------------------------------------------------------
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True, tag=True, tag_field="order"):
+    """Something to do."""
+
+
+class Decode(Order, frozen=True, kw_only=True):
+    """Decode greedily, past any end of text: what counts is the time, not the story. Says Token for each,
+    and Done."""
+
+    tokens: int
+    max_s: float | None = None
+    """None: as long as it takes."""
+    stage: Stage = "pressed"
+    trim_at: int | None = None
+    """Number of the token before which half of what may go is trimmed."""
+
+
+class Settle(Order, frozen=True, kw_only=True):
+    """Wait so long for the governor to put everything back, then ask for it. Says Settled."""
+
+    max_s: float
 
 
 class Fill(Order, frozen=True, kw_only=True):
@@ -160,7 +182,19 @@ class Look(Order, frozen=True):
 # -- messages ----------------------------------------------------------------------------------------------
 
 
-class Opened(messages.Opened, frozen=True, kw_only=True):
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, tag_field="message"):
+    """Something that is said."""
+
+
+class Progress(Message, frozen=True, kw_only=True):
+    """How far a stage is."""
+
+    stage: Stage
+    done: int
+    total: int
+
+
+class Opened(Message, frozen=True, kw_only=True):
     """The context is full and nothing runs."""
 
     cell_bytes: int
@@ -169,6 +203,39 @@ class Opened(messages.Opened, frozen=True, kw_only=True):
     """Of the logits after the context and one more token: equal where no bit of the context changed. Empty
     without a context."""
     memory: Sample
+
+
+class Token(Message, frozen=True, kw_only=True):
+    """A token was decoded, or (`tokens` > 1) a chunk of a prompt."""
+
+    time_s: float
+    """When it was done."""
+    seconds: float
+    tokens: int = 1
+
+
+class Done(Message, frozen=True, kw_only=True):
+    """An order was carried out."""
+
+    seconds: float
+    cpu_s: float
+    """Processor time of the whole process: the governor's thread is in it, and a neighbour's load is not."""
+
+
+class Governed(Message, frozen=True, kw_only=True):
+    """The governor did something."""
+
+    event: Event
+    live_cells: int
+    """Cells of the context that attention looks at after it."""
+
+
+class Settled(Message, frozen=True, kw_only=True):
+    """After the pressure: what is back."""
+
+    missing_cells: int
+    on_request: bool
+    """Whether it was asked for: the governor had not done it in time."""
 
 
 class Stopped(Message, frozen=True):
@@ -210,9 +277,10 @@ class Looked(Message, frozen=True, kw_only=True):
 Said = Progress | Opened | Token | Done | Governed | Settled | Stopped | Turned | Checked | Looked
 
 
-class NeighbourSaid(messages.NeighbourSaid, frozen=True, kw_only=True):
-    """A line of the neighbour (`load`)."""
+class NeighbourSaid(msgspec.Struct, frozen=True, kw_only=True):
+    """A line of the neighbour (`load`), which has no need of this package and so no tag."""
 
     event: Literal["begin", "taken", "work", "end"]
+    time_s: float
     taken_bytes: int
     work_bytes: int

@@ -39,7 +39,6 @@ from psi_kv_governor.policy import Policy
 from psi_kv_governor.policy.scoring import Scores, check_served
 from psi_kv_governor.policy.select import Protection
 from psi_kv_governor.pressure.reading import PressureSource
-from psi_kv_governor.sandbox import llm as llms
 from psikv_bench import llm as states
 from psikv_bench.messages import Setup
 
@@ -61,7 +60,7 @@ class Context:
     def __init__(self, setup: Setup, n_ctx: int) -> None:
         self.config: GovernorConfig = load_config(**setup.governor_settings())
         threads = setup.prefill_threads or setup.threads
-        self.llm: Any = llms.open_llm(
+        self.llm: Any = states.opened(
             msgspec.structs.replace(setup, context_cells=n_ctx, prefill_threads=threads)
         )
         if why := states.why_not_governable(self.llm):

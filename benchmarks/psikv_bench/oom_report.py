@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from psi_kv_governor.quantile import quantile
-from psi_kv_governor.sandbox.host import MIB
+from psi_kv_governor.sandbox.load import MIB
 from psikv_bench import plots
 from psikv_bench.figures import Asked, Figure, figure, ms, spread
 from psikv_bench.intervals import Share, share_of

@@ -1,4 +1,10 @@
-"""The process that holds a model, with the orders of the benchmarks: `python -m psikv_bench.worker SETUP`."""
+"""The process that holds a model: opens it, and does what it is ordered to (`messages`).
+
+    python -m psikv_bench.worker '{"variant": "psi", "model": "model.gguf"}'
+
+Its one argument is a Setup. Orders come in on standard input, messages go out on standard output. It ends
+with its standard input, or when nobody reads what it says.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +14,19 @@ import select
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
+
+import msgspec
 
 from psi_kv_governor.errors import PsiKvError
-from psi_kv_governor.sandbox import llm as llms
-from psi_kv_governor.sandbox import worker
-from psi_kv_governor.sandbox.host import drop_file_cache
+from psi_kv_governor.events import Event
+from psi_kv_governor.sandbox.llm import exit_status, greedy, logits_of, put_back
+from psi_kv_governor.sandbox.sandbox import drop_file_cache
 from psi_kv_governor.sandbox.text import prompt_tokens
-from psi_kv_governor.sandbox.worker import say
-from psikv_bench import llm as states
+from psikv_bench import llm as models
 from psikv_bench import messages
 from psikv_bench.messages import Setup
 from psikv_bench.process_memory import governor_cpu_s, own_memory
@@ -29,13 +36,18 @@ _LOOK_S = 0.02
 _WHOLE_TIMEOUT_S = 20.0
 
 
-class Worker(worker.Worker):
+def say(message: messages.Message) -> None:
+    """Write one, from any thread: a pipe takes a line whole. Raises BrokenPipeError where nobody reads."""
+    os.write(sys.stdout.fileno(), msgspec.json.encode(message) + b"\n")
+
+
+class Worker:
     """One process of the model."""
 
-    setup: Setup
-
     def __init__(self, setup: Setup) -> None:
-        super().__init__(setup)
+        self.setup = setup
+        self.llm: Any = None
+        self._orders = open(0, "rb", buffering=0, closefd=False)  # noqa: SIM115  # unbuffered: it can be polled
         self._probe = 0
         self._prompt: list[int] = []
         self._going_on: Callable[[messages.Order], None] = lambda order: None
@@ -44,9 +56,11 @@ class Worker(worker.Worker):
             file, keep, tail = Path(setup.pressure_file), setup.keep or 0, setup.tail or 1
             self._pruner = MiddlePruner(file, keep, tail, setup.min_prune)
 
-    def actions(self) -> worker.Actions:
+    def actions(self) -> Mapping[type[messages.Order], Callable[[Any], messages.Message | None]]:
+        """What is done on each order. Gives what is said of it; None: Done."""
         return {
-            **super().actions(),
+            messages.Decode: self._decode,
+            messages.Settle: self._settle,
             messages.Fill: self._fill,
             messages.DecodeOn: self._decode_on,
             messages.Prefill: self._prefill_on,
@@ -58,38 +72,68 @@ class Worker(worker.Worker):
             messages.Look: self._look,
         }
 
-    def open(self) -> None:
-        super().open()
-        if self.setup.governed:
-            self.llm.governor.observe(self._on_turn)
+    def run(self) -> None:
+        """Open, then carry out orders until nobody gives any more."""
+        say(messages.Progress(stage="load", done=0, total=1))
+        self.llm = models.opened(self.setup)
+        try:
+            if self.setup.governed:
+                self.llm.governor.subscribe(self._on_event)
+                self.llm.governor.observe(self._on_turn)
+            self._fill_context()
+            say(self._opened())
+            actions = self.actions()
+            decoder = msgspec.json.Decoder(Union[tuple(actions)])  # noqa: UP007
+            while line := self._orders.readline():
+                order = decoder.decode(line)
+                began_s, cpu_began_s = time.perf_counter(), time.process_time()
+                answer = actions[type(order)](order)
+                seconds, cpu_s = time.perf_counter() - began_s, time.process_time() - cpu_began_s
+                say(answer or messages.Done(seconds=seconds, cpu_s=cpu_s))
+        finally:
+            self.llm.close()
 
-    def opened(self) -> messages.Opened:
+    def _opened(self) -> messages.Opened:
         return messages.Opened(
-            cell_bytes=states.cell_bytes(self.llm),
+            cell_bytes=models.cell_bytes(self.llm),
             digest=self._digest() if self.setup.context_tokens else "",
             memory=own_memory(),
         )
 
     # -- the context ------------------------------------------------------------------------------------
 
-    def fill_context(self) -> None:
+    def _fill_context(self) -> None:
         base = self.setup.context_tokens
         if not base:
             return
         tokens = prompt_tokens(self.llm, base + 1 + self.setup.prompt_tokens)
         self._probe, self._prompt = tokens[base], tokens[base + 1 :]
         if self.setup.state:
-            states.load_state(self.llm, self.setup.state, tokens[:base])
+            models.load_state(self.llm, self.setup.state, tokens[:base])
             drop_file_cache(self.setup.state)
         else:
-            self.read(tokens[:base], self.setup.batch_tokens)
+            self._read(tokens[:base], self.setup.batch_tokens)
+
+    def _read(self, tokens: Sequence[int], chunk: int) -> None:
+        """Decode `tokens` in chunks."""
+        for start in range(0, len(tokens), chunk):
+            say(messages.Progress(stage="prefill", done=start, total=len(tokens)))
+            self._eval(tokens[start : start + chunk], time.monotonic())
+        say(messages.Progress(stage="prefill", done=len(tokens), total=len(tokens)))
+
+    def _eval(self, tokens: Sequence[int], since_s: float) -> float:
+        """Decode `tokens` at once; gives when it was done."""
+        self.llm.eval(list(tokens))
+        now_s = time.monotonic()
+        say(messages.Token(time_s=now_s, seconds=now_s - since_s, tokens=len(tokens)))
+        return now_s
 
     def _fill(self, order: messages.Fill) -> None:
         begin = int(self.llm.n_tokens)
-        self.read(prompt_tokens(self.llm, begin + order.tokens)[begin:], order.chunk)
+        self._read(prompt_tokens(self.llm, begin + order.tokens)[begin:], order.chunk)
 
     def _save(self, order: messages.Save) -> None:
-        states.save_state(self.llm, order.path, self.setup.context_tokens)
+        models.save_state(self.llm, order.path, self.setup.context_tokens)
         with open(order.path, "rb") as file:
             os.fdatasync(file)  # only what is on the disk can be forgotten
         drop_file_cache(order.path)
@@ -98,13 +142,32 @@ class Worker(worker.Worker):
         """Of the logits after the context and the probe, which is taken out again by the next decode."""
         self.llm.eval([self._probe])
         self.llm.n_tokens = self.setup.context_tokens
-        return hashlib.sha256(llms.logits_of(self.llm).tobytes()).hexdigest()[:16]
+        return hashlib.sha256(logits_of(self.llm).tobytes()).hexdigest()[:16]
 
-    # -- what goes on -----------------------------------------------------------------------------------
+    # -- tokens -----------------------------------------------------------------------------------------
+
+    def _decode(self, order: messages.Decode) -> None:
+        """Token after token."""
+        say(messages.Progress(stage=order.stage, done=0, total=order.tokens))
+        began_s = last_s = time.monotonic()
+        for number in range(order.tokens):
+            if number == order.trim_at and self.setup.governed:
+                self.llm.governor.trim(0.5)
+                last_s = time.monotonic()
+            if order.stage == "pressed":
+                self._prune()
+            last_s = self._eval([greedy(self.llm)], last_s)
+            if order.max_s is not None and last_s - began_s > order.max_s:
+                return
+
+    def _prune(self) -> None:
+        """What the reference does before a token."""
+        if self._pruner is not None and (pruned := self._pruner.prune(self.llm)) is not None:
+            say(messages.Governed(event=pruned, live_cells=self._cells().live))
 
     def _ordered(self) -> bool:
         """Whether the next order has come, or none will."""
-        return bool(select.select([self.orders], [], [], 0)[0])
+        return bool(select.select([self._orders], [], [], 0)[0])
 
     def _decode_on(self, order: messages.Order) -> None:
         """Token after token, and back to the end of the context in time."""
@@ -113,7 +176,7 @@ class Worker(worker.Worker):
         while not self._ordered():
             if self.llm.n_tokens >= self.setup.context_tokens + self.setup.decoded_tokens:
                 self.llm.n_tokens = self.setup.context_tokens  # the next decode takes out what comes after
-            last_s = self.eval([llms.greedy(self.llm)], last_s)
+            last_s = self._eval([greedy(self.llm)], last_s)
 
     def _prefill_on(self, order: messages.Order) -> None:
         self._going_on = self._prefill_on
@@ -123,7 +186,7 @@ class Worker(worker.Worker):
             for start in range(0, len(self._prompt), self.setup.batch_tokens):
                 if self._ordered():
                     return
-                last_s = self.eval(self._prompt[start : start + self.setup.batch_tokens], last_s)
+                last_s = self._eval(self._prompt[start : start + self.setup.batch_tokens], last_s)
 
     def _stop(self, order: messages.Stop) -> messages.Stopped:
         self._going_on = lambda order: None
@@ -142,37 +205,45 @@ class Worker(worker.Worker):
         if decoded != order.tokens:
             raise PsiKvError(f"the model stopped after {decoded} of {order.tokens} tokens")
 
-    def next_token(self, order: messages.Decode) -> int:
-        if order.stage == "pressed" and self._pruner is not None:
-            pruned = self._pruner.prune(self.llm)
-            if pruned is not None:
-                say(messages.Governed(event=pruned, live_cells=self.cells().live))
-        return super().next_token(order)
-
     # -- afterwards -------------------------------------------------------------------------------------
 
-    def cells(self) -> llms.Cells:
-        found = super().cells()
+    def _cells(self) -> models.Cells:
+        """Where those of the context are."""
+        found = models.cells_of(self.llm, plain=self.setup.plain)
         removed = 0 if self._pruner is None else self._pruner.removed_cells
         return found._replace(live=found.live - removed, lost=found.lost + removed)
+
+    def _settle(self, order: messages.Settle) -> messages.Settled:
+        """Wait for what is away, then ask for it."""
+        say(messages.Progress(stage="restore", done=0, total=1))
+        until_s = time.monotonic() + order.max_s
+        while (cells := self._cells()).masked and time.monotonic() < until_s:
+            time.sleep(_LOOK_S)
+        missing = cells.masked + cells.lost
+        asked = self.setup.governed and missing > 0
+        return messages.Settled(missing_cells=self._put_back() if asked else missing, on_request=asked)
+
+    def _put_back(self) -> int:
+        """Ask for all that is away; gives the cells that stay away."""
+        return put_back(self.llm) if self.setup.governed else 0
 
     def _whole(self, order: messages.Whole) -> messages.Checked:
         """Ask until everything is back: right after the pressure, the governor still holds."""
         until_s = time.monotonic() + _WHOLE_TIMEOUT_S
-        states.cut(self.llm, self.setup.context_tokens)
+        models.cut(self.llm, self.setup.context_tokens)
         digest = ""
-        missing = self.put_back()
+        missing = self._put_back()
         while time.monotonic() < until_s:
             if not missing:
                 digest = self._digest()
-            missing = self.put_back()
+            missing = self._put_back()
             if not missing and digest:  # nothing went while the digest was made
                 return messages.Checked(missing_cells=0, digest=digest)
             time.sleep(_LOOK_S)
         return messages.Checked(missing_cells=missing, digest="")
 
     def _look(self, order: messages.Look) -> messages.Looked:
-        cells = self.cells()
+        cells = self._cells()
         return messages.Looked(
             memory=own_memory(),
             live_cells=cells.live,
@@ -180,6 +251,9 @@ class Worker(worker.Worker):
             lost_cells=cells.lost,
             governor_cpu_s=governor_cpu_s(),
         )
+
+    def _on_event(self, event: Event) -> None:
+        say(messages.Governed(event=event, live_cells=self._cells().live))
 
     def _on_turn(self, turn: Any) -> None:
         """Says those of the governor's turns that are not calm."""
@@ -199,4 +273,4 @@ class Worker(worker.Worker):
 
 
 if __name__ == "__main__":
-    sys.exit(worker.main(Worker, Setup))
+    sys.exit(exit_status(Worker(msgspec.json.decode(sys.argv[1], type=Setup)).run))

@@ -6,7 +6,7 @@ import pytest
 
 from psi_kv_governor import model
 from psi_kv_governor.gguf_file import GgufFile
-from psi_kv_governor.sandbox.host import MIB
+from psi_kv_governor.sandbox.load import MIB
 from psi_kv_governor.sandbox.sandbox import Sandbox
 from psikv_bench import options as bench_options
 from psikv_bench.pressure import preflight, setting

@@ -8,7 +8,7 @@ import pytest
 from bench_help import run
 
 from psi_kv_governor.errors import PsiKvError
-from psi_kv_governor.sandbox.host import MIB
+from psi_kv_governor.sandbox.load import MIB
 from psikv_bench.pressure import preflight
 from psikv_bench.scene import Scene
 from psikv_bench.scenes import pressure

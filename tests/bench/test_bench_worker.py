@@ -6,6 +6,8 @@ import sys
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from psi_kv_governor.errors import BadInputError
 from psikv_bench import messages
@@ -106,7 +108,7 @@ def test_what_is_said_behind_what_was_waited_for_is_heard_by_the_next_who_waits(
         heard = []
         while len(heard) < len(Speaker.SAID):
             heard += host.hear(TIMEOUT_S)
-        host.hear_again(heard)
+        host.model.hear_again(heard)
         others = []
         assert host.until(messages.Done, TIMEOUT_S, others.append) == done
         assert others == [token]
@@ -129,3 +131,10 @@ def test_backings_reach_the_governor_by_their_variant():
         "fixed": None, "reference": None, "psi": None, "psi-file": "file", "psi-memory": "memory",
         "file-only": "file",
     }  # fmt: skip
+
+
+@given(st.integers(1, 100_000), st.integers(0, 10_000))
+def test_a_context_has_cells_for_everything_and_few_more(context_tokens, decoded):
+    setup = Setup(variant="fixed", model="x", context_tokens=context_tokens, decoded_tokens=decoded)
+    assert context_tokens + decoded < setup.cells <= context_tokens + decoded + 256
+    assert setup.cells % 256 == 0

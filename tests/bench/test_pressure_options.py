@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from psi_kv_governor.errors import BadInputError
-from psi_kv_governor.sandbox.host import MIB
+from psi_kv_governor.sandbox.load import MIB
 from psi_kv_governor.sandbox.sandbox import Sandbox
 from psi_kv_governor.sandbox.scene_options import CALM_TOKENS
 from psikv_bench.messages import VARIANTS
@@ -136,8 +136,11 @@ class TestSetting:
             limit_for(SIZE, options()),
         )
         scene = scene_of(options(), chosen, tmp_path)
-        assert (scene.context_cells, scene.context_tokens) == (4096, options().prompt)
-        assert (scene.limit_bytes, scene.isolated, scene.folder) == (chosen.limit_bytes, True, "")
+        assert (scene.setup.cells, scene.setup.context_tokens) == (4096, options().prompt)
+        assert scene.limit_bytes == chosen.limit_bytes
+        assert dict(zip(scene.neighbour[-10::2], scene.neighbour[-9::2], strict=True)) == {
+            "--mib": "250", "--step-mib": "25", "--rate-mib-s": "0.0", "--seed": "1", "--folder": "",
+        }  # fmt: skip
 
     def test_a_limit_that_is_given_needs_no_run_of_the_model(self, machine, monkeypatch):
         monkeypatch.setattr(setting, "size_of", None)
@@ -176,7 +179,7 @@ class TestSetting:
 
     def test_a_neighbour_that_reads_files_makes_them_where_the_report_goes(self, machine, tmp_path):
         given = options(load="files")
-        assert scene_of(given, choose_setting(given), tmp_path).folder == str(tmp_path)
+        assert scene_of(given, choose_setting(given), tmp_path).neighbour[-2:] == ("--folder", str(tmp_path))
 
 
 def test_who_else_has_the_model_mapped_is_found(tmp_path):

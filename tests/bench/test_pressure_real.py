@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from psi_kv_governor.errors import BadInputError, PsiKvError
-from psi_kv_governor.sandbox.host import MIB
-from psi_kv_governor.sandbox.messages import Progress
+from psi_kv_governor.sandbox.load import MIB
 from psikv_bench import host
+from psikv_bench.messages import Progress, Setup
 from psikv_bench.pressure.scene import SceneOptions, outside_bytes, run_scene
 from psikv_bench.pressure.setting import size_of
 from sandbox_help import pids_in, sandboxes_of, swap_devices
@@ -96,11 +96,10 @@ def test_the_reference_removes_the_middle_decodes_on_and_returns_nothing(demo_mo
     psi = tmp_path / "memory.pressure"
     psi.write_text("some avg10=50.00 avg60=0.00 avg300=0.00 total=1\n")
     monkeypatch.setattr(host, "MACHINE_PRESSURE", psi)
-    options = SceneOptions(
-        model=str(demo_model), context_tokens=448, context_cells=1024, tokens=12, keep=16, tail=64,
-        min_prune=64, in_sandbox=False, pressure_bytes=0,
-    )  # fmt: skip
-    found = run_scene("reference", options)
+    setup = Setup(
+        variant="fixed", model=str(demo_model), context_tokens=448, context_cells=1024, keep=16, tail=64
+    )
+    found = run_scene("reference", SceneOptions(setup=setup, tokens=12))
     assert found.tokens == 12
     assert found.trims == 1
     assert found.missing_cells == pytest.approx(448 + 16 - 64 - 16, abs=1)
@@ -115,10 +114,13 @@ def test_the_reference_removes_the_middle_decodes_on_and_returns_nothing(demo_mo
 def test_a_neighbour_that_reads_files_or_ramps_is_counted_too(demo_model, tmp_path):
     for load in ("files", "ramp"):
         options = SceneOptions(
-            model=str(demo_model), context_tokens=96, context_cells=512, tokens=8, swap_bytes=0, load=load,
-            pressure_bytes=50 * MIB, rate_bytes_per_s=50 * MIB, folder=str(tmp_path), warmup_s=0.5,
+            setup=Setup(variant="fixed", model=str(demo_model), context_tokens=96, context_cells=512),
+            tokens=8,
+            pressure_bytes=50 * MIB,
+            neighbour=tuple(host.neighbour(load, 50 * MIB, rate_mib_s=50, folder=str(tmp_path))),
+            warmup_s=0.5,
             limit_bytes=600 * MIB,
-        )  # fmt: skip
+        )
         stages = []
         found = run_scene("fixed", options, stages.append)
         assert found.tokens == 8
@@ -137,7 +139,9 @@ def test_outside_a_sandbox_the_neighbour_gets_no_more_than_a_quarter_of_what_is_
     assert outside_bytes(tmp_path) == 1000 * 1024
     assert outside_bytes(tmp_path / "nowhere") == 0
     most = outside_bytes() + 64 * MIB
-    too_much = SceneOptions(model=str(demo_model), in_sandbox=False, pressure_bytes=most)
+    too_much = SceneOptions(
+        setup=Setup(variant="fixed", model=str(demo_model)), tokens=8, pressure_bytes=most
+    )
     with pytest.raises(BadInputError, match="a quarter of what is available"):
         run_scene("fixed", too_much)
 

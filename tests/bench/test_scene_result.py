@@ -7,11 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psi_kv_governor.events import Released, Trimmed
-from psi_kv_governor.sandbox import messages
 from psi_kv_governor.sandbox.process_memory import Sample
-from psi_kv_governor.sandbox.result import Seen
+from psikv_bench import messages
 from psikv_bench.messages import NeighbourSaid
-from psikv_bench.pressure.result import moments, result_of
+from psikv_bench.pressure.result import Seen, moments, result_of
 from psikv_bench.watch import Look, Pressure, Shares, amount_at, between, shares
 
 MIB = 1 << 20
@@ -121,7 +120,7 @@ def said(time_s: float, work_bytes: int) -> NeighbourSaid:
 
 def test_the_figures_of_a_scene_are_of_its_pressed_time():
     settled = messages.Settled(missing_cells=0, on_request=False)
-    seen = Seen(variant="fixed", seconds=0.5, settled=settled, pressed_s=(101.0, 102.0), peak_bytes=60 * MIB)
+    seen = Seen(variant="fixed", seconds=0.5, settled=settled, pressed_s=(101.0, 102.0))
     seen.live = [(100.0, 70), (101.5, 77), (103.0, 5)]
     seen.tokens = [messages.Token(time_s=101.0, seconds=seconds) for seconds in (0.1, 0.2)]
     looks = [look(101.0, 0, 50 * MIB), look(102.0, 1_000_000, 40 * MIB, swap_bytes=3, peak_bytes=60 * MIB)]

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from sensing_help import OWN, WHOLE, Watched, lasted_s, needs_psi, v2_group
 
-from psi_kv_governor.pressure.cgroup import Cgroup, OwnCgroups
+from psi_kv_governor.pressure.cgroup import OwnCgroups
 from psi_kv_governor.pressure.headroom import HeadroomReader
 from psi_kv_governor.pressure.machine import MachineSource
 from psi_kv_governor.pressure.psi import PsiFile
 from psi_kv_governor.pressure.waking import find_waker
-from psi_kv_governor.sandbox.cgroups import find_place, make_group, remove_group
+from psi_kv_governor.sandbox.cgroups import set_limit
+from psi_kv_governor.sandbox.sandbox import Sandbox
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -26,17 +27,11 @@ pytestmark = pytest.mark.timeout(60)
 @pytest.mark.cgroup
 def test_a_limit_that_is_changed_while_running_counts_at_the_next_look():
     """With the kernel's own limit."""
-    group = make_group(find_place(), f"psi-kv-limit-{os.getpid()}", 300 << 20, 0)
-    try:
-        version = group.place.version
-        own = Cgroup(version, group.memory, group.memory)
-        reader = HeadroomReader(OwnCgroups(own, None) if version == 2 else OwnCgroups(None, own))
+    with Sandbox(300 << 20) as sandbox:
+        reader = HeadroomReader(sandbox.own_cgroups())
         assert reader.read().limit_bytes == 300 << 20
-        limit = group.memory / ("memory.max" if version == 2 else "memory.limit_in_bytes")
-        limit.write_text(str(100 << 20))
+        set_limit(sandbox.group, 100 << 20, 0)
         assert reader.read().limit_bytes == 100 << 20
-    finally:
-        assert remove_group(group) == ""
     assert reader.read().source == "/proc/meminfo"  # and when the group is gone, the machine's
     reader.close()
 

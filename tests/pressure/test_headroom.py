@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from psi_kv_governor.pressure.cgroup import Cgroup, OwnCgroups, find_cgroups
+from psi_kv_governor.pressure.cgroup import find_cgroups
 from psi_kv_governor.pressure.headroom import HeadroomReader, machine_headroom
 from psi_kv_governor.residence.storage import memory_backed
 from psi_kv_governor.sandbox.sandbox import Sandbox
@@ -231,8 +231,7 @@ def test_the_kernel_s_own_count_of_weights_that_are_mapped(tmp_path):
     if memory_backed(tmp_path):
         pytest.skip("the folder of the tests is in memory: set --basetemp to one on a disk")
     with Sandbox(128 * MIB) as pen:
-        own = Cgroup(pen.group.place.version, pen.group.memory, pen.group.memory)
-        reader = HeadroomReader(OwnCgroups(own, None) if own.version == 2 else OwnCgroups(None, own))
+        reader = HeadroomReader(pen.own_cgroups())
         command = [sys.executable, "-c", MAPS, str(tmp_path / "weights")]
         child = pen.popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert child.stdout.readline() == b"written\n"

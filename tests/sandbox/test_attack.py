@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import time
-from queue import Empty, SimpleQueue
 
 import pytest
 
-from psi_kv_governor.sandbox.children import Child, Heard, neighbour
-from psi_kv_governor.sandbox.host import MIB, drop_file_cache
-from psi_kv_governor.sandbox.sandbox import Sandbox
+from psi_kv_governor.sandbox.children import Child, neighbour
+from psi_kv_governor.sandbox.load import MIB
+from psi_kv_governor.sandbox.sandbox import Sandbox, drop_file_cache
 
 pytestmark = [
     pytest.mark.llama,
@@ -83,38 +81,34 @@ llm.close()
 """
 
 
-def hear(heard: Heard, victim: Child, seconds: float) -> list[bytes]:
+def hear(victim: Child, seconds: float) -> list[bytes]:
     """What the victim says in so many seconds."""
     said: list[bytes] = []
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
-        with contextlib.suppress(Empty):
-            child, line = heard.get(timeout=left)
-            if child is victim:
-                assert line is not None, victim.complaint()
-                said.append(line)
+        said += victim.hear(left)
+        assert not victim.ended, victim.complaint()
     return said
 
 
 def test_whatever_a_neighbour_does_the_context_is_there_at_the_end(shallow_model):
     drop_file_cache(shallow_model)
-    heard: Heard = SimpleQueue()
     argv = [sys.executable, "-c", VICTIM, str(shallow_model)]
     with (
         Sandbox(LIMIT_BYTES, swap_bytes=2 * LIMIT_BYTES) as sandbox,
-        Child(argv, sandbox.popen, heard) as victim,
+        Child(argv, sandbox.popen) as victim,
     ):
-        while b"ready" not in hear(heard, victim, 0.5):
+        while b"ready" not in hear(victim, 0.5):
             pass
         answered = []
         for _ in range(ATTACKS):
-            with Child(neighbour(180, 45, 0.01), sandbox.popen, heard):
-                answered.append(hear(heard, victim, 2.5).count(b"token"))
-            hear(heard, victim, 2.5)  # just long enough for some of it to be restored
+            with Child(neighbour(180, 45, 0.01), sandbox.popen):
+                answered.append(hear(victim, 2.5).count(b"token"))
+            hear(victim, 2.5)  # just long enough for some of it to be restored
         victim.send(b"end")
         told: list[bytes] = []
-        while (said := heard.get(timeout=120.0)) != (victim, None):
-            told += [said[1]] if said[0] is victim and said[1] is not None else []
+        while not victim.ended:
+            told += victim.hear(120.0)
         assert told[-1].startswith(b"{"), victim.complaint()
     found = json.loads(told[-1])
     assert all(answered), answered

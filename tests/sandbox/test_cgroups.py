@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from psi_kv_governor.errors import PsiKvError
-from psi_kv_governor.sandbox.cgroups import Group, Place, find_place
+from psi_kv_governor.sandbox.cgroups import Group, find_place
 
 V2 = "31 23 0:28 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n"
 V1 = "35 31 0:32 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
@@ -44,19 +44,21 @@ def v2(tmp_path):
 
 def test_v2_takes_the_nearest_ancestor_that_hands_memory_down(v2):
     place = find_place(v2)
-    assert place == Place(version=2, memory=str(v2 / "sys/fs/cgroup/user/app"))
+    folder = v2 / "sys/fs/cgroup/user/app"
+    assert place == Group(2, folder, folder)
 
 
 def test_v2_makes_an_ancestor_without_processes_hand_it_down(v2):
     write(v2, "sys/fs/cgroup/user/app/cgroup.subtree_control", "pids")
     place = find_place(v2)
-    assert place == Place(version=2, memory=str(v2 / "sys/fs/cgroup/user/app"), enable=True)
+    folder = v2 / "sys/fs/cgroup/user/app"
+    assert place == Group(2, folder, folder, enable=True)
 
 
 def test_v2_passes_an_ancestor_with_processes(v2):
     write(v2, "sys/fs/cgroup/user/app/cgroup.subtree_control", "pids")
     write(v2, "sys/fs/cgroup/user/app/cgroup.procs", "3\n")
-    assert find_place(v2).memory == str(v2 / "sys/fs/cgroup/user")
+    assert find_place(v2).memory == v2 / "sys/fs/cgroup/user"
 
 
 def test_the_true_root_hands_down_even_with_processes(tmp_path):
@@ -64,7 +66,7 @@ def test_the_true_root_hands_down_even_with_processes(tmp_path):
     write(tmp_path, "proc/self/cgroup", "0::/\n")
     top = v2_cgroup(tmp_path, "", procs="1\n17\n")
     (top / "cgroup.events").unlink()
-    assert find_place(tmp_path) == Place(version=2, memory=str(top), enable=True)
+    assert find_place(tmp_path) == Group(2, top, top, enable=True)
 
 
 def test_the_top_of_a_namespace_with_processes_does_not(tmp_path):
@@ -90,7 +92,7 @@ def test_hybrid_takes_both_hierarchies(tmp_path):
     write(tmp_path, "sys/fs/cgroup/unified/cgroup.procs")
     place = find_place(tmp_path)
     assert place.version == 1
-    group = Group(place=place, name="sandbox")
+    group = place.below("sandbox")
     assert group.folders == [
         tmp_path / "sys/fs/cgroup/memory/job/sandbox",
         tmp_path / "sys/fs/cgroup/unified/sandbox",
@@ -102,7 +104,7 @@ def test_v1_alone_has_no_place_for_stall(tmp_path):
     write(tmp_path, "proc/self/mountinfo", V1)
     write(tmp_path, "proc/self/cgroup", "4:memory:/\n")
     write(tmp_path, "sys/fs/cgroup/memory/cgroup.procs")
-    group = Group(place=find_place(tmp_path), name="sandbox")
+    group = find_place(tmp_path).below("sandbox")
     assert group.unified is None
     assert group.folders == [tmp_path / "sys/fs/cgroup/memory/sandbox"]
 

@@ -14,10 +14,21 @@ from click.testing import CliRunner
 
 from psi_kv_governor.cli import demo
 from psi_kv_governor.cli._demo_view import figures, verdict
-from psi_kv_governor.sandbox.host import MIB
+from psi_kv_governor.sandbox.load import MIB
 from psi_kv_governor.sandbox.sandbox import Sandbox
+from psi_kv_governor.sandbox.scene import SceneResult
 from sandbox_help import sandboxes_of, swap_devices
-from scene_results import scene_result as result
+
+_PLAIN = {
+    "tokens": 100, "seconds": 10.0, "tokens_per_s": 10.0, "calm_tokens_per_s": 30.0, "p50_s": 0.1,
+    "p99_s": 0.2345, "peak_resident_bytes": 300 * MIB, "final_resident_bytes": 200 * MIB, "stall": 0.25,
+}  # fmt: skip
+
+
+def result(variant, **changes):
+    """Of a plain run of ten seconds."""
+    return SceneResult(variant=variant, **{**_PLAIN, **changes})
+
 
 ARGV = [sys.executable, "-m", "psi_kv_governor.cli", "demo"]
 

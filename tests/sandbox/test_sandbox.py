@@ -36,7 +36,7 @@ child = sandbox.popen(["sleep", "300"])
 while child.pid not in sandbox.group.pids():
     time.sleep(0.01)
 print(json.dumps({"folders": [str(f) for f in sandbox.group.folders], "child": child.pid,
-                  "device": f"/dev/zram{sandbox._made.zram}", "guardian": sandbox._guardian.pid}), flush=True)
+                  "device": f"/dev/zram{sandbox._zram}", "guardian": sandbox._guardian.pid}), flush=True)
 time.sleep(300)
 """
 
@@ -140,7 +140,7 @@ class TestLimit:
 
     def test_without_swap_it_may_not_use_that_of_the_machine(self):
         with Sandbox(64 * MIB) as sandbox:
-            assert sandbox._made.zram is None
+            assert sandbox._zram is None
             limits = {"memory.memsw.limit_in_bytes": 64 * MIB, "memory.swap.max": 0, "memory.swappiness": 0}
             found = {
                 name: sandbox.group.memory / name for name in limits if (sandbox.group.memory / name).exists()
@@ -155,7 +155,7 @@ class TestSwap:
 
     def test_more_than_the_limit_is_swapped_and_the_stall_counted(self):
         with Sandbox(48 * MIB, swap_bytes=96 * MIB) as sandbox:
-            device = f"/dev/zram{sandbox._made.zram}"
+            device = f"/dev/zram{sandbox._zram}"
             assert device in swaps()
             child = sandbox.popen(
                 [sys.executable, "-c", FILL, "80"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE

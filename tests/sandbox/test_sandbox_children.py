@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
-from queue import SimpleQueue
 
 import pytest
 
-from psi_kv_governor.sandbox.children import Child, Heard
+from psi_kv_governor.sandbox.children import Child
 
 TIMEOUT_S = 60.0
 
 
-def start(code: str, heard: Heard | None = None) -> Child:
-    return Child([sys.executable, "-c", code], subprocess.Popen, SimpleQueue() if heard is None else heard)
+def start(code: str) -> Child:
+    return Child([sys.executable, "-c", code])
 
 
-def lines(heard: Heard) -> list[bytes]:
-    """Everything until one has ended."""
+def lines(child: Child) -> list[bytes]:
+    """Everything until it has ended."""
     found: list[bytes] = []
-    while (line := heard.get(timeout=TIMEOUT_S)[1]) is not None:
-        found.append(line)
+    while not child.ended:
+        found += child.hear(TIMEOUT_S)
     return found
 
 
@@ -34,17 +32,24 @@ def test_lines_are_heard_whole_however_they_are_cut():
         "for part in (b'on', b'e\\ntw', b'o\\n', b'three\\nrest'):\n"
         "    os.write(1, part); time.sleep(0.02)\n"
     )
-    heard: Heard = SimpleQueue()
-    with start(code, heard) as child:
-        assert lines(heard) == [b"one", b"two", b"three"]
+    with start(code) as child:
+        assert lines(child) == [b"one", b"two", b"three"]
         assert child.wait() == 0
 
 
+def test_what_is_given_back_is_heard_first():
+    with Child([sys.executable, "-c", "print(1, 2, sep='\\n')"], decode=int) as child:
+        heard = lines(child)
+        child.hear_again(heard[1:])
+        assert heard == [1, 2]
+        assert child.hear(0.0) == [2]
+        assert child.hear(0.0) == []
+
+
 def test_a_child_hears_what_it_is_told():
-    heard: Heard = SimpleQueue()
-    with start("print(input().upper())", heard) as child:
+    with start("print(input().upper())") as child:
         child.send(b"go")
-        assert lines(heard) == [b"GO"]
+        assert lines(child) == [b"GO"]
         child.wait()
         child.send(b"nobody listens any more")
 
@@ -59,10 +64,9 @@ def test_the_last_line_of_its_complaint_is_kept():
 
 def test_a_child_that_ignores_sigterm_is_killed(monkeypatch):
     monkeypatch.setattr("psi_kv_governor.sandbox.children._END_TIMEOUT_S", 0.2)
-    heard: Heard = SimpleQueue()
     code = "import signal, time\nsignal.signal(15, signal.SIG_IGN)\nprint(1, flush=True)\ntime.sleep(300)"
-    child = start(code, heard)
-    assert heard.get(timeout=TIMEOUT_S) == (child, b"1")
+    child = start(code)
+    assert child.hear(TIMEOUT_S) == [b"1"]
     child.end()
     assert child.wait() == -9
 
@@ -79,11 +83,10 @@ def test_the_last_lines_of_a_child_that_is_ended_are_not_lost():
         "signal.signal(15, lambda *_: sys.exit(print('last', flush=True)))\n"
         "print('first', flush=True)\ntime.sleep(300)"
     )
-    heard: Heard = SimpleQueue()
-    with start(code, heard) as child:
-        assert heard.get(timeout=TIMEOUT_S) == (child, b"first")
-    assert heard.get_nowait() == (child, b"last")
-    assert heard.get_nowait() == (child, None)
+    with start(code) as child:
+        assert child.hear(TIMEOUT_S) == [b"first"]
+    assert child.hear(0.0) == [b"last"]
+    assert child.ended
 
 
 def test_ending_a_child_does_not_wait_for_who_else_holds_its_pipe():
@@ -91,12 +94,10 @@ def test_ending_a_child_does_not_wait_for_who_else_holds_its_pipe():
         "import subprocess, sys\n"
         "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid, flush=True)\n"
     )
-    heard: Heard = SimpleQueue()
-    child = start(code, heard)
+    child = start(code)
     assert child.wait() == 0
     began_s = time.monotonic()
     child.end()
     assert time.monotonic() - began_s < 30.0
-    line = heard.get(timeout=TIMEOUT_S)[1]
-    assert line is not None
+    (line,) = child.hear(TIMEOUT_S)
     os.kill(int(line), signal.SIGKILL)

@@ -14,7 +14,7 @@ from psi_kv_governor.cache import Recall, RecallMode
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.policy import Policy
-from psi_kv_governor.sandbox import llm as llms
+from psi_kv_governor.sandbox.llm import logits_of
 from psikv_bench.fidelity.contenders import RECALL
 from psikv_bench.fidelity.texts import read_text
 from psikv_bench.messages import Setup
@@ -98,7 +98,7 @@ class Subject(Context):
         if not self._recalls:
             return self.logits([*question, *answer])[len(question) - 1 :]
         self.read(question)
-        last = llms.logits_of(self.llm).copy()
+        last = logits_of(self.llm).copy()
         return np.stack([last, *(self.logits([token])[0] for token in answer)])
 
     def greedy(self, token: int, count: int) -> Logits:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from psi_kv_governor.errors import BadInputError
-from psi_kv_governor.sandbox.host import MIB
+from psi_kv_governor.sandbox.load import MIB
 from psi_kv_governor.sandbox.sandbox import LEAST_BYTES, Swap
 from psi_kv_governor.sandbox.scene_options import CALM_TOKENS
 from psikv_bench.load import LoadKind

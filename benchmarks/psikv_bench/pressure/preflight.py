@@ -12,7 +12,7 @@ from psi_kv_governor.pressure.cgroup import find_cgroups
 from psi_kv_governor.pressure.headroom import HeadroomReader
 from psi_kv_governor.pressure.psi import PsiFile
 from psi_kv_governor.residence.storage import memory_backed
-from psi_kv_governor.sandbox.host import MIB
+from psi_kv_governor.sandbox.load import MIB
 from psi_kv_governor.sandbox.sandbox import Sandbox
 from psikv_bench.pressure.options import PressureOptions
 from psikv_bench.pressure.scene import outside_bytes

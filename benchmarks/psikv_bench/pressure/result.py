@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import msgspec
 
-from psi_kv_governor.sandbox import result
-from psi_kv_governor.sandbox.messages import Stage
-from psi_kv_governor.sandbox.result import Seen
-from psikv_bench.messages import NeighbourSaid, Variant
+from psi_kv_governor.events import Released, Trimmed
+from psi_kv_governor.quantile import quantile
+from psi_kv_governor.sandbox.process_memory import Sample
+from psikv_bench import messages
+from psikv_bench.messages import NeighbourSaid, Stage, Variant
 from psikv_bench.watch import Look, Shares, amount_at, between, shares
 
 _FULL_STAGES = frozenset({"calm", "pressed", "restore"})
@@ -40,10 +42,39 @@ class Moment(msgspec.Struct, frozen=True, kw_only=True):
     """What the neighbour has filled, touched or read so far."""
 
 
-class SceneResult(result.SceneResult, frozen=True, kw_only=True):
-    """What one variant did. Trims are those of the governor, or prunes of the reference."""
+class SceneResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What one variant did. Times of tokens are None when not one was decoded.
+
+    Trims are those of the governor, or prunes of the reference.
+    """
 
     variant: Variant
+    tokens: int
+    seconds: float
+    tokens_per_s: float
+    calm_tokens_per_s: float
+    """Before the neighbour came."""
+    p50_s: float | None
+    p99_s: float | None
+    peak_resident_bytes: int
+    """Of the model's process, from its start."""
+    final_resident_bytes: int
+    """After the pressure, with everything back that comes back; 0 when it was killed."""
+    most_swapped_bytes: int
+    """While tokens were decoded beside the neighbour."""
+    bytes_returned: int
+    trims: int
+    first_trim_s: float | None
+    """From the neighbour's start to the end of the first of them."""
+    restored: bool | None
+    """Whether every cell is back; None where none was given up."""
+    missing_cells: int
+    restored_on_request: bool
+    killed: bool
+    """Whether the kernel killed it for want of memory."""
+    neighbour_killed: bool
+    stall: float | None
+    """Share of the pressed time in which something in the sandbox stood still."""
     max_s: float | None
     token_s: list[float]
     """Of each token, in order."""
@@ -65,21 +96,90 @@ class SceneResult(result.SceneResult, frozen=True, kw_only=True):
     """From when the context was full."""
 
 
+@dataclass(kw_only=True)
+class Seen:
+    """What was said and seen of a scene, noted as it goes. Times are of the monotonic clock."""
+
+    variant: Variant
+    stages: list[tuple[float, Stage]] = field(default_factory=list)
+    live: list[tuple[float, int]] = field(default_factory=list)
+    """Cells that attention looks at, from when on."""
+    tokens: list[messages.Token] = field(default_factory=list)
+    """Decoded under pressure."""
+    trim_s: list[float] = field(default_factory=list)
+    """The end of each trim."""
+    returned_bytes: int = 0
+    calm_tokens_per_s: float = 0.0
+    pressed_s: tuple[float, float] = (0.0, 0.0)
+    """When decoding under pressure began and ended, by this process's clock."""
+    seconds: float | None = None
+    """Of decoding under pressure, by the model's own clock; None: it was killed before it could say."""
+    final: Sample | None = None
+    """Of its memory, with everything back that comes back; None: it was killed."""
+    neighbour_killed: bool = False
+    settled: messages.Settled | None = None
+    """None: it was killed."""
+
+    @property
+    def stage(self) -> Stage:
+        """Where it is now."""
+        return self.stages[-1][1] if self.stages else "load"
+
+    @property
+    def live_cells(self) -> int:
+        """Cells that attention looks at now."""
+        return self.live[-1][1] if self.live else 0
+
+    def hear(self, message: messages.Message, now_s: float) -> None:
+        """Take in a message of the model."""
+        match message:
+            case messages.Progress():
+                if message.stage != self.stage:
+                    self.stages.append((now_s, message.stage))
+                if message.stage == "prefill":
+                    self.live.append((now_s, message.done))
+            case messages.Token(tokens=1):
+                self.live.append((message.time_s, self.live_cells + 1))
+                if self.stage == "pressed":
+                    self.tokens.append(message)
+            case messages.Governed(event=event):
+                self.live.append((event.time_s, message.live_cells))
+                if isinstance(event, Released | Trimmed):
+                    self.returned_bytes += event.bytes_returned
+                if isinstance(event, Trimmed):
+                    self.trim_s.append(event.time_s)
+
+
 def result_of(seen: Seen, looks: Sequence[Look], said: Sequence[NeighbourSaid]) -> SceneResult:
-    """The figures of a scene that is over."""
+    """The figures of a scene that is over; `said` is what the neighbour did."""
     begin_s, end_s = seen.pressed_s
-    token_s = [token.seconds for token in seen.tokens]
+    seconds = end_s - begin_s if seen.seconds is None else seen.seconds
+    token_s, settled = [token.seconds for token in seen.tokens], seen.settled
     work = [(line.time_s, line.work_bytes) for line in said]
     zero_s = work[0][0] if work else begin_s
     beside = [look.memory for look in looks if begin_s <= look.time_s <= end_s and look.memory.resident_bytes]
     inside = between(looks, begin_s, end_s, inside=True)
-    figures = msgspec.structs.asdict(seen.result(said))
-    figures.update(
-        most_swapped_bytes=max((memory.swap_bytes for memory in beside), default=0),
-        stall=None if inside is None else inside.some,
-    )
+    memories = [look.memory for look in looks] + ([] if seen.final is None else [seen.final])
     return SceneResult(
-        **figures,
+        variant=seen.variant,
+        tokens=len(token_s),
+        seconds=seconds,
+        tokens_per_s=len(token_s) / seconds,
+        calm_tokens_per_s=seen.calm_tokens_per_s,
+        p50_s=quantile(token_s, 0.5) if token_s else None,
+        p99_s=quantile(token_s, 0.99) if token_s else None,
+        peak_resident_bytes=max((memory.peak_bytes for memory in memories), default=0),
+        final_resident_bytes=0 if seen.final is None else seen.final.resident_bytes,
+        most_swapped_bytes=max((memory.swap_bytes for memory in beside), default=0),
+        bytes_returned=seen.returned_bytes,
+        trims=len(seen.trim_s),
+        first_trim_s=seen.trim_s[0] - zero_s if seen.trim_s and work else None,
+        restored=None if not seen.trim_s else settled is not None and settled.missing_cells == 0,
+        missing_cells=0 if settled is None else settled.missing_cells,
+        restored_on_request=settled is not None and settled.on_request,
+        killed=settled is None,
+        neighbour_killed=seen.neighbour_killed,
+        stall=None if inside is None else inside.some,
         max_s=max(token_s, default=None),
         token_s=token_s,
         least_resident_bytes=min((memory.resident_bytes for memory in beside), default=0),

@@ -12,7 +12,7 @@ import msgspec
 from psi_kv_governor.config import load_config
 from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.sandbox.sandbox import Sandbox, Swap
-from psikv_bench.host import MIB, Host
+from psikv_bench.host import MIB, Host, neighbour
 from psikv_bench.messages import Setup
 from psikv_bench.pressure.options import PressureOptions
 from psikv_bench.pressure.scene import SceneOptions, outside_bytes
@@ -143,26 +143,33 @@ def choose_setting(options: PressureOptions, say: Say = say_nothing) -> Setting:
 def scene_of(options: PressureOptions, setting: Setting, folder: Path | None) -> SceneOptions:
     """The scene that every variant plays. A neighbour that reads files makes them in `folder`."""
     return SceneOptions(
-        model=options.model,
-        context_tokens=setting.prompt_tokens,
-        context_cells=options.ctx_size,
+        setup=Setup(
+            variant="fixed",
+            model=options.model,
+            context_tokens=setting.prompt_tokens,
+            context_cells=options.ctx_size,
+            threads=options.threads or 1,
+            mmap=options.mmap,
+            keep=options.keep,
+            tail=options.tail,
+            min_prune=options.min_prune,
+        ),
         tokens=options.n_predict,
-        threads=options.threads or 1,
-        mmap=options.mmap,
-        keep=options.keep,
-        tail=options.tail,
-        min_prune=options.min_prune,
-        limit_bytes=setting.limit_bytes or MIB,
-        load=options.load,
-        pressure_bytes=setting.pressure_bytes,
-        step_bytes=options.pressure_step_mib * MIB,
-        rate_bytes_per_s=options.pressure_rate_mib_s * MIB,
-        folder=str(folder or "/var/tmp") if options.load == "files" else "",
-        seed=options.seed,
-        warmup_s=options.pressure_warmup_s,
+        limit_bytes=setting.limit_bytes,
         swap_bytes=setting.swap_bytes,
+        pressure_bytes=setting.pressure_bytes,
+        neighbour=tuple(
+            neighbour(
+                options.load,
+                setting.pressure_bytes,
+                step_mib=options.pressure_step_mib,
+                rate_mib_s=options.pressure_rate_mib_s,
+                seed=options.seed,
+                folder=str(folder or "/var/tmp") if options.load == "files" else "",
+            )
+        ),
+        warmup_s=options.pressure_warmup_s,
         decode_max_s=setting.decode_max_s,
-        in_sandbox=setting.isolate == "cgroup",
     )
 
 

@@ -15,7 +15,7 @@ from msgspec import Meta
 from psi_kv_governor.config import GovernorConfig, load_config
 from psi_kv_governor.control.state import BUDGET_WINDOW_S
 from psi_kv_governor.events import Trimmed
-from psi_kv_governor.sandbox.host import MIB
+from psi_kv_governor.sandbox.load import MIB
 from psi_kv_governor.sandbox.process_memory import glance
 from psikv_bench import messages, oom_report
 from psikv_bench.journal import remaining

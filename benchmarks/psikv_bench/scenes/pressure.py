@@ -10,21 +10,20 @@ import msgspec
 
 from psi_kv_governor.cli._event_words import words_of
 from psi_kv_governor.errors import PsiKvError
-from psi_kv_governor.sandbox.messages import Progress
-from psi_kv_governor.sandbox.scene_options import STAGES, OnEvent, SceneEvent, Tick
-from psikv_bench.messages import Stage, Variant
+from psi_kv_governor.sandbox.scene_options import STAGES
+from psikv_bench.messages import Governed, Message, Progress, Stage, Token, Variant
 from psikv_bench.pressure import figures as of_runs
 from psikv_bench.pressure import plots
 from psikv_bench.pressure.figures import Run
 from psikv_bench.pressure.options import PressureOptions, turns
 from psikv_bench.pressure.preflight import check_memory, checks
 from psikv_bench.pressure.result import SceneResult
-from psikv_bench.pressure.scene import SceneOptions, run_scene
+from psikv_bench.pressure.scene import OnMessage, SceneOptions, run_scene
 from psikv_bench.pressure.setting import Setting, choose_setting, is_judged, remarks, scene_of
 from psikv_bench.record import Recorder, Report, Say
 from psikv_bench.scene import Scene
 
-Play = Callable[[Variant, SceneOptions, OnEvent], SceneResult]
+Play = Callable[[Variant, SceneOptions, OnMessage], SceneResult]
 
 
 def run(recorder: Recorder[PressureOptions], play: Play = run_scene) -> Report:
@@ -63,19 +62,16 @@ class _Saying:
         self._variant, self._say = variant, say
         self._stage: Stage = "load"
 
-    def __call__(self, event: SceneEvent) -> None:
-        if isinstance(event, Progress):
-            begins = event.stage != self._stage or event.stage == "load"
-            self._stage = event.stage
+    def __call__(self, message: Message) -> None:
+        if isinstance(message, Progress):
+            begins = message.stage != self._stage or message.stage == "load"
+            self._stage = message.stage
             if begins:
-                self._say(f"{self._variant}: {STAGES[event.stage]}", new=True)
-        elif isinstance(event, Tick):
-            self._say(
-                f"{self._variant}: {STAGES[self._stage]}, {event.live_cells} cells, "
-                f"{event.tokens} tokens at {event.tokens_per_s:.1f} a second"
-            )
-        else:
-            self._say(f"{self._variant}: {words_of(event.event)}", new=True)
+                self._say(f"{self._variant}: {STAGES[message.stage]}", new=True)
+        elif isinstance(message, Governed):
+            self._say(f"{self._variant}: {words_of(message.event)}", new=True)
+        elif isinstance(message, Token) and message.tokens == 1:
+            self._say(f"{self._variant}: {STAGES[self._stage]}, {1.0 / message.seconds:.1f} tokens a second")
 
 
 def _report(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from psi_kv_governor.sandbox.host import MIB
+from psi_kv_governor.sandbox.load import MIB
 from psikv_bench.survival import whole
 from psikv_bench.survival.around import Around
 

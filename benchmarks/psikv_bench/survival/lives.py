@@ -18,7 +18,6 @@ import msgspec
 
 from psi_kv_governor.children import reason
 from psi_kv_governor.errors import PsiKvError
-from psi_kv_governor.sandbox import llm as models
 from psi_kv_governor.sandbox.process_memory import glance
 from psi_kv_governor.sandbox.text import prompt_tokens
 from psikv_bench import llm as states
@@ -81,9 +80,7 @@ def prepared(
     except OSError:  # on another disk
         shutil.copyfile(model_path, model)
     cells = -(-(n_context + tokens + subject.CALM_TOKENS + 1) // 256) * 256
-    llm = models.open_llm(
-        Setup(variant="file-only", model=str(model), context_cells=cells, prefill_threads=1)
-    )
+    llm = states.opened(Setup(variant="file-only", model=str(model), context_cells=cells, prefill_threads=1))
     try:
         context = prompt_tokens(llm, n_context)
         llm.eval(context[:-1])

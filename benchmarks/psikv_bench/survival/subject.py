@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from psi_kv_governor.sandbox import llm as models
+from psi_kv_governor.sandbox.llm import greedy, put_back
 from psikv_bench import llm as states
 from psikv_bench.messages import Setup, Variant
 
@@ -72,7 +72,7 @@ def main() -> None:
         context_cells=order.cells,
         prefill_threads=1,
     )
-    llm = models.open_llm(setup)
+    llm = states.opened(setup)
     governed = setup.governed
     returned: list[int] = []
     if governed:
@@ -126,8 +126,8 @@ def _decoded(llm: Any, order: Order, count: int) -> tuple[list[int], int]:
     """The tokens, and the most cells that were masked meanwhile."""
     tokens, masked = [], 0
     for _ in range(count):
-        tokens.append(models.greedy(llm))
-        masked = max(masked, models.cells_of(llm, plain=order.variant == "fixed").masked)
+        tokens.append(greedy(llm))
+        masked = max(masked, states.cells_of(llm, plain=order.variant == "fixed").masked)
         llm.eval(tokens[-1:])
     return tokens, masked
 
@@ -141,7 +141,7 @@ def _from_the_end(llm: Any, order: Order) -> None:
 def _again(llm: Any, order: Order, governed: bool) -> list[int]:
     """The first tokens once more, from the context as it was before: it is whole, or it is not."""
     until_s = time.monotonic() + _BACK_S
-    while governed and models.put_back(llm) and time.monotonic() < until_s:
+    while governed and put_back(llm) and time.monotonic() < until_s:
         time.sleep(0.2)
     _from_the_end(llm, order)
     return _decoded(llm, order, CALM_TOKENS)[0]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from psi_kv_governor.errors import PsiKvError
-from psi_kv_governor.sandbox.host import MIB
+from psi_kv_governor.sandbox.load import MIB
 from psi_kv_governor.sandbox.sandbox import Sandbox
 from psikv_bench.survival import boards, filtered
 from psikv_bench.survival.around import Around

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from psi_kv_governor.sandbox.host import MIB
-from psi_kv_governor.sandbox.result import SceneResult
-from psi_kv_governor.sandbox.scene_options import SceneOptions
+from psi_kv_governor.sandbox.load import MIB
+from psi_kv_governor.sandbox.scene import SceneResult
+from psi_kv_governor.sandbox.scene_options import SceneOptions, Variant
 
-TITLES: dict[str, str] = {"fixed": "ungoverned", "psi": "governed"}
+TITLES: dict[Variant, str] = {"fixed": "ungoverned", "psi": "governed"}
 _PLAIN_WIDTH = 100
 
 

@@ -14,9 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from psi_kv_governor.cli._event_words import words_of
-from psi_kv_governor.sandbox.host import MIB
-from psi_kv_governor.sandbox.messages import Progress
-from psi_kv_governor.sandbox.scene_options import STAGES, SceneEvent, Tick
+from psi_kv_governor.sandbox.load import MIB
+from psi_kv_governor.sandbox.scene_options import STAGES, Said, Tick
 
 _EVENT_LINES = 10
 _PLAIN_TICK_S = 5.0
@@ -26,7 +25,7 @@ class _Row:
     """What is known of one variant."""
 
     def __init__(self) -> None:
-        self.stage: Progress | None = None
+        self.stage: Said | None = None
         self.tick: Tick | None = None
 
     def cells(self) -> Iterator[str]:
@@ -63,20 +62,20 @@ class SceneView:
             else None
         )
 
-    def show(self, variant: str, event: SceneEvent) -> None:
+    def show(self, variant: str, event: Said | Tick) -> None:
         """An event of the scene that `variant` plays."""
         row = self._rows[variant]
-        if isinstance(event, Progress):
+        if isinstance(event, Tick):
+            row.tick = event
+            if self._live is None and time.monotonic() - self._said_s >= _PLAIN_TICK_S:
+                self._show(variant, ", ".join(_words_of_tick(event)))
+        elif event.event is not None:
+            self._show(variant, words_of(event.event))
+        else:
             new = row.stage is None or row.stage.stage != event.stage
             row.stage = event
             if new:
                 self._show(variant, STAGES[event.stage])
-        elif isinstance(event, Tick):
-            row.tick = event
-            if self._live is None and time.monotonic() - self._said_s >= _PLAIN_TICK_S:
-                self._show(variant, ", ".join(_words_of_tick(event)))
-        else:
-            self._show(variant, words_of(event.event))
 
     def __enter__(self) -> SceneView:
         self.say(self._introduction)

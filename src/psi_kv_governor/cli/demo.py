@@ -14,10 +14,9 @@ from psi_kv_governor.cli._group import example
 from psi_kv_governor.cli._scene_view import SceneView
 from psi_kv_governor.cli.session import ended_by_sigterm
 from psi_kv_governor.model import demo_model_path
-from psi_kv_governor.sandbox.host import MIB
-from psi_kv_governor.sandbox.result import SceneResult
+from psi_kv_governor.sandbox.load import MIB
 from psi_kv_governor.sandbox.sandbox import LEAST_BYTES, Sandbox
-from psi_kv_governor.sandbox.scene import run_scene
+from psi_kv_governor.sandbox.scene import SceneResult, run_scene
 from psi_kv_governor.sandbox.scene_options import SceneOptions
 
 _POSITIVE = click.IntRange(min=1)

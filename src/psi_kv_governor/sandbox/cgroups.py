@@ -11,52 +11,37 @@ import errno
 import os
 import signal
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import msgspec
-
 from psi_kv_governor.errors import PsiKvError
-from psi_kv_governor.pressure.cgroup import Cgroup, OwnCgroups, find_cgroups
+from psi_kv_governor.pressure.cgroup import Cgroup, find_cgroups
 
 _REMOVE_TIMEOUT_S = 30.0
 """A process that waits for its pages to come back from swap dies only after that."""
 
 
-class Place(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the folders of a group can be made."""
+@dataclass(frozen=True)
+class Group:
+    """Folders of a memory cgroup, or to make it in: one in v2, up to two (limit and stall) in v1."""
 
     version: int
     """Of the hierarchy with the memory controller: 1 or 2."""
-    memory: str
-    """Parent folder of the group with the limit."""
-    leaf: str = ""
-    """With v1: parent folder of a v2 group that only counts the stall; empty where there is none."""
+    memory: Path
+    """The folder with the limit."""
+    unified: Path | None
+    """The v2 folder with `memory.pressure`; None where no v2 hierarchy can be written to."""
     enable: bool = False
     """Whether the parent has to pass its memory controller down first (v2)."""
 
-
-class Group(msgspec.Struct, frozen=True, kw_only=True):
-    """A memory cgroup that was made: one folder in v2, up to two (limit and stall) in v1."""
-
-    place: Place
-    name: str
-
-    @property
-    def memory(self) -> Path:
-        """The folder with the limit."""
-        return Path(self.place.memory, self.name)
-
-    @property
-    def unified(self) -> Path | None:
-        """The v2 folder with `memory.pressure`; None where no v2 hierarchy can be written to."""
-        if self.place.version == 2:
-            return self.memory
-        return Path(self.place.leaf, self.name) if self.place.leaf else None
+    def below(self, name: str) -> Group:
+        """The group `name` in these folders."""
+        return replace(self, memory=self.memory / name, unified=self.unified and self.unified / name)
 
     @property
     def folders(self) -> list[Path]:
         """Every folder of the group. A process is inside when it is in all of them."""
-        return [self.memory, *([self.unified] if self.place.version == 1 and self.unified else [])]
+        return list(dict.fromkeys(filter(None, (self.memory, self.unified))))
 
     def usage_bytes(self) -> int:
         """Memory charged to the group now. Raises OSError when the group is gone."""
@@ -85,30 +70,27 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
         return sorted(found - {0})  # 0 stands for processes outside this pid namespace
 
     def _file(self, v2: str, v1: str) -> Path:
-        return self.memory / (v2 if self.place.version == 2 else v1)
+        return self.memory / (v2 if self.version == 2 else v1)
 
 
-def find_place(root: Path = Path("/")) -> Place:
-    """A place below the own cgroup (so that its limits hold on), or below the nearest delegated ancestor.
+def find_place(root: Path = Path("/")) -> Group:
+    """Below the own cgroup (so that its limits hold on), or below the nearest delegated ancestor.
 
     Raises PsiKvError, saying what to do, where this user may make no memory cgroup.
     """
     own = find_cgroups(root)
-    if own.memory_v1 is not None:
-        return _place_v1(own, own.memory_v1)
-    if own.unified is None:
+    if own.memory_v1 is None and own.unified is None:
         raise PsiKvError("no cgroup hierarchy is mounted here: mount one at /sys/fs/cgroup")
-    return _place_v2(own.unified)
+    if own.memory_v1 is None:
+        assert own.unified is not None, "one of them is there"
+        return _place_v2(own.unified)
+    memory, unified = own.memory_v1.folder, own.unified and own.unified.folder
+    if not _may_make(memory):
+        raise PsiKvError(f"no right to make a memory cgroup in {memory}: run it as root")
+    return Group(1, memory, unified if unified is not None and _may_make(unified) else None)
 
 
-def _place_v1(own: OwnCgroups, memory: Cgroup) -> Place:
-    if not _may_make(memory.folder):
-        raise PsiKvError(f"no right to make a memory cgroup in {memory.folder}: run it as root")
-    leaf = own.unified.folder if own.unified is not None and _may_make(own.unified.folder) else None
-    return Place(version=1, memory=str(memory.folder), leaf="" if leaf is None else str(leaf))
-
-
-def _place_v2(own: Cgroup) -> Place:
+def _place_v2(own: Cgroup) -> Group:
     """The nearest ancestor that is ours and hands its memory controller down, or can be made to.
 
     A v2 cgroup with processes of its own cannot (save the root), so the own one hardly ever does.
@@ -122,26 +104,25 @@ def _place_v2(own: Cgroup) -> Place:
         if not _may_make(folder):
             break
         if "memory" in _words(folder / "cgroup.subtree_control"):
-            return Place(version=2, memory=str(folder))
+            return Group(2, folder, folder)
         able = "memory" in _words(folder / "cgroup.controllers")
         is_root = Cgroup(2, folder, own.mount).is_root
         if able and (is_root or not _words(folder / "cgroup.procs")):
-            return Place(version=2, memory=str(folder), enable=True)
+            return Group(2, folder, folder, enable=True)
     raise PsiKvError(
         "no memory cgroup is delegated to this user: run it as root (not in a container), "
         "or start it with `systemd-run --user --scope -p Delegate=yes`"
     )
 
 
-def make_group(place: Place, name: str, limit_bytes: int, swap_bytes: int) -> Group:
+def make_group(group: Group, limit_bytes: int, swap_bytes: int) -> None:
     """Make the folders and set the limits; `swap_bytes` 0 keeps the group out of swap.
 
     Raises PsiKvError, with nothing left behind, when the kernel refuses.
     """
-    group = Group(place=place, name=name)
     try:
-        if place.enable:
-            Path(place.memory, "cgroup.subtree_control").write_text("+memory")
+        if group.enable:
+            (group.memory.parent / "cgroup.subtree_control").write_text("+memory")
         for folder in group.folders:
             folder.mkdir()
         set_limit(group, limit_bytes, swap_bytes)
@@ -151,12 +132,11 @@ def make_group(place: Place, name: str, limit_bytes: int, swap_bytes: int) -> Gr
             f"cannot make the memory cgroup {group.memory}: {error.strerror} ({error.filename}); "
             "run it as root, or with a limit that the parent allows"
         ) from error
-    return group
 
 
 def set_limit(group: Group, limit_bytes: int, swap_bytes: int) -> None:
     """Limit what may be charged to the group; `swap_bytes` 0 keeps it out of swap. Raises OSError."""
-    if group.place.version == 2:
+    if group.version == 2:
         (group.memory / "memory.max").write_text(str(limit_bytes))
         _write_if_there(group.memory / "memory.swap.max", swap_bytes)
         return
@@ -185,7 +165,7 @@ def remove_group(group: Group) -> str:
         _kill(group)
         left = [f"{folder}: {why}" for folder in group.folders if (why := _rmdir(folder))]
         if not left:
-            _take_back(group.place)
+            _take_back(group)
             return ""
         time.sleep(0.02)
     return "; ".join(left)
@@ -210,11 +190,11 @@ def _rmdir(folder: Path) -> str:
     return ""
 
 
-def _take_back(place: Place) -> None:
+def _take_back(group: Group) -> None:
     """Undo `+memory`. The kernel refuses while another group needs it, and is right to."""
-    if place.enable:
+    if group.enable:
         with contextlib.suppress(OSError):
-            Path(place.memory, "cgroup.subtree_control").write_text("-memory")
+            (group.memory.parent / "cgroup.subtree_control").write_text("-memory")
 
 
 def _may_make(folder: Path) -> bool:

@@ -1,22 +1,19 @@
-"""Processes that speak in lines on standard output, several at a time."""
+"""Processes that speak in lines on standard output."""
 
 from __future__ import annotations
 
 import contextlib
+import signal
 import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from queue import SimpleQueue
-from typing import IO
+from queue import Empty, SimpleQueue
+from typing import IO, Any
 
-from psi_kv_governor.children import python_command
+from psi_kv_governor.children import python_command, reason
+from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.sandbox import load
-
-Launch = Callable[..., "subprocess.Popen[bytes]"]
-"""How a process is started: subprocess.Popen, or the same inside a sandbox."""
-Heard = SimpleQueue[tuple["Child", bytes | None]]
-"""What children say, line by line; None says that one has ended."""
 
 _END_TIMEOUT_S = 10.0
 """A process that waits for its pages from swap answers SIGTERM late; after this it is killed."""
@@ -27,10 +24,21 @@ _LAST_LINES_S = 1.0
 class Child:
     """A process that is listened to. Its standard error waits in a file until somebody asks.
 
-    A context manager, which ends it.
+    A context manager, which ends it. `launch` is subprocess.Popen, or the same inside a sandbox; `decode`
+    gives what is heard for a line.
     """
 
-    def __init__(self, argv: Sequence[str], launch: Launch, heard: Heard) -> None:
+    def __init__(
+        self,
+        argv: Sequence[str],
+        launch: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen,
+        decode: Callable[[bytes], Any] = bytes,
+    ) -> None:
+        self.ended = False
+        """Whether all that it said was heard, and no more will be."""
+        self._decode = decode
+        self._lines: SimpleQueue[bytes | None] = SimpleQueue()
+        self._again: list[Any] = []
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed in `end`
         self._process = launch(
             argv,
@@ -39,28 +47,35 @@ class Child:
             stderr=self._errors,
             start_new_session=True,  # Ctrl-C in the terminal is for the parent, which then ends this one
         )
-        self._listener = threading.Thread(target=self._listen, args=(heard,), daemon=True)
+        self.pid = self._process.pid
+        self.status, self.wait = self._process.poll, self._process.wait
+        """Exit status, negative for a signal; `status` gives None while it runs."""
+        self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
 
-    def _listen(self, heard: Heard) -> None:
+    def _listen(self) -> None:
         assert self._process.stdout is not None, "started with a pipe"
         with self._process.stdout as lines:
             for line in lines:
                 if line.endswith(b"\n"):  # else it was killed while it wrote
-                    heard.put((self, line[:-1]))
-        heard.put((self, None))
+                    self._lines.put(line[:-1])
+        self._lines.put(None)
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+    def hear(self, timeout_s: float) -> list[Any]:
+        """What it says within `timeout_s`; less when something comes. Empty once it has ended."""
+        found, self._again = self._again, []
+        with contextlib.suppress(Empty):
+            while not self.ended:
+                line = self._lines.get(timeout=0.0 if found else max(0.0, timeout_s))
+                if line is None:
+                    self.ended = True
+                else:
+                    found.append(self._decode(line))
+        return found
 
-    def status(self) -> int | None:
-        """Exit status, negative for a signal; None while it runs."""
-        return self._process.poll()
-
-    def wait(self) -> int:
-        """Exit status, once it has ended."""
-        return self._process.wait()
+    def hear_again(self, heard: Sequence[Any]) -> None:
+        """Give back what was heard last and nobody looked at: the next `hear` begins with it."""
+        self._again[:0] = heard
 
     def send(self, line: bytes) -> None:
         """Write a line to its standard input; nothing happens where the process no longer listens."""
@@ -72,18 +87,25 @@ class Child:
     def complaint(self) -> str:
         """Last line of its standard error."""
         self._errors.seek(0)
-        lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else ""
+        return reason(self._errors.read())
+
+    def killed(self, what: str) -> bool:
+        """Whether it was killed. Raises BadInputError or PsiKvError when it ended otherwise; `what` it is."""
+        if (status := self.status()) in {None, -signal.SIGKILL}:
+            return status is not None
+        if status == BadInputError.exit_status:
+            raise BadInputError(self.complaint())
+        raise PsiKvError(f"{what} ended with status {status}: {self.complaint()}")
 
     def end(self) -> None:
         """SIGTERM, or SIGKILL where that does not help; its last lines are heard. Safe to call twice."""
-        if self._process.poll() is None:
+        if self.status() is None:
             self._process.terminate()
             try:
-                self._process.wait(_END_TIMEOUT_S)
+                self.wait(_END_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 self._process.kill()
-                self._process.wait()
+                self.wait()
         self._listener.join(_LAST_LINES_S)
         self._errors.close()
         with contextlib.suppress(BrokenPipeError):  # what was still to be written to it

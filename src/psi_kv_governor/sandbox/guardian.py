@@ -1,15 +1,16 @@
 """The process that owns a sandbox: makes it, waits for its parent to close the pipe or die, removes it.
 
+    python -m psi_kv_governor.sandbox.guardian PARENT NAME LIMIT_BYTES SWAP_BYTES
+
 Everything is made here and not in the parent, so there is no moment at which a parent that is killed
-leaves something behind that nobody knows of. Speaks JSON: the order is its one argument, then a line on
-standard output when the sandbox is ready (or why not), and one with what could not be removed.
+leaves something behind that nobody knows of. Says in a line of JSON that the sandbox is ready (or why not),
+and in another what could not be removed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import select
 import signal
 import sys
@@ -18,81 +19,66 @@ import msgspec
 
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.sandbox import cgroups, zram
+from psi_kv_governor.sandbox.cgroups import Group
 
 _LOOK_S = 1.0
 """Time between looks at the parent. The closed pipe says it at once, but a child that the parent forked
 may hold the pipe open."""
 
 
-class Order(msgspec.Struct, frozen=True, kw_only=True):
-    """The sandbox that is wanted."""
+class Told(msgspec.Struct, frozen=True, kw_only=True):
+    """A line from the guardian."""
 
-    parent: int
-    """Process id of the parent."""
-    limit_bytes: int
-    swap_bytes: int
-    """Of its own zram device; 0 for none."""
-
-
-class Made(msgspec.Struct, frozen=True, kw_only=True):
-    """A line from the guardian: what it made, or what could not be made or removed."""
-
-    group: cgroups.Group | None = None
     zram: int | None = None
-    """Number of the device."""
+    """Number of the device that it made."""
     problem: str = ""
+    """What could not be made or removed."""
 
 
-def make(order: Order) -> Made:
-    """Make the device and the group. Raises PsiKvError, with nothing left behind."""
-    place = cgroups.find_place()
-    number = zram.add_swap(order.swap_bytes) if order.swap_bytes else None
+def make(group: Group, limit_bytes: int, swap_bytes: int) -> int | None:
+    """Make the group and a device of `swap_bytes` (0: none), and give its number.
+
+    Raises PsiKvError, with nothing left behind.
+    """
+    number = zram.add_swap(swap_bytes) if swap_bytes else None
     try:
-        # A name that was never used: removing a group kills what is in it.
-        name = f"psi-kv-sandbox-{order.parent}-{secrets.token_hex(4)}"
-        group = cgroups.make_group(place, name, order.limit_bytes, order.swap_bytes)
+        cgroups.make_group(group, limit_bytes, swap_bytes)
     except PsiKvError:
-        remove(Made(zram=number))
+        remove(group, number)
         raise
-    return Made(group=group, zram=number)
+    return number
 
 
-def remove(made: Made) -> str:
+def remove(group: Group, number: int | None) -> str:
     """Remove all of it, processes first. Gives what is left; empty when nothing is."""
-    problems = [] if made.group is None else [cgroups.remove_group(made.group)]
-    if made.zram is not None:
-        problems.append(zram.remove_swap(made.zram))
+    problems = [cgroups.remove_group(group), "" if number is None else zram.remove_swap(number)]
     return "; ".join(filter(None, problems))
 
 
-def main() -> int:
-    """Own a sandbox until the parent lets go of it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    order = msgspec.json.decode(sys.argv[1], type=Order)
+def main(parent: int, name: str, limit_bytes: int, swap_bytes: int) -> int:
+    """Own a sandbox until the parent lets go of it. Gives the exit status."""
+    for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signal_number, signal.SIG_IGN)
     try:
-        made = make(order)
+        group = cgroups.find_place().below(name)
+        number = make(group, limit_bytes, swap_bytes)
     except PsiKvError as error:
-        _say(Made(problem=str(error)))
+        _say(Told(problem=str(error)))
         return error.exit_status
-    _say(made)
-    _wait_for_the_end(order.parent)
-    problem = remove(made)
-    _say(Made(problem=problem))
-    return 1 if problem else 0
-
-
-def _wait_for_the_end(parent: int) -> None:
+    _say(Told(zram=number))
     while os.getppid() == parent:
         readable, _, _ = select.select([sys.stdin], [], [], _LOOK_S)
         if readable and not os.read(sys.stdin.fileno(), 1):
-            return
+            break
+    problem = remove(group, number)
+    _say(Told(problem=problem))
+    return 1 if problem else 0
 
 
-def _say(answer: Made) -> None:
+def _say(told: Told) -> None:
     with contextlib.suppress(BrokenPipeError):  # the parent is gone, and with it whoever would want to know
-        os.write(sys.stdout.fileno(), msgspec.json.encode(answer) + b"\n")
+        os.write(sys.stdout.fileno(), msgspec.json.encode(told) + b"\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])))

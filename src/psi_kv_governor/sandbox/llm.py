@@ -2,39 +2,48 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from psi_kv_governor.errors import PsiKvError
-from psi_kv_governor.sandbox.messages import Setup
+
+_NOTHING: Mapping[str, Any] = {}
 
 
-class Cells(NamedTuple):
-    """Where the cells of a context are."""
+def open_llm(
+    model: str,
+    *,
+    plain: bool,
+    auto: bool = True,
+    settings: Mapping[str, Any] = _NOTHING,
+    **options: Any,
+) -> Any:
+    """Plain llama.cpp, or with a governor that has these `settings` and acts by itself where it is `auto`.
 
-    live: int
-    masked: int
-    """Away, and to come back bit for bit."""
-    lost: int
-    """Away, and to be decoded again."""
-
-
-def llama_class(setup: Setup) -> Any:
-    """The class of what `setup` opens, with all of its modules loaded: which comes first matters.
-
-    Raises PsiKvError where plain llama.cpp is not plain in this process.
+    Nothing else differs between the two; `options` are those of llama_cpp.Llama. Raises BadInputError, and
+    PsiKvError where plain llama.cpp is not plain in this process.
     """
-    if setup.plain:
+    options = {
+        "n_threads_batch": os.cpu_count() or 1,  # filling the context is not what is measured
+        "flash_attn": True,
+        "verbose": False,
+        **options,
+    }
+    if plain:
         import llama_cpp
 
         check_plain()
-        return llama_cpp.Llama
+        return llama_cpp.Llama(model, **options)
+    from psi_kv_governor.config import load_config
     from psi_kv_governor.llama import GovernedLlama
 
-    return GovernedLlama
+    return GovernedLlama(model, config=load_config(**settings), auto=auto, **options)
 
 
 def check_plain(maps: Path = Path("/proc/self/maps")) -> None:
@@ -49,25 +58,6 @@ def check_plain(maps: Path = Path("/proc/self/maps")) -> None:
     if len(llamas) > 1 or ours:  # the agent stands in front of the real one, under its name
         loaded = ", ".join([*llamas, *ours])
         raise PsiKvError(f"plain llama.cpp is not plain here: {loaded}; unset LD_PRELOAD, LLAMA_CPP_LIB_PATH")
-
-
-def open_llm(setup: Setup) -> Any:
-    """The model of `setup`. Only what governs it differs between variants. Raises BadInputError."""
-    kind = llama_class(setup)
-    if setup.plain:
-        return kind(setup.model, **setup.arguments())
-    from psi_kv_governor.config import load_config
-
-    config, auto = load_config(**setup.governor_settings()), setup.auto and setup.governed
-    return kind(setup.model, config=config, auto=auto, **setup.arguments())
-
-
-def cells_of(llm: Any, *, plain: bool) -> Cells:
-    """Where the cells of the context are."""
-    if plain:
-        return Cells(int(llm.n_tokens), 0, 0)
-    status = llm.governor.status()
-    return Cells(status.live_cells, status.masked_cells, status.lost_cells)
 
 
 def put_back(llm: Any) -> int:
@@ -94,3 +84,18 @@ def greedy(llm: Any) -> int:
     20 MiB at a time, which looks like pressure and is as much as the cgroups here have free.
     """
     return int(np.argmax(logits_of(llm)))
+
+
+def exit_status(run: Callable[[], None]) -> int:
+    """Of a process that holds a model and does `run`. A failure is said in one line on standard error."""
+    try:
+        run()
+    except BrokenPipeError:  # nobody listens any more
+        return 1
+    except PsiKvError as error:
+        print(error, file=sys.stderr)
+        return error.exit_status
+    except ModuleNotFoundError as error:
+        print(f"this needs {error.name}: pip install 'psi-kv-governor[llama]'", file=sys.stderr)
+        return PsiKvError.exit_status
+    return 0

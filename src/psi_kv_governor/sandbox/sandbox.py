@@ -7,6 +7,7 @@ kills what runs in the sandbox and removes it when this process closes it, crash
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,16 +41,17 @@ class Sandbox:
     """
 
     def __init__(self, limit_bytes: int, *, swap_bytes: int = 0) -> None:
-        order = guardian.Order(
-            parent=os.getpid(),
-            limit_bytes=limit_bytes,
-            swap_bytes=_checked_swap(limit_bytes, swap_bytes),
-        )
-        _check_headroom(limit_bytes + order.swap_bytes)
+        swap_bytes = _checked_swap(limit_bytes, swap_bytes)
+        _check_headroom(limit_bytes + swap_bytes)
+        # A name that was never used: removing a group kills what is in it.
+        name = f"psi-kv-sandbox-{os.getpid()}-{secrets.token_hex(4)}"
+        self.group = cgroups.find_place().below(name)
+        """The cgroup: its use, its peak, its kills and its folders."""
         self._children: list[subprocess.Popen[bytes]] = []
-        self._made = guardian.Made()
+        self._zram: int | None = None
+        words = map(str, (os.getpid(), name, limit_bytes, swap_bytes))
         self._guardian: subprocess.Popen[bytes] | None = subprocess.Popen(
-            python_command(guardian.__name__, msgspec.json.encode(order).decode()),
+            python_command(guardian.__name__, *words),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C in the terminal is for the parent
@@ -59,9 +61,10 @@ class Sandbox:
             line = self._guardian.stdout.readline()
             if not line:
                 raise PsiKvError("the process that owns the sandbox did not start: see its message above")
-            self._made = msgspec.json.decode(line, type=guardian.Made)
-            if self._made.problem:
-                raise PsiKvError(self._made.problem)
+            told = msgspec.json.decode(line, type=guardian.Told)
+            if told.problem:
+                raise PsiKvError(told.problem)
+            self._zram = told.zram
         except BaseException:
             self._dismiss()
             raise
@@ -75,12 +78,6 @@ class Sandbox:
             return False, str(error)
         why = zram.why_not() if swap == "zram" else ""
         return not why, why
-
-    @property
-    def group(self) -> cgroups.Group:
-        """The cgroup: its use, its peak, its kills and its folders."""
-        assert self._made.group is not None, "else it was not made"
-        return self._made.group
 
     @property
     def pressure_file(self) -> Path | None:
@@ -101,9 +98,8 @@ class Sandbox:
 
     def own_cgroups(self) -> OwnCgroups:
         """Its cgroup as if it had no ancestors: what is around it has no part in what is measured."""
-        version = self.group.place.version
-        own = Cgroup(version, self.group.memory, self.group.memory)
-        return OwnCgroups(own, None) if version == 2 else OwnCgroups(None, own)
+        own = Cgroup(self.group.version, self.group.memory, self.group.memory)
+        return OwnCgroups(own, None) if own.version == 2 else OwnCgroups(None, own)
 
     def close(self) -> None:
         """Kill what runs in it and remove it. Safe to call twice.
@@ -129,8 +125,9 @@ class Sandbox:
             return ""
         owner, self._guardian = self._guardian, None
         said, _ = owner.communicate(timeout=_CLOSE_TIMEOUT_S)
-        answer = msgspec.json.decode(said, type=guardian.Made) if said else None
-        return guardian.remove(self._made) if answer is None else answer.problem
+        if not said:
+            return guardian.remove(self.group, self._zram)
+        return msgspec.json.decode(said, type=guardian.Told).problem
 
 
 def _checked_swap(limit_bytes: int, swap_bytes: int) -> int:
@@ -151,3 +148,14 @@ def _check_headroom(wanted_bytes: int) -> None:
             f"the sandbox may take {wanted_bytes >> 20} MiB, {found.headroom_bytes >> 20} MiB are available: "
             "close other programs, or choose a smaller limit and less swap"
         )
+
+
+def drop_file_cache(path: str | Path) -> None:
+    """Forget the file's pages, so that they are read, and charged, by whoever needs them next (page cache
+    belongs to the cgroup that touches it first). Pages that another process has mapped stay where they are,
+    and so do dirty ones."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)

@@ -3,31 +3,84 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
+import msgspec
+
+from psi_kv_governor.children import python_command
 from psi_kv_governor.errors import PsiKvError
+from psi_kv_governor.events import Released, Trimmed
 from psi_kv_governor.model import check
 from psi_kv_governor.pressure.kernel_file import KernelFile
 from psi_kv_governor.pressure.psi import parse_psi
-from psi_kv_governor.sandbox import messages
-from psi_kv_governor.sandbox.host import MIB, Host, ModelKilledError
+from psi_kv_governor.quantile import quantile
+from psi_kv_governor.sandbox import subject
+from psi_kv_governor.sandbox.children import Child, neighbour
+from psi_kv_governor.sandbox.load import MIB
 from psi_kv_governor.sandbox.process_memory import glance
-from psi_kv_governor.sandbox.result import SceneResult, Seen
-from psi_kv_governor.sandbox.scene_options import CALM_TOKENS, OnEvent, SceneOptions, Tick
+from psi_kv_governor.sandbox.sandbox import Sandbox, drop_file_cache
+from psi_kv_governor.sandbox.scene_options import CALM_TOKENS, OnEvent, Said, SceneOptions, Tick, Variant
 
 _SILENCE_S = 300.0
 """A sandbox that is far too small makes a single step of the model last for ever."""
-_RESTORE_MAX_S = 30.0
 _LOOK_S = 0.1
 _TICK_S = 0.5
 """Over less, the counters of PSI are coarse."""
 _RECENT_TOKENS = 10
-_M = TypeVar("_M", bound=messages.Message)
 
 
-def run_scene(variant: str, options: SceneOptions, on_event: OnEvent = lambda event: None) -> SceneResult:
+class SceneResult(msgspec.Struct, kw_only=True):
+    """What one variant did, noted as it goes. Times of tokens are None when not one was decoded."""
+
+    variant: Variant
+    tokens: int = 0
+    seconds: float = 0.0
+    """Of decoding under pressure."""
+    tokens_per_s: float = 0.0
+    calm_tokens_per_s: float = 0.0
+    """Before the neighbour came."""
+    p50_s: float | None = None
+    p99_s: float | None = None
+    peak_resident_bytes: int = 0
+    """Of the model's process, from its start."""
+    final_resident_bytes: int = 0
+    """After the pressure, with everything back that comes back; 0 when it was killed."""
+    most_swapped_bytes: int = 0
+    """While tokens were decoded beside the neighbour."""
+    bytes_returned: int = 0
+    trims: int = 0
+    first_trim_s: float | None = None
+    """From the neighbour's start to the end of the first of them."""
+    restored: bool | None = None
+    """Whether every cell is back; None where none was given up."""
+    missing_cells: int = 0
+    restored_on_request: bool = False
+    killed: bool = False
+    """Whether the kernel killed it for want of memory."""
+    neighbour_killed: bool = False
+    stall: float | None = None
+    """Share of the pressed time in which something in the sandbox stood still."""
+
+
+class ModelKilledError(PsiKvError):
+    """The kernel killed the model's process for want of memory."""
+
+
+def check_alive(model: Child, sandbox: Sandbox | None) -> None:
+    """Raises ModelKilledError, BadInputError or PsiKvError when the model's process has ended."""
+    if not model.ended:
+        return
+    model.wait()
+    if model.killed("the model's process") and sandbox is not None and sandbox.group.oom_kills():
+        raise ModelKilledError("the kernel killed the model's process for want of memory")
+    raise PsiKvError("the model's process was killed, and not for want of memory")
+
+
+def run_scene(variant: Variant, options: SceneOptions, on_event: OnEvent = lambda event: None) -> SceneResult:
     """Run one variant of the scene from beginning to end.
 
     Everything that it starts is gone when it returns or raises. A variant that the kernel kills is a
@@ -35,123 +88,161 @@ def run_scene(variant: str, options: SceneOptions, on_event: OnEvent = lambda ev
     the model cannot be run.
     """
     check(Path(options.model))
-    limit_bytes = options.limit_bytes if options.isolated else None
-    with Host(options.setup(variant), limit_bytes, options.swap_bytes) as host:
-        scene = Scene(variant, options, host, on_event)
-        scene.play()
-        return scene.seen.result(host.said)
+    words = python_command(subject.__name__, variant, msgspec.json.encode(options).decode())
+    decode = msgspec.json.Decoder(Said).decode
+    with contextlib.ExitStack() as stack:
+        sandbox = None
+        if not options.gentle:
+            drop_file_cache(options.model)  # so that the weights are read, and charged, in it
+            sandbox = stack.enter_context(Sandbox(options.limit_bytes, swap_bytes=options.swap_bytes))
+        launch = subprocess.Popen if sandbox is None else sandbox.popen
+        model = stack.enter_context(Child(words, launch, decode))
+        return Scene(variant, options, model, sandbox, on_event).play()
 
 
 class Scene:
     """One run."""
 
-    def __init__(self, variant: str, options: SceneOptions, host: Host, on_event: OnEvent) -> None:
-        self.seen = Seen(variant=variant)
-        self._options, self._host, self._on_event = options, host, on_event
+    def __init__(
+        self,
+        variant: Variant,
+        options: SceneOptions,
+        model: Child,
+        sandbox: Sandbox | None,
+        on_event: OnEvent,
+    ) -> None:
+        self.result = SceneResult(variant=variant)
+        self.live_cells = 0
+        """Cells that attention looks at now."""
+        self._options, self._model, self._sandbox, self._on_event = options, model, sandbox, on_event
+        self._now = Said(time_s=0.0, stage="load")
+        self._token_s: dict[str, list[float]] = {"calm": [], "pressed": []}
+        self._began_s: float | None = None
+        """When the neighbour did."""
         self._heard_s = self._looked_s = self._ticked_s = time.monotonic()
-        psi = None if host.sandbox is None else host.sandbox.pressure_file
+        psi = None if sandbox is None else sandbox.pressure_file
         self._psi = None if psi is None else KernelFile(psi)
-        self._ticked_us = _some_us(self._psi)
+        self._ticked_us = self._some_us()
 
-    def play(self) -> None:
+    def play(self) -> SceneResult:
         """All of it. Raises PsiKvError where the model cannot be run."""
+        result, token_s = self.result, self._token_s["pressed"]
         try:
-            self._until(messages.Opened)
-            self._host.order(messages.Decode(tokens=CALM_TOKENS, stage="calm"))
-            self.seen.calm_tokens_per_s = CALM_TOKENS / self._until(messages.Done).seconds
+            self._until(lambda: self._now.stage == "calm" and self._now.done == self._now.total)
         except ModelKilledError:
             raise PsiKvError(
                 f"the model alone does not fit into {self._options.limit_bytes // MIB} MiB: give a higher "
                 "limit or a smaller context"
             ) from None
-        with contextlib.suppress(ModelKilledError):  # that is a result
+        result.calm_tokens_per_s = CALM_TOKENS / sum(self._token_s["calm"])
+        try:
             self._press()
-            self._settle()
-
-    def bring(self) -> None:
-        """Have the neighbour begin."""
-        self._host.bring(self._options.neighbour())
-        while not self._host.said:
-            self.hear()
+            self._model.send(b"all is over")
+            self._until(lambda: self._now.stage == "end")
+            result.missing_cells, result.restored_on_request = self._now.missing_cells, self._now.on_request
+            if (final := glance(self._model.pid)) is not None:
+                result.peak_resident_bytes = final.peak_bytes
+                result.final_resident_bytes = final.resident_bytes
+        except ModelKilledError:  # that is a result
+            result.killed = True
+        result.tokens, result.tokens_per_s = len(token_s), len(token_s) / result.seconds
+        if token_s:
+            result.p50_s, result.p99_s = (quantile(token_s, share) for share in (0.5, 0.99))
+        if result.trims:
+            result.restored = not result.killed and not result.missing_cells
+        return result
 
     def _press(self) -> None:
-        options, seen = self._options, self.seen
-        began_s, began_us = time.monotonic(), _some_us(self._psi)
-        with contextlib.suppress(ModelKilledError):  # it is seen again when it is to settle
-            if options.pressed:
-                self.bring()
-            began_s, began_us = time.monotonic(), _some_us(self._psi)
-            trim_at = options.tokens // 2 if options.gentle else None
-            order = messages.Decode(tokens=options.tokens, max_s=options.decode_max_s, trim_at=trim_at)
-            self._host.order(order)
-            seen.seconds = self._until(messages.Done).seconds
-        seen.pressed_s = began_s, time.monotonic()
-        seen.stall = _share(began_us, _some_us(self._psi), seen.pressed_s[1] - began_s)
-        seen.neighbour_killed = self._host.neighbour_killed()
-        self._host.end_neighbour()
+        """Decode beside the neighbour, where there is one."""
+        with contextlib.ExitStack() as stack:
+            beside = None
+            if self._sandbox is not None:
+                sizes = self._options.pressure_bytes // MIB, self._options.step_bytes // MIB
+                argv = neighbour(*sizes, self._options.pause_s)
+                beside = stack.enter_context(Child(argv, self._sandbox.popen, json.loads))
+                self._until(lambda: self._has_begun(beside))
+            began_s, began_us = time.monotonic(), self._some_us()
+            try:
+                self._model.send(b"decode")
+                self._until(lambda: self._now.stage == "restore")
+                self.result.seconds = sum(self._token_s["pressed"])  # by the model's own clock
+            except ModelKilledError:
+                self.result.seconds = time.monotonic() - began_s
+                raise
+            finally:
+                self.result.stall = _share(began_us, self._some_us(), time.monotonic() - began_s)
+                self.result.neighbour_killed = beside is not None and beside.killed("the neighbour")
 
-    def _settle(self) -> None:
-        self._host.order(messages.Settle(max_s=0.0 if self._options.gentle else _RESTORE_MAX_S))
-        self.seen.settled = self._until(messages.Settled)
-        final = glance(self._host.pid)
-        if final is not None:
-            self.seen.peak_bytes, self.seen.final_bytes = final.peak_bytes, final.resident_bytes
+    def _has_begun(self, beside: Child) -> bool:
+        for line in beside.hear(0.0):
+            self._began_s = self._began_s or line["time_s"]
+        if self._began_s is None and beside.ended:
+            raise PsiKvError(f"the neighbour did not start: {beside.complaint()}")
+        return self._began_s is not None
 
-    def _until(self, kind: type[_M]) -> _M:
-        """Listen until the model says `kind`."""
-        while True:
-            for message in self.hear():
-                if isinstance(message, kind):
-                    return message
-
-    def hear(self) -> list[messages.Message]:
-        """Take in what is said next, and look when it is time. Raises PsiKvError where it says no more."""
-        said: list[messages.Message] = self._host.hear(_LOOK_S)
-        now_s = time.monotonic()
-        for message in said:
-            self.seen.hear(message, now_s)
-            if isinstance(message, messages.Progress | messages.Governed):
-                self._on_event(message)
-        if said:
-            self._heard_s = now_s
-        else:
-            self._host.check_alive()
+    def _until(self, is_over: Callable[[], bool]) -> None:
+        """Listen, and look when it is time. Raises PsiKvError where the model says no more."""
+        while not is_over():
+            said = self._model.hear(_LOOK_S)
+            now_s = time.monotonic()
+            for one in said:
+                self._note(one)
+            if said:
+                self._heard_s = now_s
+            else:
+                check_alive(self._model, self._sandbox)
             if now_s - self._heard_s > _SILENCE_S:
                 raise PsiKvError(f"the model said nothing for {_SILENCE_S:.0f} s: give a higher limit")
-        if now_s - self._looked_s >= _LOOK_S:
-            self._look(now_s)
-        return said
+            if now_s - self._looked_s >= _LOOK_S:
+                self._look(now_s)
+
+    def _note(self, said: Said) -> None:
+        """What the model says."""
+        result, before = self.result, self._now
+        if said.event is None:
+            self._now = said
+            if said.stage == "prefill":
+                self.live_cells = said.done
+            elif (said.stage, said.done) == (before.stage, before.done + 1) and said.stage in self._token_s:
+                self.live_cells += 1
+                self._token_s[said.stage].append(said.time_s - before.time_s)
+        else:
+            self.live_cells = said.live_cells
+            if isinstance(said.event, Released | Trimmed):
+                result.bytes_returned += said.event.bytes_returned
+            if isinstance(said.event, Trimmed):
+                result.trims += 1
+                if result.trims == 1 and self._began_s is not None:
+                    result.first_trim_s = said.event.time_s - self._began_s
+        self._on_event(said)
 
     def _look(self, now_s: float) -> None:
         """At the model's memory; and say how it goes, when it is time."""
-        self._looked_s, seen = now_s, self.seen
-        found = glance(self._host.pid)
+        self._looked_s, result, token_s = now_s, self.result, self._token_s["pressed"]
+        found = glance(self._model.pid)
         if found is None:
             return
-        seen.peak_bytes = found.peak_bytes
-        if seen.stage == "pressed":
-            seen.most_swapped_bytes = max(seen.most_swapped_bytes, found.swap_bytes)
-        seconds = now_s - self._ticked_s
-        if seconds < _TICK_S:
+        result.peak_resident_bytes = found.peak_bytes
+        if self._now.stage == "pressed":
+            result.most_swapped_bytes = max(result.most_swapped_bytes, found.swap_bytes)
+        if (seconds := now_s - self._ticked_s) < _TICK_S:
             return
-        before_us, self._ticked_us = self._ticked_us, _some_us(self._psi)
-        self._ticked_s = now_s
-        recent_s = [token.seconds for token in seen.tokens[-_RECENT_TOKENS:]]
+        before_us, self._ticked_us, self._ticked_s = self._ticked_us, self._some_us(), now_s
+        recent_s = token_s[-_RECENT_TOKENS:]
         self._on_event(
             Tick(
                 stall=_share(before_us, self._ticked_us, seconds),
                 resident_bytes=found.resident_bytes,
-                live_cells=seen.live_cells,
-                tokens=len(seen.tokens),
+                live_cells=self.live_cells,
+                tokens=len(token_s),
                 tokens_per_s=len(recent_s) / sum(recent_s) if recent_s else 0.0,
             )
         )
 
-
-def _some_us(file: KernelFile | None) -> int | None:
-    """Stall until now; None without a sandbox, or where its kernel counts none."""
-    data = None if file is None else file.read()
-    return None if data is None else parse_psi(data).some_us
+    def _some_us(self) -> int | None:
+        """Stall until now; None without a sandbox, or where its kernel counts none."""
+        data = None if self._psi is None else self._psi.read()
+        return None if data is None else parse_psi(data).some_us
 
 
 def _share(before_us: int | None, after_us: int | None, seconds: float) -> float | None:

@@ -1,15 +1,18 @@
-"""What a scene is made of, and what is seen while it runs."""
+"""What a scene is made of, and what is said and seen while it runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
-from psi_kv_governor.sandbox.children import neighbour
-from psi_kv_governor.sandbox.host import MIB
-from psi_kv_governor.sandbox.messages import Governed, Progress, Setup, Stage
+from psi_kv_governor.events import Event
+from psi_kv_governor.sandbox.load import MIB
+
+Variant = Literal["fixed", "psi"]
+"""`fixed`: llama_cpp.Llama as upstream has it; `psi`: governed."""
+Stage = Literal["load", "prefill", "calm", "pressed", "restore", "end"]
 
 CALM_TOKENS = 16
 """Decoded in peace first: they warm up what is made on first use, and say what the machine can do."""
@@ -20,6 +23,7 @@ STAGES: dict[Stage, str] = {
     "calm": "decoding in peace",
     "pressed": "decoding",
     "restore": "waiting for quiet",
+    "end": "done",
 }
 """In words, for who looks on."""
 
@@ -32,7 +36,7 @@ class SceneOptions(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int = 120
     """Decoded under pressure."""
     threads: int = 1
-    """That decode."""
+    """That decode. With one for every core, a neighbour's work alone would slow it down: ggml spins."""
     limit_bytes: int = 450 * MIB
     pressure_bytes: int = 250 * MIB
     """What the neighbour takes ..."""
@@ -62,30 +66,23 @@ class SceneOptions(msgspec.Struct, frozen=True, kw_only=True):
             **others,
         )
 
-    @property
-    def isolated(self) -> bool:
-        """Whether there is a sandbox."""
-        return not self.gentle
 
-    @property
-    def pressed(self) -> bool:
-        """Whether there is a neighbour."""
-        return not self.gentle
+class Said(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A line of the model's process: how far it is, or what its governor did."""
 
-    def neighbour(self) -> list[str]:
-        """The command of the process that takes memory."""
-        return neighbour(self.pressure_bytes // MIB, self.step_bytes // MIB, self.pause_s)
-
-    def setup(self, variant: str) -> Setup:
-        """The model's process."""
-        return Setup(
-            variant=variant,
-            model=self.model,
-            context_tokens=self.context_tokens,
-            decoded_tokens=CALM_TOKENS + self.tokens,
-            threads=self.threads,
-            auto=not self.gentle,
-        )
+    time_s: float
+    """Of the monotonic clock, which all processes of a machine share."""
+    stage: Stage
+    done: int = 0
+    """Tokens of this stage."""
+    total: int = 1
+    event: Event | None = None
+    live_cells: int = 0
+    """Cells of the context that attention looks at after the event."""
+    missing_cells: int = 0
+    """At the end: what did not come back."""
+    on_request: bool = False
+    """Whether it was asked for: the governor had not done it in time."""
 
 
 class Tick(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,5 +96,4 @@ class Tick(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_s: float
 
 
-SceneEvent = Progress | Governed | Tick
-OnEvent = Callable[[SceneEvent], None]
+OnEvent = Callable[[Said | Tick], None]

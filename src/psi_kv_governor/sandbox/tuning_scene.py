@@ -9,14 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import closing
-from queue import SimpleQueue
 
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.pressure.headroom import HeadroomReader
 from psi_kv_governor.pressure.machine import MachineSource
 from psi_kv_governor.pressure.psi import PsiFile
 from psi_kv_governor.pressure.reading import Reading
-from psi_kv_governor.sandbox.children import Child, Heard, neighbour
+from psi_kv_governor.sandbox.children import Child, neighbour
 from psi_kv_governor.sandbox.load import MIB
 from psi_kv_governor.sandbox.sandbox import Sandbox
 
@@ -47,16 +46,15 @@ def play(with_swap: bool, say: Callable[[str], None]) -> list[list[Reading]]:
 
 def _played(with_swap: bool, step_mib: int, pause_s: float, say: Callable[[str], None]) -> list[Reading]:
     swap_bytes, taken_mib = (SWAP_BYTES, TAKEN_MIB) if with_swap else (0, TAKEN_WITHOUT_SWAP_MIB)
-    heard: Heard = SimpleQueue()  # they are ended, and not asked
     with (
         Sandbox(LIMIT_BYTES, swap_bytes=swap_bytes) as sandbox,
         closing(_source(sandbox)) as source,
     ):
         say(f"a cgroup of {LIMIT_BYTES // MIB} MiB with a process of {HELD_MIB} MiB")
-        with Child(neighbour(HELD_MIB, HELD_MIB, 0.0), sandbox.popen, heard):
+        with Child(neighbour(HELD_MIB, HELD_MIB, 0.0), sandbox.popen):
             watch(source, CALM_S)
             say(f"a neighbour takes {taken_mib} MiB, {step_mib} MiB every {pause_s:g} s")
-            with Child(neighbour(taken_mib, step_mib, pause_s), sandbox.popen, heard):
+            with Child(neighbour(taken_mib, step_mib, pause_s), sandbox.popen):
                 return watch(source, PRESSED_S)
 
 
