@@ -29,7 +29,6 @@ SCENES = {
     "trim": "What a trim returns and how fast, and that it changes no bit.",
     "overhead": "What the governor costs while the machine is calm.",
     "scale": "Caches of an 8B model's shape at 32k and 128k cells.",
-    "policies": "What scoring by keys and sampling attention cost.",
     "recall": "What recall costs a token, most of the context parked.",
     "fidelity": "What the model still knows when a policy gave up a part.",
     "oom": "At which ramp of a neighbour the kernel begins to kill.",

@@ -168,11 +168,6 @@ class Context:
 
     # -- policies ---------------------------------------------------------------------------------------
 
-    def collect(self, kinds: frozenset[Kind]) -> None:
-        """Gather evidence from now on."""
-        self._kinds = kinds
-        self.engine.collect(kinds)
-
     @property
     def evidence(self) -> Evidence:
         """What a policy can ask about the context."""
@@ -180,10 +175,6 @@ class Context:
 
     def _native(self) -> LlamaEvidence:
         return self.engine.evidence(self.cache().id, 0)
-
-    def sample(self, on: bool) -> None:
-        """Whether attention is sampled while tokens are decoded."""
-        self.engine.collect(self._kinds if on else frozenset())
 
     def sampled(self) -> bytes:
         """What has been sampled so far, to go back to."""

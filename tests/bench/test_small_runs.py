@@ -21,7 +21,7 @@ from psikv_bench.host import Host
 from psikv_bench.messages import Done, Setup
 from psikv_bench.model import differing
 from psikv_bench.record import Recorder, say_nothing
-from psikv_bench.scenes import capacity, overhead, policies, recall, scale, trim
+from psikv_bench.scenes import capacity, overhead, recall, scale, trim
 from psikv_bench.trials.sizing import until_opened
 from psikv_bench.wide_model import CELL_BYTES
 
@@ -171,22 +171,6 @@ def test_a_governed_context_is_demand_paged_and_a_plain_one_is_not(shallow_model
         with Host(Setup(variant=variant, model=str(shallow_model), context_cells=40_960)) as host:
             resident[variant] = until_opened(host, say_nothing).memory.resident_bytes
     assert resident["fixed"] - resident["psi"] > 0.7 * 40_960 * 4_608
-
-
-@pytest.mark.llama
-def test_what_policies_cost_is_taken_and_held_against_what_is_asked(shallow_model, monkeypatch):
-    monkeypatch.setattr(policies, "_QUICK", (("q8_0", 96),))
-    monkeypatch.setattr(policies, "_TOKENS", 9)
-    options = policies.PoliciesOptions(model=str(shallow_model), rounds=2)
-    of = measured(policies, options, quick=True)
-    assert {name: found.asked for (_, name), found in of.items() if found.asked} == {
-        "scoring by keynorm over a token": policies.KEY_SCORES,
-        "scoring by keydiff over a token": policies.KEY_SCORES,
-        "sampled over unsampled speed": policies.SAMPLING,
-    }
-    assert all(len(found.values) == 2 for found in of.values())
-    assert all(math.isfinite(value) and value > 0.0 for found in of.values() for value in found.values)
-    assert {case for case, _ in of} == {"q8_0, 96 tokens"}
 
 
 @pytest.mark.llama

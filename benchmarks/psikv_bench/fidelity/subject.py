@@ -49,7 +49,7 @@ class Subject(Context):
         try:
             for policy in compared:
                 self.check_served(policy)
-            self.collect(frozenset(kind for policy in compared for kind in policy.needs))
+            self.engine.collect(frozenset(kind for policy in compared for kind in policy.needs))
         except BaseException:
             self.close()
             raise
