@@ -10,9 +10,9 @@ from rich.table import Table
 
 from psi_kv_governor.sandbox.load import MIB
 from psi_kv_governor.sandbox.scene import SceneResult
-from psi_kv_governor.sandbox.scene_options import SceneOptions, Variant
+from psi_kv_governor.sandbox.scene_options import SceneOptions
 
-TITLES: dict[Variant, str] = {"fixed": "ungoverned", "psi": "governed"}
+TITLES: dict[str, str] = {"fixed": "ungoverned", "psi": "governed"}
 _PLAIN_WIDTH = 100
 
 

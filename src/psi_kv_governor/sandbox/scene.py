@@ -23,7 +23,7 @@ from psi_kv_governor.sandbox.children import Child, neighbour
 from psi_kv_governor.sandbox.load import MIB
 from psi_kv_governor.sandbox.process_memory import glance
 from psi_kv_governor.sandbox.sandbox import Sandbox, drop_file_cache
-from psi_kv_governor.sandbox.scene_options import CALM_TOKENS, OnEvent, Said, SceneOptions, Tick, Variant
+from psi_kv_governor.sandbox.scene_options import CALM_TOKENS, OnEvent, Said, SceneOptions, Tick
 
 _SILENCE_S = 300.0
 """A sandbox that is far too small makes a single step of the model last for ever."""
@@ -36,7 +36,8 @@ _RECENT_TOKENS = 10
 class SceneResult(msgspec.Struct, kw_only=True):
     """What one variant did, noted as it goes. Times of tokens are None when not one was decoded."""
 
-    variant: Variant
+    variant: str
+    """`fixed`: llama_cpp.Llama as upstream has it; `psi`: governed."""
     tokens: int = 0
     seconds: float = 0.0
     """Of decoding under pressure."""
@@ -80,7 +81,7 @@ def check_alive(model: Child, sandbox: Sandbox | None) -> None:
     raise PsiKvError("the model's process was killed, and not for want of memory")
 
 
-def run_scene(variant: Variant, options: SceneOptions, on_event: OnEvent = lambda event: None) -> SceneResult:
+def run_scene(variant: str, options: SceneOptions, on_event: OnEvent = lambda event: None) -> SceneResult:
     """Run one variant of the scene from beginning to end.
 
     Everything that it starts is gone when it returns or raises. A variant that the kernel kills is a
@@ -95,8 +96,8 @@ def run_scene(variant: Variant, options: SceneOptions, on_event: OnEvent = lambd
         if not options.gentle:
             drop_file_cache(options.model)  # so that the weights are read, and charged, in it
             sandbox = stack.enter_context(Sandbox(options.limit_bytes, swap_bytes=options.swap_bytes))
-        launch = subprocess.Popen if sandbox is None else sandbox.popen
-        model = stack.enter_context(Child(words, launch, decode))
+        child = Child(words, subprocess.Popen if sandbox is None else sandbox.popen, decode)
+        model = stack.enter_context(child)
         return Scene(variant, options, model, sandbox, on_event).play()
 
 
@@ -105,7 +106,7 @@ class Scene:
 
     def __init__(
         self,
-        variant: Variant,
+        variant: str,
         options: SceneOptions,
         model: Child,
         sandbox: Sandbox | None,
@@ -117,8 +118,8 @@ class Scene:
         self._options, self._model, self._sandbox, self._on_event = options, model, sandbox, on_event
         self._now = Said(time_s=0.0, stage="load")
         self._token_s: dict[str, list[float]] = {"calm": [], "pressed": []}
-        self._began_s: float | None = None
-        """When the neighbour did."""
+        self._trim_s: list[float] = []
+        """When each trim was over."""
         self._heard_s = self._looked_s = self._ticked_s = time.monotonic()
         psi = None if sandbox is None else sandbox.pressure_file
         self._psi = None if psi is None else KernelFile(psi)
@@ -154,31 +155,22 @@ class Scene:
 
     def _press(self) -> None:
         """Decode beside the neighbour, where there is one."""
+        began_s, began_us, options, result = time.monotonic(), self._some_us(), self._options, self.result
+        argv = neighbour(options.pressure_bytes // MIB, options.step_bytes // MIB, options.pause_s)
         with contextlib.ExitStack() as stack:
             beside = None
             if self._sandbox is not None:
-                sizes = self._options.pressure_bytes // MIB, self._options.step_bytes // MIB
-                argv = neighbour(*sizes, self._options.pause_s)
                 beside = stack.enter_context(Child(argv, self._sandbox.popen, json.loads))
-                self._until(lambda: self._has_begun(beside))
-            began_s, began_us = time.monotonic(), self._some_us()
+            self._model.send(b"decode")
             try:
-                self._model.send(b"decode")
                 self._until(lambda: self._now.stage == "restore")
-                self.result.seconds = sum(self._token_s["pressed"])  # by the model's own clock
-            except ModelKilledError:
-                self.result.seconds = time.monotonic() - began_s
-                raise
             finally:
-                self.result.stall = _share(began_us, self._some_us(), time.monotonic() - began_s)
-                self.result.neighbour_killed = beside is not None and beside.killed("the neighbour")
-
-    def _has_begun(self, beside: Child) -> bool:
-        for line in beside.hear(0.0):
-            self._began_s = self._began_s or line["time_s"]
-        if self._began_s is None and beside.ended:
-            raise PsiKvError(f"the neighbour did not start: {beside.complaint()}")
-        return self._began_s is not None
+                result.seconds = time.monotonic() - began_s
+                result.stall = _share(began_us, self._some_us(), result.seconds)
+                if beside is not None:
+                    result.neighbour_killed = beside.killed("the neighbour")
+                    if self._trim_s and (said := beside.hear(0.0)):
+                        result.first_trim_s = self._trim_s[0] - said[0]["time_s"]
 
     def _until(self, is_over: Callable[[], bool]) -> None:
         """Listen, and look when it is time. Raises PsiKvError where the model says no more."""
@@ -212,8 +204,7 @@ class Scene:
                 result.bytes_returned += said.event.bytes_returned
             if isinstance(said.event, Trimmed):
                 result.trims += 1
-                if result.trims == 1 and self._began_s is not None:
-                    result.first_trim_s = said.event.time_s - self._began_s
+                self._trim_s.append(said.event.time_s)
         self._on_event(said)
 
     def _look(self, now_s: float) -> None:

@@ -10,8 +10,6 @@ import msgspec
 from psi_kv_governor.events import Event
 from psi_kv_governor.sandbox.load import MIB
 
-Variant = Literal["fixed", "psi"]
-"""`fixed`: llama_cpp.Llama as upstream has it; `psi`: governed."""
 Stage = Literal["load", "prefill", "calm", "pressed", "restore", "end"]
 
 CALM_TOKENS = 16
