@@ -30,6 +30,7 @@ from psikv_bench.fidelity.tasks import Counts
 from psikv_bench.figures import Asked, Figure, figure
 from psikv_bench.messages import Setup
 from psikv_bench.options import Options
+from psikv_bench.process_memory import peak_bytes
 
 FOUND = Asked(">=", 0.8)
 """Of the facts that the model itself finds at that length."""
@@ -158,10 +159,10 @@ def _in_a_cgroup(far: FarOptions, whole: Sequence[bool]) -> list[Figure]:
             )
         if child.returncode:
             raise PsiKvError(f"the text can't be read within {limit_mib} MiB: {reason(problem)}")
-        peak_bytes = sandbox.group.peak_bytes() or 0
+        charged_bytes = peak_bytes(sandbox.group)
     return [
         figure("limit of the cgroup", "MB", [limit_mib * MIB / 1e6]),
-        figure("most that was charged to it", "MB", [peak_bytes / 1e6]),
+        figure("most that was charged to it", "MB", [charged_bytes / 1e6]),
         *msgspec.json.decode(said, type=list[Figure]),
     ]
 

@@ -51,12 +51,13 @@ class Host:
         self.sandbox: Sandbox | None = None
         self._neighbour: Child | None = None
         self._said: list[messages.NeighbourSaid] = []
+        self._again: list[Any] = []
         with ExitStack() as stack:
             if limit_bytes is not None:
                 drop_file_cache(setup.model)  # so that the weights are read, and charged, in it
                 self.sandbox = stack.enter_context(Sandbox(limit_bytes, swap_bytes=swap_bytes))
             self.model = stack.enter_context(self._started(self.command(setup), _OF_MODEL.decode))
-            self.pid, self.hear = self.model.pid, self.model.hear
+            self.pid = self.model.pid
             stack.callback(self.end_neighbour)
             self._stack = stack.pop_all()
 
@@ -85,6 +86,15 @@ class Host:
         """Have the model do something."""
         self.model.send(msgspec.json.encode(order))
 
+    def hear(self, timeout_s: float) -> list[Any]:
+        """What the model says within `timeout_s`; less when something comes. Empty once it has ended."""
+        found, self._again = self._again, []
+        return found or self.model.hear(timeout_s)
+
+    def hear_again(self, heard: Sequence[Any]) -> None:
+        """Give back what was heard last and nobody looked at: the next `hear` begins with it."""
+        self._again[:0] = heard
+
     def check_alive(self) -> None:
         """Raises ModelKilledError, BadInputError or PsiKvError when the model's process has ended."""
         check_alive(self.model, self.sandbox)
@@ -106,7 +116,7 @@ class Host:
             heard = self.hear(_POLL_S)
             for place, message in enumerate(heard):
                 if isinstance(message, kind):
-                    self.model.hear_again(heard[place + 1 :])
+                    self.hear_again(heard[place + 1 :])
                     return message
                 on_other(message)
             self.check_alive()

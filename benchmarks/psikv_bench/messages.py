@@ -129,7 +129,7 @@ class Decode(Order, frozen=True, kw_only=True):
 
 
 class Settle(Order, frozen=True, kw_only=True):
-    """Wait so long for the governor to put everything back, then ask for it. Says Settled."""
+    """Wait so long for the governor to put everything back, then ask for it. Says Looked."""
 
     max_s: float
 
@@ -230,14 +230,6 @@ class Governed(Message, frozen=True, kw_only=True):
     """Cells of the context that attention looks at after it."""
 
 
-class Settled(Message, frozen=True, kw_only=True):
-    """After the pressure: what is back."""
-
-    missing_cells: int
-    on_request: bool
-    """Whether it was asked for: the governor had not done it in time."""
-
-
 class Stopped(Message, frozen=True):
     """Nothing is decoded any more."""
 
@@ -274,7 +266,7 @@ class Looked(Message, frozen=True, kw_only=True):
     """Processor time of the governor's thread so far; 0 without one."""
 
 
-Said = Progress | Opened | Token | Done | Governed | Settled | Stopped | Turned | Checked | Looked
+Said = Progress | Opened | Token | Done | Governed | Stopped | Turned | Checked | Looked
 
 
 class NeighbourSaid(msgspec.Struct, frozen=True, kw_only=True):

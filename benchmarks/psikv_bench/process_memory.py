@@ -1,4 +1,4 @@
-"""What a process sees of its own memory, and of what else it holds.
+"""What a process sees of its own memory, and what a cgroup ever took.
 
 proc_pid_smaps(5) for `smaps_rollup`: exact, since it walks the page tables.
 """
@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 from psi_kv_governor.errors import PsiKvError
+from psi_kv_governor.sandbox.cgroups import Group
 from psi_kv_governor.sandbox.process_memory import Sample, kilobytes
 
 GOVERNOR_THREAD = "psi-kv-governor"
@@ -29,6 +30,12 @@ def sample(pid: int, root: Path = Path("/")) -> Sample | None:
         swap_bytes=rollup.get("Swap", 0) * 1024,
         peak_bytes=peak * 1024,
     )
+
+
+def peak_bytes(group: Group) -> int:
+    """Most memory ever charged to a cgroup; 0 before Linux 5.19 with v2."""
+    files = (group.memory / name for name in ("memory.peak", "memory.max_usage_in_bytes"))
+    return next((int(file.read_text()) for file in files if file.exists()), 0)
 
 
 def own_memory() -> Sample:

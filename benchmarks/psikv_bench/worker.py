@@ -213,15 +213,15 @@ class Worker:
         removed = 0 if self._pruner is None else self._pruner.removed_cells
         return found._replace(live=found.live - removed, lost=found.lost + removed)
 
-    def _settle(self, order: messages.Settle) -> messages.Settled:
+    def _settle(self, order: messages.Settle) -> messages.Looked:
         """Wait for what is away, then ask for it."""
         say(messages.Progress(stage="restore", done=0, total=1))
         until_s = time.monotonic() + order.max_s
         while (cells := self._cells()).masked and time.monotonic() < until_s:
             time.sleep(_LOOK_S)
-        missing = cells.masked + cells.lost
-        asked = self.setup.governed and missing > 0
-        return messages.Settled(missing_cells=self._put_back() if asked else missing, on_request=asked)
+        if cells.masked + cells.lost:
+            self._put_back()
+        return self._look(order)
 
     def _put_back(self) -> int:
         """Ask for all that is away; gives the cells that stay away."""
@@ -242,7 +242,7 @@ class Worker:
             time.sleep(_LOOK_S)
         return messages.Checked(missing_cells=missing, digest="")
 
-    def _look(self, order: messages.Look) -> messages.Looked:
+    def _look(self, order: messages.Order) -> messages.Looked:
         cells = self._cells()
         return messages.Looked(
             memory=own_memory(),

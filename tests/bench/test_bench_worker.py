@@ -108,7 +108,7 @@ def test_what_is_said_behind_what_was_waited_for_is_heard_by_the_next_who_waits(
         heard = []
         while len(heard) < len(Speaker.SAID):
             heard += host.hear(TIMEOUT_S)
-        host.model.hear_again(heard)
+        host.hear_again(heard)
         others = []
         assert host.until(messages.Done, TIMEOUT_S, others.append) == done
         assert others == [token]

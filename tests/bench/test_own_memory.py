@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import mmap
 import os
+import sys
+
+import pytest
 
 from psi_kv_governor.sandbox.process_memory import glance
-from psikv_bench.process_memory import own_memory, sample
+from psi_kv_governor.sandbox.sandbox import Sandbox
+from psikv_bench.process_memory import own_memory, peak_bytes, sample
 
 
 def test_this_process_is_seen_to_grow():
@@ -40,6 +44,14 @@ def test_the_kernel_s_kilobytes_are_turned_into_bytes(tmp_path):
     assert (seen.resident_bytes, seen.anonymous_bytes, seen.swap_bytes, seen.peak_bytes) == (
         30 * 1024, 20 * 1024, 5 * 1024, 40 * 1024,
     )  # fmt: skip
+
+
+@pytest.mark.cgroup
+def test_the_most_that_a_cgroup_ever_took_is_known_when_it_is_given_back():
+    with Sandbox(64 << 20) as sandbox:
+        taken = "import os; taken = os.urandom(20 << 20)"
+        assert sandbox.popen([sys.executable, "-c", taken]).wait(60) == 0
+        assert 20 << 20 < peak_bytes(sandbox.group) <= 64 << 20
 
 
 def test_a_glance_sees_what_a_look_sees_to_some_pages():

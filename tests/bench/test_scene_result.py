@@ -119,7 +119,9 @@ def said(time_s: float, work_bytes: int) -> NeighbourSaid:
 
 
 def test_the_figures_of_a_scene_are_of_its_pressed_time():
-    settled = messages.Settled(missing_cells=0, on_request=False)
+    settled = messages.Looked(
+        memory=look(0.0).memory, live_cells=77, masked_cells=0, lost_cells=0, governor_cpu_s=0.0
+    )
     seen = Seen(variant="fixed", seconds=0.5, settled=settled, pressed_s=(101.0, 102.0))
     seen.live = [(100.0, 70), (101.5, 77), (103.0, 5)]
     seen.tokens = [messages.Token(time_s=101.0, seconds=seconds) for seconds in (0.1, 0.2)]

@@ -95,7 +95,6 @@ class TestLimit:
             assert child.stdout.readline() == b"20\n"
             assert sandbox.group.pids() == [child.pid]
             assert 20 * MIB < sandbox.group.usage_bytes() < 64 * MIB
-            assert sandbox.group.peak_bytes() >= sandbox.group.usage_bytes()
             child.communicate()
             assert child.returncode == 0
             folders = sandbox.group.folders
@@ -106,7 +105,6 @@ class TestLimit:
             child = sandbox.popen([sys.executable, "-c", FILL, "100"], stdin=subprocess.DEVNULL)
             assert child.wait(20) == -signal.SIGKILL
             assert sandbox.group.oom_kills() == 1
-            assert sandbox.group.peak_bytes() <= 64 * MIB
 
     def test_it_closes_on_programs_that_run_on(self):
         with Sandbox(64 * MIB) as sandbox:

@@ -11,7 +11,6 @@ import msgspec
 
 from psi_kv_governor.events import Released, Trimmed
 from psi_kv_governor.quantile import quantile
-from psi_kv_governor.sandbox.process_memory import Sample
 from psikv_bench import messages
 from psikv_bench.messages import NeighbourSaid, Stage, Variant
 from psikv_bench.watch import Look, Shares, amount_at, between, shares
@@ -58,8 +57,6 @@ class SceneResult(msgspec.Struct, frozen=True, kw_only=True):
     p99_s: float | None
     peak_resident_bytes: int
     """Of the model's process, from its start."""
-    final_resident_bytes: int
-    """After the pressure, with everything back that comes back; 0 when it was killed."""
     most_swapped_bytes: int
     """While tokens were decoded beside the neighbour."""
     bytes_returned: int
@@ -69,7 +66,6 @@ class SceneResult(msgspec.Struct, frozen=True, kw_only=True):
     restored: bool | None
     """Whether every cell is back; None where none was given up."""
     missing_cells: int
-    restored_on_request: bool
     killed: bool
     """Whether the kernel killed it for want of memory."""
     neighbour_killed: bool
@@ -114,11 +110,9 @@ class Seen:
     """When decoding under pressure began and ended, by this process's clock."""
     seconds: float | None = None
     """Of decoding under pressure, by the model's own clock; None: it was killed before it could say."""
-    final: Sample | None = None
-    """Of its memory, with everything back that comes back; None: it was killed."""
     neighbour_killed: bool = False
-    settled: messages.Settled | None = None
-    """None: it was killed."""
+    settled: messages.Looked | None = None
+    """With everything back that comes back; None: it was killed."""
 
     @property
     def stage(self) -> Stage:
@@ -159,7 +153,7 @@ def result_of(seen: Seen, looks: Sequence[Look], said: Sequence[NeighbourSaid]) 
     zero_s = work[0][0] if work else begin_s
     beside = [look.memory for look in looks if begin_s <= look.time_s <= end_s and look.memory.resident_bytes]
     inside = between(looks, begin_s, end_s, inside=True)
-    memories = [look.memory for look in looks] + ([] if seen.final is None else [seen.final])
+    missing = 0 if settled is None else settled.masked_cells + settled.lost_cells
     return SceneResult(
         variant=seen.variant,
         tokens=len(token_s),
@@ -168,15 +162,13 @@ def result_of(seen: Seen, looks: Sequence[Look], said: Sequence[NeighbourSaid]) 
         calm_tokens_per_s=seen.calm_tokens_per_s,
         p50_s=quantile(token_s, 0.5) if token_s else None,
         p99_s=quantile(token_s, 0.99) if token_s else None,
-        peak_resident_bytes=max((memory.peak_bytes for memory in memories), default=0),
-        final_resident_bytes=0 if seen.final is None else seen.final.resident_bytes,
+        peak_resident_bytes=max((look.memory.peak_bytes for look in looks), default=0),
         most_swapped_bytes=max((memory.swap_bytes for memory in beside), default=0),
         bytes_returned=seen.returned_bytes,
         trims=len(seen.trim_s),
         first_trim_s=seen.trim_s[0] - zero_s if seen.trim_s and work else None,
-        restored=None if not seen.trim_s else settled is not None and settled.missing_cells == 0,
-        missing_cells=0 if settled is None else settled.missing_cells,
-        restored_on_request=settled is not None and settled.on_request,
+        restored=None if not seen.trim_s else settled is not None and not missing,
+        missing_cells=missing,
         killed=settled is None,
         neighbour_killed=seen.neighbour_killed,
         stall=None if inside is None else inside.some,

@@ -13,7 +13,6 @@ import msgspec
 from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.model import check
 from psi_kv_governor.pressure.headroom import machine_headroom
-from psi_kv_governor.sandbox.process_memory import glance
 from psi_kv_governor.sandbox.scene_options import CALM_TOKENS
 from psikv_bench import messages
 from psikv_bench.host import MIB, Host, ModelKilledError
@@ -99,8 +98,7 @@ class _Playing:
         with contextlib.suppress(ModelKilledError):  # that is a result
             self._press()
             host.order(messages.Settle(max_s=_RESTORE_MAX_S))
-            seen.settled = self._until(messages.Settled)
-            seen.final = glance(host.pid)
+            seen.settled = self._until(messages.Looked)
 
     def _press(self) -> None:
         options, host, seen = self._options, self._host, self.seen

@@ -27,6 +27,7 @@ from psikv_bench.host import MIB, Host, ModelKilledError
 from psikv_bench.journal import Journal
 from psikv_bench.messages import Setup, Variant
 from psikv_bench.options import each_once, in_order
+from psikv_bench.process_memory import peak_bytes
 from psikv_bench.record import Recorder, Report, Say
 from psikv_bench.scene import Scene
 from psikv_bench.search import largest
@@ -145,7 +146,7 @@ class _Probing:
             except PsiKvError as error:
                 ending, why = _ENDINGS.get(type(error), "failed"), str(error)
             assert host.sandbox is not None, "it has a limit"
-            peak_bytes = host.sandbox.group.peak_bytes() or 0
+            charged_bytes = peak_bytes(host.sandbox.group)
         singles_s = [token.seconds for token in self._tokens if token.tokens == 1]
         chunks = [token for token in self._tokens if token.tokens > 1]
         chunks_s = sum(token.seconds for token in chunks)
@@ -158,7 +159,7 @@ class _Probing:
             done_tokens=sum(token.tokens for token in self._tokens),
             prompt_tokens_per_s=sum(token.tokens for token in chunks) / chunks_s if chunks else None,
             tokens_per_s=1.0 / quantile(singles_s, 0.5) if singles_s else None,
-            peak_bytes=peak_bytes,
+            peak_bytes=charged_bytes,
             live_cells=0 if looked is None else looked.live_cells,
             masked_cells=0 if looked is None else looked.masked_cells,
             lost_cells=0 if looked is None else looked.lost_cells,

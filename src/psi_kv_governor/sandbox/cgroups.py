@@ -47,13 +47,6 @@ class Group:
         """Memory charged to the group now. Raises OSError when the group is gone."""
         return int(self._file("memory.current", "memory.usage_in_bytes").read_text())
 
-    def peak_bytes(self) -> int | None:
-        """Most memory ever charged to the group; None before Linux 5.19 with v2."""
-        try:
-            return int(self._file("memory.peak", "memory.max_usage_in_bytes").read_text())
-        except FileNotFoundError:
-            return None
-
     def oom_kills(self) -> int:
         """Processes of the group that the kernel killed for want of memory."""
         text = self._file("memory.events", "memory.oom_control").read_text()

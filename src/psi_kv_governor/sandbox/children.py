@@ -38,7 +38,6 @@ class Child:
         """Whether all that it said was heard, and no more will be."""
         self._decode = decode
         self._lines: SimpleQueue[bytes | None] = SimpleQueue()
-        self._again: list[Any] = []
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed in `end`
         self._process = launch(
             argv,
@@ -63,7 +62,7 @@ class Child:
 
     def hear(self, timeout_s: float) -> list[Any]:
         """What it says within `timeout_s`; less when something comes. Empty once it has ended."""
-        found, self._again = self._again, []
+        found: list[Any] = []
         with contextlib.suppress(Empty):
             while not self.ended:
                 line = self._lines.get(timeout=0.0 if found else max(0.0, timeout_s))
@@ -72,10 +71,6 @@ class Child:
                 else:
                     found.append(self._decode(line))
         return found
-
-    def hear_again(self, heard: Sequence[Any]) -> None:
-        """Give back what was heard last and nobody looked at: the next `hear` begins with it."""
-        self._again[:0] = heard
 
     def send(self, line: bytes) -> None:
         """Write a line to its standard input; nothing happens where the process no longer listens."""
