@@ -22,7 +22,8 @@ TORCH ?= torch==2.13.0
 KVPRESS := kvpress==0.5.5
 # What the tests of an environment ask for besides: the extra `dev` has compilers and browsers, and takes a minute.
 TEST_PACKAGES := 'pytest>=8.2' 'pytest-timeout>=2.3' 'hypothesis>=6.100'
-# Frameworks that make or use a llama_cpp.Llama: half a GB, in an environment that borrows .venv's llama-cpp-python.
+# Frameworks that make or use a llama_cpp.Llama: half a GB, in an environment that borrows .venv's llama-cpp-python,
+# and its pip.
 FRAMEWORKS := .venv-frameworks
 FRAMEWORKS_READY := $(FRAMEWORKS)/.psi-kv-ready
 FRAMEWORK_PACKAGES := 'guidance>=0.3,<0.4' langchain-community llama-index-llms-llama-cpp llama-cpp-haystack outlines \
@@ -105,7 +106,7 @@ test-frameworks: $(FRAMEWORKS_READY) model ## Tests of guidance, LangChain, Llam
 	$(FRAMEWORKS)/bin/python -m pytest tests/frameworks tests/examples/test_langchain_example.py
 
 $(FRAMEWORKS_READY): pyproject.toml $(READY)
-	$(PYTHON) -m venv $(FRAMEWORKS)
+	$(PYTHON) -m venv --without-pip $(FRAMEWORKS)
 	{ echo '$(CURDIR)/src'; $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; } \
 	  > "$$($(FRAMEWORKS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"
 	$(FRAMEWORKS)/bin/python -m pip install --disable-pip-version-check --quiet --no-compile $(FRAMEWORK_PACKAGES)
@@ -142,7 +143,7 @@ $(TRANSFORMERS_READY): pyproject.toml | $(BIN)/python
 	$(TRANSFORMERS)/bin/python -m pip install --disable-pip-version-check --quiet --no-compile '$(TORCH)' \
 	  'transformers<6' 'gguf>=0.17' accelerate $(TEST_PACKAGES) --editable .
 	$(TRANSFORMERS)/bin/python -m pip install --disable-pip-version-check --quiet --no-compile --no-deps '$(KVPRESS)'
-	$(PYTHON) -m venv $(TRANSFORMERS)/oldest
+	$(PYTHON) -m venv --without-pip $(TRANSFORMERS)/oldest
 	cd $(TRANSFORMERS) && { bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; \
 	  echo '$(CURDIR)/src'; } > "$$(oldest/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/newest.pth"
 	$(TRANSFORMERS)/oldest/bin/python -m pip install --disable-pip-version-check --quiet --no-compile 'transformers==5.2.0'

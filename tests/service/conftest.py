@@ -13,6 +13,7 @@ from servers import PSI_KV, debian_server, python_with_servers
 from service_help import compiled_in, paper
 
 from fakes import FakeSource
+from gguf_models import Shape, write_model
 from packages_help import Unavailable
 from psi_kv_governor.engines.simulated import SimulatedEngine
 from psi_kv_governor.governor import Governor
@@ -51,25 +52,33 @@ def python_of_servers() -> Path:
         pytest.skip(f"the servers of xllamacpp and llama_cpp can't be had here: {error}")
 
 
+@pytest.fixture(scope="session")
+def byte_model(tmp_path_factory) -> Path:
+    """A model whose tokens are bytes, with 4 KiB a cell: its caches are large, and hundreds of its tokens
+    take no time."""
+    shape = Shape("llama", n_layer=4, n_head=4, n_head_kv=4, n_ctx=131_072)
+    return write_model(tmp_path_factory.mktemp("model") / "bytes.gguf", shape)
+
+
 @pytest.fixture(scope="session", params=["xllamacpp", "debian"])
-def server_command(request, shallow_model) -> Callable[[int], list[str]]:
-    """The command of a real llama-server at a port: default flags, 131,072 cells (of few layers), 4
-    slots, and one thread (two on a busy machine wait for each other)."""
+def server_command(request, byte_model) -> Callable[[int], list[str]]:
+    """The command of a real llama-server at a port: default flags, 131,072 cells, 4 slots, and one thread
+    (two on a busy machine wait for each other)."""
     if request.param == "xllamacpp":
         python = str(request.getfixturevalue("python_of_servers"))
         script = str(Path(__file__).with_name("xllamacpp_server.py"))
-        return lambda port: [python, script, str(shallow_model), str(port), "131072"]
+        return lambda port: [python, script, str(byte_model), str(port), "131072"]
     try:
         program = debian_server()
     except Unavailable as error:
         pytest.skip(f"Debian's llama-server can't be had here: {error}")
-    return lambda port: [*program, "-m", str(shallow_model), "-c", "131072", "-t", "1", "--port", str(port)]
+    return lambda port: [*program, "-m", str(byte_model), "-c", "131072", "-t", "1", "--port", str(port)]
 
 
 @pytest.fixture
-def xllamacpp(python_of_servers, shallow_model) -> Callable[[int], list[str]]:
+def xllamacpp(python_of_servers, byte_model) -> Callable[[int], list[str]]:
     script = str(Path(__file__).with_name("xllamacpp_server.py"))
-    return lambda port: [str(python_of_servers), script, str(shallow_model), str(port), "4096"]
+    return lambda port: [str(python_of_servers), script, str(byte_model), str(port), "4096"]
 
 
 @pytest.fixture

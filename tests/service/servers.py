@@ -202,10 +202,9 @@ class Server:
             return json.load(answer)
 
     def complete(self, prompt: str, n_predict: int = 8) -> Answer:
-        told = self.post(
-            "/completion",
-            {"prompt": prompt, "n_predict": n_predict, "temperature": 0, "cache_prompt": True, "n_probs": 1},
-        )
+        # Random weights may end an answer at any token.
+        asked = {"n_predict": n_predict, "temperature": 0, "n_probs": 1, "ignore_eos": True}
+        told = self.post("/completion", {"prompt": prompt, "cache_prompt": True, **asked})
         probabilities = tuple((one["id"], one["logprob"]) for one in told["completion_probabilities"])
         return Answer(told["content"], probabilities, told["timings"]["prompt_n"])
 

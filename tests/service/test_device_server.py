@@ -10,18 +10,19 @@ from pathlib import Path
 import pytest
 from servers import Server, debian_server, free_port, resident_bytes, with_agent
 
+from gguf_models import LARGE, write_model
 from packages_help import Unavailable
 from psi_kv_governor.engines.llama.fleet import Fleet
 from psi_kv_governor.governor import Governor
 from waiting import until
 
-# A token takes half a second there, and more on a busy machine.
+# A driver in software takes its time, and more on a busy machine.
 pytestmark = [pytest.mark.llama, pytest.mark.slow, pytest.mark.timeout(1800)]
 PROMPT = "Once upon a time there was a machine that "
 
 
 @pytest.fixture(scope="module")
-def device_server(demo_model) -> tuple[list[str], dict[str, str]]:
+def device_server(tmp_path_factory) -> tuple[list[str], dict[str, str]]:
     """The command of Debian's server with every layer on the device, and the driver's environment."""
     try:
         program = debian_server("libggml0-backend-vulkan", "mesa-vulkan-drivers")
@@ -35,8 +36,9 @@ def device_server(demo_model) -> tuple[list[str], dict[str, str]]:
     icd = {"library_path": str(driver), "api_version": "1.4.0"}
     manifest.write_text(json.dumps({"ICD": icd, "file_format_version": "1.0.0"}))
     told = {"VK_DRIVER_FILES": str(manifest), "GGML_VK_VISIBLE_DEVICES": "0", "LP_NUM_THREADS": "2"}
+    model = write_model(tmp_path_factory.mktemp("model") / "bytes.gguf", LARGE)
     flags = ["-c", "2048", "-np", "2", "-t", "1", "-ngl", "99", "--cache-ram", "512", "--no-warmup"]
-    return [*program, "-m", str(demo_model), *flags], told
+    return [*program, "-m", str(model), *flags], told
 
 
 def test_the_saved_states_of_a_server_on_a_device_are_parked_and_come_back(device_server, folder, tmp_path):

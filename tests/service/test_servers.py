@@ -28,8 +28,8 @@ MOST = 0.2
 """Of what the ungoverned server has resident."""
 N_TALKS = 5
 """One more than there are slots: the oldest goes to the server's prompt cache."""
-SENTENCES = 22
-"""290 tokens: a server saves a state of them, and none of 190. `psi-kv bench server` has 1,500."""
+SENTENCES = 5
+"""300 tokens, which are bytes: a server saves a state of them, and none of 190."""
 TALKS = [
     f"Story number {i}. " + "The quick brown fox jumps over the lazy dog and goes home. " * SENTENCES
     for i in range(N_TALKS)
@@ -136,11 +136,11 @@ def test_when_the_sidecar_is_killed_masks_are_taken_off_and_the_next_one_finds_t
         ) as sidecar:
             assert int(sidecar.stdout.readline()) > 0
             answers: list[Answer] = []
-            asking = threading.Thread(target=lambda: answers.append(server.complete(TALKS[0], 64)))
+            asking = threading.Thread(target=lambda: answers.append(server.complete(TALKS[0], 512)))
             asking.start()
             sidecar.kill()
         asking.join()
-        assert len(answers[0].logprobs) == 64
+        assert len(answers[0].logprobs) == 512
         with contextlib.closing(Fleet(place=str(folder), backing="memory", name=name.name)) as fleet:
             until(lambda: bool(fleet.pids), "the agent did not come back")
             assert not any(s.masked for cache in fleet.snapshot().caches for s in cache.sequences)

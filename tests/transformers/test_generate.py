@@ -24,7 +24,7 @@ def meddled(cache: GovernedCache, place) -> Iterator[list[str]]:
 
     def meddle() -> None:
         verbs = [Verb.PARK, Verb.WRITE_BEHIND, Verb.UNPARK, Verb.RELEASE]
-        while not over.is_set():
+        while not over.wait(0.002):  # a token takes as long: without a pause both wait for each other
             rounds[0] += 1
             verb = verbs[rounds[0] % len(verbs)]
             result = engine.apply(Plan(steps=(Step(verb=verb, cache=cache.id),), deadline_s=5.0))

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from gguf_models import LARGE
 from psi_kv_governor.sandbox.sandbox import Sandbox
 
 pytestmark = [pytest.mark.llama, pytest.mark.swap]
@@ -22,9 +21,8 @@ agent = loader.load().agent
 agent.configure(sys.argv[2], in_file=False, reserve_bytes=0, limit_bytes=0)
 import llama_cpp
 from psi_kv_governor.engines.llama.client import Client, InProcess, Op
-llm = llama_cpp.Llama(sys.argv[1], n_ctx=8192, n_threads=1, n_threads_batch=1, verbose=False, flash_attn=True)
-for _ in range(5):
-    llm.eval([i % 240 + 5 for i in range(1500)])
+llm = llama_cpp.Llama(sys.argv[1], n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False, flash_attn=True)
+llm.eval([i % 240 + 5 for i in range(480)])
 client = Client(InProcess(agent.serve))
 
 def status(name):
@@ -43,9 +41,9 @@ while resident() > full // 4 and len(takes) < 400:  # so much more that the kern
         other[0] = 1
 out = {"full": full, "left": resident(), "swapped": status("VmSwap")}
 before = status("VmSwap")
-reply = client.ask(Op.PARK, region.id, 0, ranges=[(0, 4000)])
+reply = client.ask(Op.PARK, region.id, 0, ranges=[(0, 256)])
 out |= {"written": reply.written, "problem": reply.problem, "read": before - status("VmSwap")}
-assert llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(llm.ctx), 0, 0, 3000)
+assert llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(llm.ctx), 0, 0, 192)
 before = status("VmSwap")
 reply = client.ask(Op.RELEASE, region.id)
 out |= {"freed": before - status("VmSwap"), "released_problem": reply.problem}
@@ -65,14 +63,14 @@ def told_by(script: str, *words: str, limit_bytes: int) -> dict[str, Any]:
     return out
 
 
-def test_what_is_in_zram_is_not_read_to_be_parked_and_is_freed_there_when_nobody_uses_it(tiny_model, folder):
-    out = told_by(SCRIPT, str(tiny_model(LARGE)), str(folder), limit_bytes=300 << 20)
+def test_what_is_in_zram_is_not_read_to_be_parked_and_is_freed_there_when_nobody_uses_it(wide_model, folder):
+    out = told_by(SCRIPT, str(wide_model), str(folder), limit_bytes=300 << 20)
     assert out["left"] <= out["full"] // 4, out
     assert out["problem"] == ""
     # Only what was resident is written, and nothing came back from zram for it.
     assert out["written"] <= out["left"] + (1 << 20), out
     assert out["read"] <= 1 << 20, out
-    # The first 3,000 of 7,500 positions are free now, nearly all of them in zram.
+    # The first 192 of 480 positions are free now, nearly all of them in zram.
     assert out["freed"] > 0.3 * out["full"], out
 
 
@@ -83,9 +81,9 @@ from psi_kv_governor import GovernedLlama
 from psi_kv_governor.config import GovernorConfig
 import llama_cpp
 config = GovernorConfig(place=sys.argv[2], place_reserve_bytes=0, backing="memory", status_socket=False)
-llm = GovernedLlama(sys.argv[1], config=config, auto=False, n_ctx=8192, n_threads=1, n_threads_batch=1,
+llm = GovernedLlama(sys.argv[1], config=config, auto=False, n_ctx=512, n_threads=1, n_threads_batch=1,
                     verbose=False, flash_attn=True)
-tokens = [i % 240 + 5 for i in range(6000)]
+tokens = [i % 240 + 5 for i in range(384)]
 llm.eval(tokens)
 
 def swapped():
@@ -99,8 +97,8 @@ lines = [line.split() for line in open("/proc/self/maps")]
 anonymous = [line[0].split("-") for line in lines if line[1] == "rw-p" and len(line) == 5]
 spans = [(int(first, 16), int(last, 16)) for first, last in anonymous]
 full = cache().resident_bytes
-llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(llm.ctx), 0, 1000, -1)
-llm.n_tokens = 1000
+llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(llm.ctx), 0, 64, -1)
+llm.n_tokens = 64
 libc = ctypes.CDLL(None, use_errno=True)
 for first, last in spans:  # the kernel takes what nobody reads: at once, instead of by pressure
     if last - first >= full // 2:
@@ -114,16 +112,16 @@ while swapped() > out["before"] // 2 and time.monotonic() < until_s:
 out["after"] = swapped()
 time.sleep(1.1)
 out["again"] = cache().frees_swap
-llm.eval(tokens[1000:1010])
+llm.eval(tokens[64:74])
 print(json.dumps(out))
 llm.close()
 """
 
 
-def test_free_cells_that_are_wholly_in_zram_are_freed_there_without_anybody_asking(tiny_model, folder):
-    out = told_by(FREED, str(tiny_model(LARGE)), str(folder), limit_bytes=600 << 20)
+def test_free_cells_that_are_wholly_in_zram_are_freed_there_without_anybody_asking(wide_model, folder):
+    out = told_by(FREED, str(wide_model), str(folder), limit_bytes=600 << 20)
     assert out["left"] < 1 << 20, out
     assert out["before"] > 0.8 * out["full"], out
-    # 5,000 of its 6,000 cells are nobody's.
+    # 320 of its 384 cells are nobody's.
     assert out["before"] - out["after"] > 0.6 * out["full"], out
     assert out["again"] is False  # and then there is nothing left to do
