@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from typing import Any
 
 from psi_kv_governor.errors import PsiKvError
@@ -15,12 +16,11 @@ def prompt_text(n_characters: int) -> str:
 
     parts: list[str] = []
     size = 0
-    while size < n_characters:  # no more than is needed: this process's memory is measured
-        for name in sorted(topics):
-            parts.append(topics[name])
-            size += len(parts[-1])
-            if size >= n_characters:
-                break
+    for name in cycle(sorted(topics)):  # no more than is needed: this process's memory is measured
+        parts.append(topics[name])
+        size += len(parts[-1])
+        if size >= n_characters:
+            break
     return "".join(parts)[:n_characters]
 
 
