@@ -35,20 +35,6 @@ class Told(msgspec.Struct, frozen=True, kw_only=True):
     """What could not be made or removed."""
 
 
-def make(group: Group, limit_bytes: int, swap_bytes: int) -> int | None:
-    """Make the group and a device of `swap_bytes` (0: none), and give its number.
-
-    Raises PsiKvError, with nothing left behind.
-    """
-    number = zram.add_swap(swap_bytes) if swap_bytes else None
-    try:
-        cgroups.make_group(group, limit_bytes, swap_bytes)
-    except PsiKvError:
-        remove(group, number)
-        raise
-    return number
-
-
 def remove(group: Group, number: int | None) -> str:
     """Remove all of it, processes first. Gives what is left; empty when nothing is."""
     problems = [cgroups.remove_group(group), "" if number is None else zram.remove_swap(number)]
@@ -59,10 +45,13 @@ def main(parent: int, name: str, limit_bytes: int, swap_bytes: int) -> int:
     """Own a sandbox until the parent lets go of it. Gives the exit status."""
     for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signal_number, signal.SIG_IGN)
+    group = cgroups.find_place().below(name)
+    number: int | None = None
     try:
-        group = cgroups.find_place().below(name)
-        number = make(group, limit_bytes, swap_bytes)
+        number = zram.add_swap(swap_bytes) if swap_bytes else None
+        cgroups.make_group(group, limit_bytes, swap_bytes)
     except PsiKvError as error:
+        remove(group, number)
         _say(Told(problem=str(error)))
         return error.exit_status
     _say(Told(zram=number))

@@ -46,7 +46,7 @@ class Sandbox:
         # A name that was never used: removing a group kills what is in it.
         name = f"psi-kv-sandbox-{os.getpid()}-{secrets.token_hex(4)}"
         self.group = cgroups.find_place().below(name)
-        """The cgroup: its use, its peak, its kills and its folders."""
+        """The cgroup: its use, its kills and its folders."""
         self._children: list[subprocess.Popen[bytes]] = []
         self._zram: int | None = None
         words = map(str, (os.getpid(), name, limit_bytes, swap_bytes))
