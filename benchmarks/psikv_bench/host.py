@@ -6,7 +6,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import msgspec
 
@@ -16,14 +16,16 @@ from psi_kv_governor.sandbox.children import Child
 from psi_kv_governor.sandbox.load import MIB
 from psi_kv_governor.sandbox.sandbox import Sandbox, drop_file_cache
 from psi_kv_governor.sandbox.scene import ModelKilledError, check_alive
-from psikv_bench import load, messages, worker
+from psikv_bench import load, messages
 from psikv_bench.load import LoadKind
 from psikv_bench.messages import Setup
 from psikv_bench.watch import MACHINE_PRESSURE
+from psikv_bench.worker import Worker
 
 __all__ = ["MIB", "Host", "ModelKilledError", "SilentError", "neighbour"]
 
 _POLL_S = 0.1
+_P = ParamSpec("_P")
 _M = TypeVar("_M", bound=messages.Message)
 _OF_MODEL = msgspec.json.Decoder(messages.Said)
 _OF_NEIGHBOUR = msgspec.json.Decoder(messages.NeighbourSaid)
@@ -65,7 +67,7 @@ class Host:
         """How the model's process is started: the reference polls the pressure of where that is."""
         file = (None if self.sandbox is None else self.sandbox.pressure_file) or MACHINE_PRESSURE
         setup = msgspec.structs.replace(setup, pressure_file=str(file))
-        return python_command(worker.__name__, msgspec.json.encode(setup).decode())
+        return python_command(Worker.__module__, msgspec.json.encode(setup).decode())
 
     def _started(self, argv: Sequence[str], decode: Callable[[bytes], Any]) -> Child:
         return Child(argv, subprocess.Popen if self.sandbox is None else self.sandbox.popen, decode)
@@ -82,9 +84,12 @@ class Host:
 
     # -- the model --------------------------------------------------------------------------------------
 
-    def order(self, order: messages.Order) -> None:
-        """Have the model do something."""
-        self.model.send(msgspec.json.encode(order))
+    def order(
+        self, what: Callable[Concatenate[Worker, _P], Any], *unnamed: _P.args, **given: _P.kwargs
+    ) -> None:
+        """Have the model's process do `what`, a method of its Worker."""
+        assert not unnamed, "they are given by their names"
+        self.model.send(msgspec.json.encode((what.__name__, given)))
 
     def hear(self, timeout_s: float) -> list[Any]:
         """What the model says within `timeout_s`; less when something comes. Empty once it has ended."""
@@ -121,11 +126,6 @@ class Host:
                 on_other(message)
             self.check_alive()
         raise SilentError(f"the model's process said nothing of {kind.__name__} in {timeout_s:.0f} s")
-
-    def done(self, order: messages.Order, timeout_s: float) -> messages.Done:
-        """Have an order carried out."""
-        self.order(order)
-        return self.until(messages.Done, timeout_s)
 
     def model_killed(self) -> bool:
         """Whether the kernel killed the model. Raises PsiKvError when its process ended otherwise."""

@@ -1,4 +1,4 @@
-"""What is said to the process that holds a model, and what it says: a JSON line each.
+"""What the process that holds a model is opened with, and what it says: a JSON line each.
 
 Times are of the monotonic clock, which all processes of a machine share.
 """
@@ -48,7 +48,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     context_cells: int | None = None
     """Cells of the cache; None: as many as the context and what is decoded after it need."""
     prompt_tokens: int = 0
-    """Of the prompt that `Prefill` decodes again and again."""
+    """Of the prompt that `Worker.prefill` decodes again and again."""
     prefill_threads: int | None = None
     """None: all cores, where filling the context is not what is measured."""
     batch_tokens: int = 512
@@ -107,79 +107,6 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
             **self.settings,
         }
         return {name: value for name, value in given.items() if value is not None}
-
-
-# -- orders ------------------------------------------------------------------------------------------------
-
-
-class Order(msgspec.Struct, frozen=True, kw_only=True, tag=True, tag_field="order"):
-    """Something to do."""
-
-
-class Decode(Order, frozen=True, kw_only=True):
-    """Decode greedily, past any end of text: what counts is the time, not the story. Says Token for each,
-    and Done."""
-
-    tokens: int
-    max_s: float | None = None
-    """None: as long as it takes."""
-    stage: Stage = "pressed"
-    trim_at: int | None = None
-    """Number of the token before which half of what may go is trimmed."""
-
-
-class Settle(Order, frozen=True, kw_only=True):
-    """Wait so long for the governor to put everything back, then ask for it. Says Looked."""
-
-    max_s: float
-
-
-class Fill(Order, frozen=True, kw_only=True):
-    """Decode so many more tokens of the text. Says Token for each chunk, and Done."""
-
-    tokens: int
-    chunk: int = 512
-
-
-class DecodeOn(Order, frozen=True):
-    """Decode greedily until the next order. Says Token for each."""
-
-
-class Prefill(Order, frozen=True):
-    """Decode the same long prompt after the context, again and again, until the next order."""
-
-
-class Generate(Order, frozen=True, kw_only=True):
-    """A whole request of so many tokens on the prompt that is in the cache, as users make one. Says Done."""
-
-    tokens: int
-    again: int = 0
-    """Of the prompt's last tokens so many are decoded anew."""
-
-
-class Stop(Order, frozen=True):
-    """Ends what goes on. Says Stopped."""
-
-
-class Restore(Order, frozen=True):
-    """Put back what can be put back, while decoding goes on. Says nothing but the governor's event."""
-
-
-class Whole(Order, frozen=True):
-    """Cut off what was decoded, put everything back, and look at the logits. Says Checked."""
-
-
-class Save(Order, frozen=True, kw_only=True):
-    """Write the context to a file, and say Done."""
-
-    path: str
-
-
-class Look(Order, frozen=True):
-    """Say Looked."""
-
-
-# -- messages ----------------------------------------------------------------------------------------------
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, tag_field="message"):

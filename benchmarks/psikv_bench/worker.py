@@ -1,23 +1,25 @@
-"""The process that holds a model: opens it, and does what it is ordered to (`messages`).
+"""The process that holds a model: opens it, and does what it is ordered to.
 
     python -m psikv_bench.worker '{"variant": "psi", "model": "model.gguf"}'
 
-Its one argument is a Setup. Orders come in on standard input, messages go out on standard output. It ends
-with its standard input, or when nobody reads what it says.
+Its one argument is a Setup. Orders come in on standard input, each the name of a method with its arguments
+(`Host.order`); messages go out on standard output. It ends with its standard input, or when nobody reads what
+it says.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import select
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import msgspec
 
@@ -50,27 +52,11 @@ class Worker:
         self._orders = open(0, "rb", buffering=0, closefd=False)  # noqa: SIM115  # unbuffered: it can be polled
         self._probe = 0
         self._prompt: list[int] = []
-        self._going_on: Callable[[messages.Order], None] = lambda order: None
+        self._going_on: Callable[[], None] = lambda: None
         self._pruner: MiddlePruner | None = None
         if setup.variant == "reference":
             file, keep, tail = Path(setup.pressure_file), setup.keep or 0, setup.tail or 1
             self._pruner = MiddlePruner(file, keep, tail, setup.min_prune)
-
-    def actions(self) -> Mapping[type[messages.Order], Callable[[Any], messages.Message | None]]:
-        """What is done on each order. Gives what is said of it; None: Done."""
-        return {
-            messages.Decode: self._decode,
-            messages.Settle: self._settle,
-            messages.Fill: self._fill,
-            messages.DecodeOn: self._decode_on,
-            messages.Prefill: self._prefill_on,
-            messages.Generate: self._generate,
-            messages.Stop: self._stop,
-            messages.Restore: self._restore,
-            messages.Whole: self._whole,
-            messages.Save: self._save,
-            messages.Look: self._look,
-        }
 
     def run(self) -> None:
         """Open, then carry out orders until nobody gives any more."""
@@ -82,12 +68,10 @@ class Worker:
                 self.llm.governor.observe(self._on_turn)
             self._fill_context()
             say(self._opened())
-            actions = self.actions()
-            decoder = msgspec.json.Decoder(Union[tuple(actions)])  # noqa: UP007
             while line := self._orders.readline():
-                order = decoder.decode(line)
+                name, given = msgspec.json.decode(line)
                 began_s, cpu_began_s = time.perf_counter(), time.process_time()
-                answer = actions[type(order)](order)
+                answer = getattr(self, name)(**given)
                 seconds, cpu_s = time.perf_counter() - began_s, time.process_time() - cpu_began_s
                 say(answer or messages.Done(seconds=seconds, cpu_s=cpu_s))
         finally:
@@ -128,15 +112,17 @@ class Worker:
         say(messages.Token(time_s=now_s, seconds=now_s - since_s, tokens=len(tokens)))
         return now_s
 
-    def _fill(self, order: messages.Fill) -> None:
+    def fill(self, tokens: int, chunk: int) -> None:
+        """Decode so many more tokens of the text. Says Token for each chunk."""
         begin = int(self.llm.n_tokens)
-        self._read(prompt_tokens(self.llm, begin + order.tokens)[begin:], order.chunk)
+        self._read(prompt_tokens(self.llm, begin + tokens)[begin:], chunk)
 
-    def _save(self, order: messages.Save) -> None:
-        models.save_state(self.llm, order.path, self.setup.context_tokens)
-        with open(order.path, "rb") as file:
+    def save(self, path: str) -> None:
+        """Write the context to a file."""
+        models.save_state(self.llm, path, self.setup.context_tokens)
+        with open(path, "rb") as file:
             os.fdatasync(file)  # only what is on the disk can be forgotten
-        drop_file_cache(order.path)
+        drop_file_cache(path)
 
     def _digest(self) -> str:
         """Of the logits after the context and the probe, which is taken out again by the next decode."""
@@ -146,18 +132,23 @@ class Worker:
 
     # -- tokens -----------------------------------------------------------------------------------------
 
-    def _decode(self, order: messages.Decode) -> None:
-        """Token after token."""
-        say(messages.Progress(stage=order.stage, done=0, total=order.tokens))
+    def decode(
+        self, tokens: int, stage: messages.Stage = "pressed", max_s: float = math.inf, trim_at: int = -1
+    ) -> None:
+        """Greedily, past any end of text: what counts is the time, not the story. Says Token for each.
+
+        Before token number `trim_at` half of what may go is trimmed.
+        """
+        say(messages.Progress(stage=stage, done=0, total=tokens))
         began_s = last_s = time.monotonic()
-        for number in range(order.tokens):
-            if number == order.trim_at and self.setup.governed:
+        for number in range(tokens):
+            if number == trim_at and self.setup.governed:
                 self.llm.governor.trim(0.5)
                 last_s = time.monotonic()
-            if order.stage == "pressed":
+            if stage == "pressed":
                 self._prune()
             last_s = self._eval([greedy(self.llm)], last_s)
-            if order.max_s is not None and last_s - began_s > order.max_s:
+            if last_s - began_s > max_s:
                 return
 
     def _prune(self) -> None:
@@ -169,17 +160,18 @@ class Worker:
         """Whether the next order has come, or none will."""
         return bool(select.select([self._orders], [], [], 0)[0])
 
-    def _decode_on(self, order: messages.Order) -> None:
-        """Token after token, and back to the end of the context in time."""
-        self._going_on = self._decode_on
+    def decode_on(self) -> None:
+        """Token after token until the next order, and back to the end of the context in time."""
+        self._going_on = self.decode_on
         last_s = time.monotonic()
         while not self._ordered():
             if self.llm.n_tokens >= self.setup.context_tokens + self.setup.decoded_tokens:
                 self.llm.n_tokens = self.setup.context_tokens  # the next decode takes out what comes after
             last_s = self._eval([greedy(self.llm)], last_s)
 
-    def _prefill_on(self, order: messages.Order) -> None:
-        self._going_on = self._prefill_on
+    def prefill(self) -> None:
+        """Decode the same long prompt after the context, again and again, until the next order."""
+        self._going_on = self.prefill
         last_s = time.monotonic()
         while True:
             self.llm.n_tokens = self.setup.context_tokens
@@ -188,22 +180,28 @@ class Worker:
                     return
                 last_s = self._eval(self._prompt[start : start + self.setup.batch_tokens], last_s)
 
-    def _stop(self, order: messages.Stop) -> messages.Stopped:
-        self._going_on = lambda order: None
+    def stop(self) -> messages.Stopped:
+        """No longer go on with anything."""
+        self._going_on = lambda: None
         return messages.Stopped()
 
-    def _restore(self, order: messages.Restore) -> None:
+    def restore(self) -> None:
+        """Put back what can be put back beside what goes on. Only the governor's event tells of it."""
         threading.Thread(target=self.llm.governor.restore, daemon=True).start()
-        self._going_on(order)
+        self._going_on()
 
-    def _generate(self, order: messages.Generate) -> None:
+    def generate(self, tokens: int, again: int) -> None:
+        """A whole request of so many tokens on the prompt that is in the cache, as users make one.
+
+        Of the prompt's last tokens so many are decoded `again`.
+        """
         context = self.setup.context_tokens
-        self.llm.n_tokens = min(int(self.llm.n_tokens), context - order.again)
+        self.llm.n_tokens = min(int(self.llm.n_tokens), context - again)
         request = self.llm.generate(self.llm.input_ids[:context].tolist(), temp=0.0)
-        decoded = sum(1 for _ in islice(request, order.tokens))
+        decoded = sum(1 for _ in islice(request, tokens))
         request.close()
-        if decoded != order.tokens:
-            raise PsiKvError(f"the model stopped after {decoded} of {order.tokens} tokens")
+        if decoded != tokens:
+            raise PsiKvError(f"the model stopped after {decoded} of {tokens} tokens")
 
     # -- afterwards -------------------------------------------------------------------------------------
 
@@ -213,22 +211,25 @@ class Worker:
         removed = 0 if self._pruner is None else self._pruner.removed_cells
         return found._replace(live=found.live - removed, lost=found.lost + removed)
 
-    def _settle(self, order: messages.Settle) -> messages.Looked:
-        """Wait for what is away, then ask for it."""
+    def settle(self, max_s: float) -> messages.Looked:
+        """Wait so long for what is away, then ask for it."""
         say(messages.Progress(stage="restore", done=0, total=1))
-        until_s = time.monotonic() + order.max_s
+        until_s = time.monotonic() + max_s
         while (cells := self._cells()).masked and time.monotonic() < until_s:
             time.sleep(_LOOK_S)
         if cells.masked + cells.lost:
             self._put_back()
-        return self._look(order)
+        return self.look()
 
     def _put_back(self) -> int:
         """Ask for all that is away; gives the cells that stay away."""
         return put_back(self.llm) if self.setup.governed else 0
 
-    def _whole(self, order: messages.Whole) -> messages.Checked:
-        """Ask until everything is back: right after the pressure, the governor still holds."""
+    def whole(self) -> messages.Checked:
+        """Cut off what was decoded, have everything back, and look at the logits.
+
+        It is asked for until it is there: right after the pressure, the governor still holds.
+        """
         until_s = time.monotonic() + _WHOLE_TIMEOUT_S
         models.cut(self.llm, self.setup.context_tokens)
         digest = ""
@@ -242,7 +243,8 @@ class Worker:
             time.sleep(_LOOK_S)
         return messages.Checked(missing_cells=missing, digest="")
 
-    def _look(self, order: messages.Order) -> messages.Looked:
+    def look(self) -> messages.Looked:
+        """At the process, as it is now."""
         cells = self._cells()
         return messages.Looked(
             memory=own_memory(),

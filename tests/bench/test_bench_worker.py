@@ -13,6 +13,7 @@ from psi_kv_governor.errors import BadInputError
 from psikv_bench import messages
 from psikv_bench.host import Host
 from psikv_bench.messages import Setup, is_governed
+from psikv_bench.worker import Worker
 
 TIMEOUT_S = 120.0
 
@@ -31,11 +32,11 @@ class TestOrders:
         with Host(setup) as host:
             before = opened(host)
             assert before.cell_bytes == pytest.approx(4608, rel=0.01)
-            host.order(messages.Decode(tokens=2, trim_at=1))
+            host.order(Worker.decode, tokens=2, trim_at=1)
             host.until(messages.Done, TIMEOUT_S, heard.append)
-            host.order(messages.Look())
+            host.order(Worker.look)
             assert host.until(messages.Looked, TIMEOUT_S).live_cells < 600
-            host.order(messages.Whole())
+            host.order(Worker.whole)
             whole = host.until(messages.Checked, TIMEOUT_S)
         assert (whole.missing_cells, whole.digest) == (0, before.digest)
         (trimmed,) = [message.event for message in heard if isinstance(message, messages.Governed)]
@@ -46,7 +47,8 @@ class TestOrders:
         setup = Setup(variant="fixed", model=str(shallow_model), context_tokens=64, decoded_tokens=8)
         with Host(setup) as host:
             digest = opened(host).digest
-            host.done(messages.Save(path=state), TIMEOUT_S)
+            host.order(Worker.save, path=state)
+            host.until(messages.Done, TIMEOUT_S)
         for variant in ("fixed", "psi"):
             loaded = Setup(variant=variant, model=str(shallow_model), context_tokens=64, state=state)
             with Host(loaded) as host:
@@ -59,11 +61,11 @@ class TestOrders:
         tokens = []
         with Host(setup) as host:
             opened(host)
-            for order in (messages.DecodeOn(), messages.Prefill()):
+            for order in (Worker.decode_on, Worker.prefill):
                 host.order(order)
                 for _ in range(6):  # past the four that are decoded in one go
                     tokens.append(host.until(messages.Token, TIMEOUT_S).tokens)
-                host.order(messages.Stop())
+                host.order(Worker.stop)
                 host.until(messages.Stopped, TIMEOUT_S)
         assert tokens == [1] * 6 + [8] * 6
 
@@ -73,13 +75,14 @@ class TestOrders:
         )
         with Host(setup) as host:
             opened(host)
-            host.done(messages.Decode(tokens=2, trim_at=1), TIMEOUT_S)
-            host.order(messages.DecodeOn())
+            host.order(Worker.decode, tokens=2, trim_at=1)
+            host.until(messages.Done, TIMEOUT_S)
+            host.order(Worker.decode_on)
             host.until(messages.Token, TIMEOUT_S)
-            host.order(messages.Restore())
+            host.order(Worker.restore)
             host.until(messages.Governed, TIMEOUT_S)
             host.until(messages.Token, TIMEOUT_S)
-            host.order(messages.Stop())
+            host.order(Worker.stop)
             host.until(messages.Stopped, TIMEOUT_S)
 
     def test_a_file_that_is_no_model_is_one_line(self, tmp_path):

@@ -19,6 +19,7 @@ from psikv_bench.host import MIB, Host, ModelKilledError
 from psikv_bench.messages import Setup, Variant
 from psikv_bench.pressure.result import SceneResult, Seen, result_of
 from psikv_bench.watch import Watcher
+from psikv_bench.worker import Worker
 
 _OUTSIDE_SHARE = 0.25
 """Of what is available, that a neighbour outside a sandbox may take: far from any pressure."""
@@ -88,7 +89,7 @@ class _Playing:
         host, seen = self._host, self.seen
         try:
             self._until(messages.Opened, _OPEN_S)
-            host.order(messages.Decode(tokens=CALM_TOKENS, stage="calm"))
+            host.order(Worker.decode, tokens=CALM_TOKENS, stage="calm")
             seen.calm_tokens_per_s = CALM_TOKENS / self._until(messages.Done).seconds
         except ModelKilledError:
             raise PsiKvError(
@@ -97,7 +98,7 @@ class _Playing:
             ) from None
         with contextlib.suppress(ModelKilledError):  # that is a result
             self._press()
-            host.order(messages.Settle(max_s=_RESTORE_MAX_S))
+            host.order(Worker.settle, max_s=_RESTORE_MAX_S)
             seen.settled = self._until(messages.Looked)
 
     def _press(self) -> None:
@@ -110,7 +111,7 @@ class _Playing:
                 warm_s = time.monotonic() + options.warmup_s
                 self._listen(lambda: time.monotonic() >= warm_s)
             began_s = time.monotonic()
-            host.order(messages.Decode(tokens=options.tokens, max_s=options.decode_max_s))
+            host.order(Worker.decode, tokens=options.tokens, max_s=options.decode_max_s)
             seen.seconds = self._until(messages.Done, options.decode_max_s + _STEP_S).seconds
         seen.pressed_s = began_s, time.monotonic()
         seen.neighbour_killed = host.neighbour_killed()

@@ -32,6 +32,7 @@ from psikv_bench.record import Recorder, Report, Say
 from psikv_bench.scene import Scene
 from psikv_bench.search import largest
 from psikv_bench.trials.sizing import ample_bytes, require_sandbox
+from psikv_bench.worker import Worker
 
 STEP_CELLS = 256
 """Lengths are multiples of this: llama.cpp pads a context to it."""
@@ -135,11 +136,11 @@ class _Probing:
         with Host(setup, limit_bytes or ample_bytes()) as host:
             try:
                 self._until(host, messages.Opened)
-                fill = messages.Fill(tokens=length - options.tokens, chunk=options.chunk)
-                for order in (fill, messages.Decode(tokens=options.tokens)):
-                    host.order(order)
-                    self._until(host, messages.Done)
-                host.order(messages.Look())
+                host.order(Worker.fill, tokens=length - options.tokens, chunk=options.chunk)
+                self._until(host, messages.Done)
+                host.order(Worker.decode, tokens=options.tokens)
+                self._until(host, messages.Done)
+                host.order(Worker.look)
                 looked = self._until(host, messages.Looked)
             except BadInputError:
                 raise

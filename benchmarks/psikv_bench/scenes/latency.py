@@ -13,7 +13,7 @@ from msgspec import Meta
 from psi_kv_governor.config import load_config
 from psi_kv_governor.errors import BadInputError
 from psi_kv_governor.events import Restored, Trimmed
-from psikv_bench import messages, reaction_report
+from psikv_bench import reaction_report
 from psikv_bench.host import ModelKilledError
 from psikv_bench.messages import Variant, is_governed
 from psikv_bench.options import each_once
@@ -23,6 +23,7 @@ from psikv_bench.scene import Scene
 from psikv_bench.trials import series
 from psikv_bench.trials.serving import Onset, Serving
 from psikv_bench.trials.sizing import Sizes, TrialOptions, mild, prepared, require_sandbox
+from psikv_bench.worker import Worker
 
 Mode = Literal["decode", "prefill", "idle"]
 
@@ -156,14 +157,14 @@ def _run(serving: Serving, sizes: Sizes, asked: LatencyOptions, what: _What) -> 
 def _play(onset: Onset, what: _What, sizes: Sizes, asked: LatencyOptions) -> float:
     """Calm, the neighbour, the hold, and the restore while the mode goes on. Gives when that began."""
     if what.mode != "idle":
-        onset.host.order(messages.DecodeOn() if what.mode == "decode" else messages.Prefill())
+        onset.host.order(Worker.decode_on if what.mode == "decode" else Worker.prefill)
     onset.listen(CALM_S)
     onset.press(sizes.load_bytes, asked.rate, asked.hold_s, asked.hold_max_s, lambda: bool(onset.back()))
     began_s = time.monotonic()
     # What was idle is parked and not masked: it comes back when it is used, and nobody says so.
     if is_governed(what.variant) and what.mode != "idle" and not (onset.killed or onset.neighbour_killed):
         # On order, so that it happens while tokens are decoded and does not wait for the quiet time.
-        onset.host.order(messages.Restore())
+        onset.host.order(Worker.restore)
         if _listened(onset, _RESTORE_TIMEOUT_S, lambda: bool(_restored(onset, began_s))):
             _listened(onset, SETTLE_S)
     return began_s

@@ -17,7 +17,7 @@ from psi_kv_governor.control.state import BUDGET_WINDOW_S
 from psi_kv_governor.events import Trimmed
 from psi_kv_governor.sandbox.load import MIB
 from psi_kv_governor.sandbox.process_memory import glance
-from psikv_bench import messages, oom_report
+from psikv_bench import oom_report
 from psikv_bench.journal import remaining
 from psikv_bench.messages import Variant
 from psikv_bench.oom_report import Trial, rate_words
@@ -35,6 +35,7 @@ from psikv_bench.trials.sizing import (
     require_sandbox,
     trimmed_bytes,
 )
+from psikv_bench.worker import Worker
 
 CALM_S = 0.5
 """Decoded in peace before the neighbour comes."""
@@ -145,7 +146,7 @@ class _Runner:
         host = self._serving.ready(variant, self._has_budget)
         onset = Onset(host, self._serving, _LOOK_S)
         with onset.watcher:
-            host.order(messages.DecodeOn())
+            host.order(Worker.decode_on)
             onset.listen(CALM_S)
             over = onset.press(self._sizes.load_bytes, rate, self._hold_s, self._hold_s + _STUCK_S)
         killed, back = onset.killed, onset.back()

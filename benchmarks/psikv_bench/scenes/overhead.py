@@ -31,6 +31,7 @@ from psikv_bench.options import Options
 from psikv_bench.record import Recorder, Report
 from psikv_bench.scene import Scene
 from psikv_bench.trials.sizing import until_opened
+from psikv_bench.worker import Worker
 
 SPEED = Asked(">=", 0.997)
 MEMORY_MB = Asked("<", 8.0)
@@ -154,7 +155,7 @@ class _Both:
         def turn(host: Host) -> Done:
             again = options.prefill
             time.sleep(_SPIN_S)
-            host.order(messages.Generate(tokens=1 if again else options.tokens, again=again))
+            host.order(Worker.generate, tokens=1 if again else options.tokens, again=again)
             return host.until(Done, _TURN_TIMEOUT_S, watch)
 
         for host in (self.plain, self.governed):
@@ -185,7 +186,7 @@ class _Both:
         return ours.memory.resident_bytes - theirs.memory.resident_bytes + lacking_bytes
 
     def _look(self, host: Host) -> messages.Looked:
-        host.order(messages.Look())
+        host.order(Worker.look)
         return host.until(messages.Looked, _TURN_TIMEOUT_S, self.watch)
 
 

@@ -19,6 +19,7 @@ from psikv_bench.messages import Setup, Variant
 from psikv_bench.record import Say
 from psikv_bench.trials.sizing import SWAP_BYTES, Need, Sizes, until_opened
 from psikv_bench.watch import Watcher
+from psikv_bench.worker import Worker
 
 MB = 1_000_000
 
@@ -86,9 +87,9 @@ class Serving:
     def make_whole(self, host: Host) -> str:
         """Stop what it does and have everything put back. Gives why it is not whole; empty when it is."""
         try:
-            host.order(messages.Stop())
+            host.order(Worker.stop)
             host.until(messages.Stopped, _ANSWER_S, self.note)
-            host.order(messages.Whole())
+            host.order(Worker.whole)
             whole = host.until(messages.Checked, _ANSWER_S, self.note)
         except (ModelKilledError, SilentError) as error:
             return str(error)

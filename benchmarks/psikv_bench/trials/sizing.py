@@ -30,6 +30,7 @@ from psikv_bench.host import MIB, Host
 from psikv_bench.messages import Setup
 from psikv_bench.options import Options
 from psikv_bench.record import Say
+from psikv_bench.worker import Worker
 
 SPARE_TOKENS = 192
 """Decoded before it goes back to the end of the context: fewer than the window that is never given up (256
@@ -181,7 +182,8 @@ def ample_bytes() -> int:
 def _fill(setup: Setup, path: str, say: Say) -> messages.Opened:
     with Host(setup, ample_bytes()) as host:
         opened = until_opened(host, say)
-        host.done(messages.Save(path=path), _SAVE_TIMEOUT_S)
+        host.order(Worker.save, path=path)
+        host.until(messages.Done, _SAVE_TIMEOUT_S)
         return opened
 
 
@@ -192,7 +194,8 @@ def _need(setup: Setup, filled: messages.Opened, say: Say) -> Need:
         opened = until_opened(host, say)
         if opened.digest != filled.digest:
             raise PsiKvError("the context that was loaded is not the one that was saved: nothing to compare")
-        host.done(messages.Decode(tokens=_CALM_TOKENS), _SAVE_TIMEOUT_S)
+        host.order(Worker.decode, tokens=_CALM_TOKENS)
+        host.until(messages.Done, _SAVE_TIMEOUT_S)
         assert host.sandbox is not None, "it has a limit"
         file_bytes = _file_bytes(host.sandbox)
         return Need(
