@@ -41,6 +41,8 @@ _own_sockets()
 # Threads of ggml that wait spin by default, each on a core that a test beside it has need of: 512 tokens on
 # two threads took 2.2 s of processor time on a busy machine, and 1.2 s so. Children inherit it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Nor has a child that imports numpy any use for threads of its own: 0.06 s of processor time each.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # An example that takes 0.2 s, or inputs that take a second, say only that the machine has other work; and a
 # fixture that is the same for all examples is what the tests with one ask for.
@@ -133,30 +135,35 @@ def _why_not(mark: str) -> str:
 
 
 LONGEST_FIRST = (
-    "service/test_servers",
+    "engines/llama/test_device_memory",
     "pressure/test_whole_machines",
     "test_hardened",
     "packaging/test_wheel",
-    "service/test_device_server",
     "bench/test_fidelity_run",
-    "engines/llama/test_device_memory",
     "bench/test_small_runs",
     "test_doctor",
-    "control/test_law_herd",
-    "engines/llama/test_recall",
-    "service/test_once",
-    "sandbox/test_demo",
-    "docs/test_docs_commands",
-    "engines/llama/test_engine",
-    "engines/llama/test_failing_disk",
-    "control/test_law_properties",
-    "packaging/test_debian_root",
-    "cli/test_run_and_chat",
-    "engines/llama/test_always_right",
-    "service/test_parents",
-    "service/test_programs",
-    "examples/test_examples",
+    "service/test_device_server",
     "test_simulation",
+    "engines/llama/test_what_can_go",
+    "engines/llama/test_recall",
+    "engines/llama/test_failing_disk",
+    "engines/llama/test_engine",
+    "engines/llama/test_first_do_no_harm",
+    "pressure/test_fuzz",
+    "engines/llama/test_always_right",
+    "service/test_once",
+    "service/test_exec",
+    "service/test_exec_bad_input",
+    "cli/test_run_and_chat",
+    "docs/test_docs_commands",
+    "packaging/test_debian_root",
+    "service/test_parents",
+    "policy/test_planner",
+    "service/test_servers",
+    "service/test_programs",
+    "engines/llama/test_parked_states",
+    "control/test_law_properties",
+    "examples/test_examples",
 )
 """Files that take longest, by processor time. A worker of xdist takes a whole file: one of minutes that began
 last would be waited for alone."""

@@ -175,9 +175,8 @@ def bench(*arguments: str) -> Result:
         (("--weights", "f64"), "--weights"),
     ],
 )
-def test_bad_input_is_one_line_and_status_two(demo_model, arguments, words):
-    del demo_model  # which is what is measured unless another is named
-    ended = bench("--weights", "file", *arguments)
+def test_bad_input_is_one_line_and_status_two(shallow_model, arguments, words):
+    ended = bench("--model", str(shallow_model), "--weights", "file", *arguments)
     assert ended.exit_code == 2
     assert words in ended.output
     assert "Traceback" not in ended.output

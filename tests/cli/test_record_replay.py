@@ -66,7 +66,7 @@ def test_a_signal_ends_a_recording_that_is_whole(tmp_path, number, status):
         assert time.monotonic() < end_s
         time.sleep(0.05)
     process.send_signal(number)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=60)
     assert process.returncode == status
     assert "Traceback" not in said
     recording = read_recording(path)

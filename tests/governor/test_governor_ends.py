@@ -15,7 +15,7 @@ from psi_kv_governor.events import Degraded, Trimmed
 from psi_kv_governor.policy.planner import TRIM_S
 from psi_kv_governor.worker import Worker
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 # -- how long, and how much --------------------------------------------------------------------------------
 

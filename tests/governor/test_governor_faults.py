@@ -18,7 +18,7 @@ from psi_kv_governor.policy import Policy
 from psi_kv_governor.pressure.discovery import Discovery
 from waiting import until
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 # -- subscribers -------------------------------------------------------------------------------------------
 
@@ -88,7 +88,7 @@ def test_a_subscriber_may_close_the_governor(open_governor, source, by_hand):
     else:
         source.stall = 1.0
         governor.start()
-        governor._thread.join(10)
+        governor._thread.join(60)
         assert not governor._thread.is_alive()
     governor.close()
 

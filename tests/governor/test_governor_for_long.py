@@ -71,7 +71,7 @@ def test_a_hundred_starts_and_stops_leave_no_thread_no_file_and_no_memory():
     assert kib < 200, "a page a cycle would be 400"
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(180)
 def test_two_governors_in_one_process_each_have_their_own_floor_and_get_their_own_back():
     source = FakeSource()
     config = GovernorConfig(quiet_s=0.05, cooldown_s=0.01, poll_s=0.01, poll_busy_s=0.01, futile_trims=1000)

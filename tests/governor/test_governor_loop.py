@@ -18,7 +18,7 @@ from psi_kv_governor.events import CacheClosed, CacheOpened, ModeChanged, Releas
 from psi_kv_governor.governor import Governor
 from waiting import until
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 
 def test_a_calm_machine_costs_nothing(open_governor, events, engine):

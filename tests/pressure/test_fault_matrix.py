@@ -24,7 +24,7 @@ from psi_kv_governor.pressure.psi import PsiFile
 from psi_kv_governor.pressure.waker import arm
 from psi_kv_governor.pressure.waking import find_waker
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 
 # -- the PSI file --------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from psi_kv_governor.pressure import waking as waking_module
 from psi_kv_governor.pressure.waker import PLAIN_TRIGGER, QUICK_TRIGGER, PsiTrigger, arm
 from psi_kv_governor.pressure.waking import find_waker
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 
 # -- the trigger ---------------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def test_a_trigger_that_is_refused_leaves_polling(v2, monkeypatch, number):
     made = Watched(monkeypatch, v2.root, {})
     assert made.sensor.sleeper.waker is None
     assert made.sensor.read().source == str(v2.root / OWN)
-    assert 0.05 <= lasted_s(lambda: made.sensor.wait(0.05)) < 5.0
+    assert 0.05 <= lasted_s(lambda: made.sensor.wait(0.05)) < 40.0
     refused = find_waker(v2.root, {}).considered[1:]
     assert all(not candidate.usable and candidate.why for candidate in refused)
     made.sensor.close()
@@ -114,7 +114,7 @@ def test_a_false_first_event_costs_one_reading_and_says_nothing(v2, monkeypatch,
     made.sensor.read()
     writing = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
     os.write(writing, b"x")
-    assert lasted_s(lambda: made.sensor.wait(20.0)) < 10.0
+    assert lasted_s(lambda: made.sensor.wait(50.0)) < 40.0
     reading = made.sensor.read()
     assert (reading.some, reading.full) == (0.0, 0.0)
     assert lasted_s(lambda: made.sensor.wait(0.3)) >= 0.3

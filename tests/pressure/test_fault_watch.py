@@ -18,7 +18,7 @@ from psi_kv_governor.pressure.waking import find_waker
 from psi_kv_governor.sandbox.cgroups import set_limit
 from psi_kv_governor.sandbox.sandbox import Sandbox
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 
 # -- limits and clocks ---------------------------------------------------------------------------------------
@@ -103,10 +103,10 @@ def test_a_socket_that_is_closed_is_left_and_polling_goes_on(v2, monkeypatch, tm
         peer, _ = server.accept()
         assert peer.recv(100) == b"hello"
         peer.send(b"x")
-        assert lasted_s(lambda: made.sensor.wait(20.0)) < 10.0
+        assert lasted_s(lambda: made.sensor.wait(50.0)) < 40.0
         assert made.sensor.sleeper.lost == ""
         peer.close()
-        assert lasted_s(lambda: made.sensor.wait(20.0)) < 10.0
+        assert lasted_s(lambda: made.sensor.wait(50.0)) < 40.0
     assert made.sensor.read().source == str(v2.root / OWN)
     (source, why), *more = made.changes()
     assert (source, more) == (str(v2.root / OWN), [])

@@ -242,7 +242,7 @@ def test_the_kernel_s_own_count_of_weights_that_are_mapped(tmp_path):
         mapped, after = reader.read(), reader.levels()[0]
         own = reader.levels(own_mapped_bytes=40 * MIB)[0]
         reader.close()
-        child.communicate(b"\n", timeout=30)
+        child.communicate(b"\n", timeout=60)
     assert written.limit_bytes == mapped.limit_bytes == 128 * MIB
     assert written.headroom_bytes - mapped.headroom_bytes > 35 * MIB
     # They are another's, so the kernel can drop them: no fall, and room as long as nobody misses them.

@@ -54,7 +54,7 @@ def test_another_thread_interrupts_the_wait():
     sensor = Sensor(FakeSource(), Bus())
     timer = threading.Timer(0.05, sensor.interrupt)
     timer.start()
-    assert lasted_s(lambda: sensor.wait(20.0)) < 10.0
+    assert lasted_s(lambda: sensor.wait(50.0)) < 40.0
     timer.join()
     assert lasted_s(lambda: sensor.wait(0.05)) >= 0.05
     sensor.close()
@@ -78,7 +78,7 @@ def test_a_trigger_of_the_kernel_ends_the_sleep_when_there_is_stall():
         sleeper.watch(arm(pen.pressure_file))
         assert lasted_s(lambda: sleeper.wait(0.1)) >= 0.1
         pen.popen([sys.executable, "-c", LOAD])
-        assert lasted_s(lambda: sleeper.wait(30.0)) < 15.0
+        assert lasted_s(lambda: sleeper.wait(50.0)) < 40.0
         assert sleeper.lost == ""
         totals = PsiFile(pen.pressure_file)
         assert totals.read().some_us > 0

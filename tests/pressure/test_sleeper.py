@@ -189,7 +189,7 @@ def test_a_closed_sleeper_wakes_who_sleeps_and_leaves_nothing_open(sleeper):
     asleep.start()
     time.sleep(0.05)
     sleeper.close()
-    asleep.join(10.0)
+    asleep.join(60.0)
     assert not asleep.is_alive()
     sleeper.close()
     sleeper.wake()
@@ -244,7 +244,7 @@ def test_who_sleeps_on_it_keeps_nobody_else_alive():
     del owner
     gc.collect()
     assert left() is None
-    sleeper.join(10.0)  # its end woke the sleeper
+    sleeper.join(60.0)  # its end woke the sleeper
     assert not sleeper.is_alive()
 
 

@@ -127,8 +127,8 @@ def test_a_missing_model_is_one_line_and_status_2(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.llama
-def test_a_gentle_demo_ends_with_both_results(demo_model):
-    argv = [*ARGV, "--gentle", "--ctx", "500", "--tokens", "6", "--json", "--model", str(demo_model)]
+def test_a_gentle_demo_ends_with_both_results(wide_model):
+    argv = [*ARGV, "--gentle", "--ctx", "500", "--tokens", "6", "--json", "--model", str(wide_model)]
     done = subprocess.run(argv, capture_output=True, check=True)
     fixed, psi = json.loads(done.stdout)["results"]
     assert (fixed["variant"], fixed["tokens"], fixed["bytes_returned"]) == ("fixed", 6, 0)
@@ -139,8 +139,8 @@ def test_a_gentle_demo_ends_with_both_results(demo_model):
 
 @pytest.mark.slow
 @pytest.mark.llama
-def test_on_a_terminal_it_is_shown_live_and_ends_with_the_table(demo_model):
-    argv = [*ARGV, "--gentle", "--ctx", "96", "--tokens", "4", "--model", str(demo_model)]
+def test_on_a_terminal_it_is_shown_live_and_ends_with_the_table(wide_model):
+    argv = [*ARGV, "--gentle", "--ctx", "96", "--tokens", "4", "--model", str(wide_model)]
     terminal, end = pty.openpty()
     process = subprocess.Popen(argv, stdin=end, stdout=end, stderr=end, env={**os.environ, "TERM": "xterm"})
     os.close(end)
@@ -173,7 +173,7 @@ def test_interrupted_in_the_middle_it_cleans_up_and_ends_with_one_line(demo_mode
     devices = swap_devices() - before
     assert devices
     process.send_signal(number)
-    output, errors = process.communicate(timeout=30)
+    output, errors = process.communicate(timeout=60)
     assert process.returncode == status
     assert output == b""
     last = errors.decode().strip().splitlines()[-1]

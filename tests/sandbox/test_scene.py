@@ -131,9 +131,9 @@ class TestGentle:
         assert list(dict.fromkeys(one.stage for one in said)) == stages
         assert not any(one.event for one in said)
 
-    def test_governed_llama_is_trimmed_and_restored_on_request(self, demo_model):
+    def test_governed_llama_is_trimmed_and_restored_on_request(self, wide_model):
         events = []
-        options = SceneOptions(model=str(demo_model), gentle=True, context_tokens=640, tokens=8)
+        options = SceneOptions(model=str(wide_model), gentle=True, context_tokens=640, tokens=8)
         result = run_scene("psi", options, events.append)
         happened = [event.event for event in events if isinstance(event, Said)]
         assert [type(event) for event in happened if isinstance(event, (Trimmed, Restored))] == [

@@ -37,7 +37,7 @@ def started(*options: str, program: tuple[str, ...] = ("sleep", "60")):
 
 
 def get(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    with urllib.request.urlopen(url, timeout=60) as answer:
         return answer.read().decode()
 
 
@@ -54,10 +54,10 @@ def test_both_are_served_and_the_signal_still_goes_to_the_program():
         url = re.search(r"http://\S+", process.stderr.readline())[0]
         until(lambda: "psikv_resident_bytes" in scraped(port))
         assert url.startswith("http://127.0.0.1:")
-        with urllib.request.build_opener(urllib.request.HTTPCookieProcessor()).open(url, timeout=10) as page:
+        with urllib.request.build_opener(urllib.request.HTTPCookieProcessor()).open(url, timeout=60) as page:
             assert "<h1>" in page.read().decode()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) in {-signal.SIGTERM, 128 + signal.SIGTERM}
+        assert process.wait(60) in {-signal.SIGTERM, 128 + signal.SIGTERM}
     assert scraped(port) == ""
 
 
@@ -140,14 +140,14 @@ def test_the_dashboard_command_serves_a_governed_program_and_acts_on_it():
                 json.dumps({"do": "limit", "share": 0.5}).encode(),
                 {"Cookie": f"psikv_{port}={token}", "Origin": base},
             )
-            with urllib.request.urlopen(asked, timeout=10) as answer:
+            with urllib.request.urlopen(asked, timeout=60) as answer:
                 assert answer.status == 200
             told = subprocess.run(
                 [*PSI_KV, "status", pid, "--json"], capture_output=True, text=True, check=True
             )
             assert '"limit":0.5' in told.stdout.replace(" ", "")
             looking.send_signal(signal.SIGINT)
-            assert looking.wait(20) == 0
+            assert looking.wait(60) == 0
         finally:
             looking.kill()
             looking.wait()

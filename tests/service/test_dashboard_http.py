@@ -24,7 +24,7 @@ from psi_kv_governor.status_client import messages
 from psi_kv_governor.status_socket import StatusSocket
 from waiting import until
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 ANY = Address("127.0.0.1", 0)
 
 
@@ -40,7 +40,7 @@ def token(server: DashboardServer) -> str:
 
 
 def ask(server, path="/", *, method="GET", body=None, key=None, **headers) -> tuple[int, str, dict]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.address.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", server.address.port, timeout=60)
     if key is not None:
         headers["Cookie"] = f"psikv_{server.address.port}={key}"
     connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
@@ -56,7 +56,7 @@ def command(server, body: object, **headers) -> tuple[int, str]:
 
 def views(server, n: int) -> list[tuple[str, object]]:
     """The first `n` messages of the stream: event and data."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.address.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", server.address.port, timeout=60)
     connection.request("GET", "/live", headers={"Cookie": f"psikv_{server.address.port}={token(server)}"})
     answer = connection.getresponse()
     assert answer.getheader("content-type").startswith("text/event-stream")
@@ -168,7 +168,7 @@ def test_who_looks_is_told_when_it_ends(server):
     reader.start()
     until(lambda: server._server.server_state.connections)
     server.close()
-    reader.join(10)
+    reader.join(60)
     assert got[-1] == ("gone", "the program has ended")
 
 

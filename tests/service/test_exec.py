@@ -187,7 +187,7 @@ def test_as_pid_1_a_killed_program_is_told_as_a_shell_does(run, own_pids):
 def test_the_service_manager_is_told(tmp_path, run):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
-        manager.settimeout(30)
+        manager.settimeout(60)
         run("true", env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")})
         assert [manager.recv(100) for _ in range(2)] == [b"READY=1", b"STOPPING=1"]
 

@@ -14,7 +14,7 @@ from psi_kv_governor.cache import Result
 from psi_kv_governor.engines.simulated import CELL_BYTES
 
 pytestmark = [
-    pytest.mark.timeout(60),
+    pytest.mark.timeout(180),
     pytest.mark.skipif(not socket_place.able(), reason="this platform has no Unix sockets"),
 ]
 

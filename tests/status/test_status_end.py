@@ -20,7 +20,7 @@ from psi_kv_governor.status_socket import StatusSocket
 from waiting import until
 
 pytestmark = [
-    pytest.mark.timeout(60),
+    pytest.mark.timeout(180),
     pytest.mark.skipif(not socket_place.able(), reason="this platform has no Unix sockets"),
 ]
 
@@ -119,7 +119,7 @@ def left_behind(runtime: Path) -> Path:
         [sys.executable, "-c", KILLED, str(runtime)],
         env={**os.environ, "PYTHONPATH": package},
         capture_output=True,
-        timeout=30,
+        timeout=60,
         check=False,
     )
     return Path(done.stdout.decode().strip())

@@ -63,7 +63,7 @@ def test_a_running_pass_is_waited_for_and_no_longer_than_allowed(engine, model, 
 
     def stop_in_the_middle(module, args, output):
         inside.set()
-        assert leave.wait(30)
+        assert leave.wait(60)
 
     hook = model.model.layers[1].register_forward_hook(stop_in_the_middle)
 
@@ -73,7 +73,7 @@ def test_a_running_pass_is_waited_for_and_no_longer_than_allowed(engine, model, 
 
     thread = threading.Thread(target=decode)
     thread.start()
-    assert inside.wait(30)
+    assert inside.wait(60)
     assert engine.snapshot().caches[0].sequences[0].running
     assert "did not end in time" in do(engine, Verb.PARK, cache, deadline_s=0.05).problem
     leave.set()

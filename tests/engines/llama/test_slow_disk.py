@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from gguf_models import LARGE
-
 pytestmark = pytest.mark.llama
 
 THROTTLE = Path("/sys/fs/cgroup/blkio/blkio.throttle.write_bps_device")
@@ -27,8 +25,8 @@ agent = loader.load().agent
 agent.configure(sys.argv[2], in_file=False, reserve_bytes=0, limit_bytes=0)
 import llama_cpp
 from psi_kv_governor.engines.llama.client import Client, InProcess, Op
-llm = llama_cpp.Llama(sys.argv[1], n_ctx=8192, n_threads=1, n_threads_batch=1, verbose=False, flash_attn=True)
-llm.eval([i % 240 + 5 for i in range(6000)])
+llm = llama_cpp.Llama(sys.argv[1], n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False, flash_attn=True)
+llm.eval([i % 240 + 5 for i in range(192)])
 client = Client(InProcess(agent.serve))
 region = client.regions(count_resident=True)[0]
 reply = client.ask(Op.PARK, region.id, -1, deadline_s=0.2)
@@ -61,10 +59,10 @@ def slow_disk(folder: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(point)], check=True)
 
 
-def test_a_deadline_holds_inside_of_a_write(tiny_model, folder):
+def test_a_deadline_holds_inside_of_a_write(wide_model, folder):
     with slow_disk(folder) as place:
         done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, str(tiny_model(LARGE)), str(place)],
+            [sys.executable, "-c", SCRIPT, str(wide_model), str(place)],
             capture_output=True,
             text=True,
             timeout=200,
