@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -39,20 +40,27 @@ def started(module: ModuleType, *arguments: str) -> subprocess.Popen[bytes]:
     )
 
 
-def swap_devices() -> set[str]:
-    """What the machine swaps to."""
-    return {line.split()[0] for line in Path("/proc/swaps").read_text().splitlines()[1:]}
+def children_of(pid: int) -> Iterator[tuple[str, str]]:
+    """Name and command line of each child of process `pid`."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            name, _, rest = (process / "stat").read_text().partition("(")[2].rpartition(")")
+            if int(rest.split()[1]) == pid:
+                yield name, (process / "cmdline").read_text().replace("\0", " ")
+
+
+def swap_devices_of(pid: int) -> set[str]:
+    """What the sandboxes of process `pid` swap to, by the names of those who own them."""
+    names = [name for name, _ in children_of(pid) if name.startswith("psi-kv-zram")]
+    return {f"/dev/{name.removeprefix('psi-kv-')}" for name in names}
+
+
+def still_swapped_to(devices: set[str]) -> set[str]:
+    """Those of `devices` that the machine swaps to."""
+    return devices & {line.split()[0] for line in Path("/proc/swaps").read_text().splitlines()[1:]}
 
 
 def leftovers() -> list[str]:
     """Pens and neighbours that this process started and that are still there."""
     found = [str(path) for path in sandboxes_of(os.getpid())]
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (process / "cmdline").read_bytes().split(b"\0")
-            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-        if parent == os.getpid() and b"psi_kv_governor.sandbox" in b" ".join(words):
-            found.append(b" ".join(words).decode())
-    return found
+    return found + [words for _, words in children_of(os.getpid()) if "psi_kv_governor.sandbox" in words]

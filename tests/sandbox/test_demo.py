@@ -17,7 +17,7 @@ from psi_kv_governor.cli._demo_view import figures, verdict
 from psi_kv_governor.sandbox.load import MIB
 from psi_kv_governor.sandbox.sandbox import Sandbox
 from psi_kv_governor.sandbox.scene import SceneResult
-from sandbox_help import sandboxes_of, swap_devices
+from sandbox_help import sandboxes_of, still_swapped_to, swap_devices_of
 
 _PLAIN = {
     "tokens": 100, "seconds": 10.0, "tokens_per_s": 10.0, "calm_tokens_per_s": 30.0, "p50_s": 0.1,
@@ -161,7 +161,6 @@ def test_on_a_terminal_it_is_shown_live_and_ends_with_the_table(wide_model):
 @pytest.mark.swap
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_in_the_middle_it_cleans_up_and_ends_with_one_line(demo_model, number, status):
-    before = swap_devices()
     process = subprocess.Popen(
         [*ARGV, "--model", str(demo_model)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -170,7 +169,7 @@ def test_interrupted_in_the_middle_it_cleans_up_and_ends_with_one_line(demo_mode
             break
     sandboxes = sandboxes_of(process.pid)
     assert sandboxes
-    devices = swap_devices() - before
+    devices = swap_devices_of(process.pid)
     assert devices
     process.send_signal(number)
     output, errors = process.communicate(timeout=60)
@@ -180,4 +179,4 @@ def test_interrupted_in_the_middle_it_cleans_up_and_ends_with_one_line(demo_mode
     assert last == ("psi-kv: interrupted" if number == signal.SIGINT else "psi-kv: error: terminated")
     assert "Traceback" not in errors.decode()
     assert not any(sandbox.exists() for sandbox in sandboxes)
-    assert not devices & swap_devices()
+    assert not still_swapped_to(devices)

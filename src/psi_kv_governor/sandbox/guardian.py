@@ -14,6 +14,7 @@ import os
 import select
 import signal
 import sys
+from pathlib import Path
 
 import msgspec
 
@@ -48,7 +49,10 @@ def main(parent: int, name: str, limit_bytes: int, swap_bytes: int) -> int:
     group = cgroups.find_place().below(name)
     number: int | None = None
     try:
-        number = zram.add_swap(swap_bytes) if swap_bytes else None
+        if swap_bytes:
+            number = zram.add_swap(swap_bytes)
+            with contextlib.suppress(OSError):  # whose it is, for `ps` and tests
+                Path("/proc/self/comm").write_text(f"psi-kv-zram{number}")
         cgroups.make_group(group, limit_bytes, swap_bytes)
     except PsiKvError as error:
         remove(group, number)
