@@ -106,7 +106,7 @@ class Tormentor(threading.Thread):
 
     def mask_for_a_moment(self) -> None:
         with self.decoding:
-            self.masked += self.order(Op.MASK).masked
+            self.masked += self.order(self.random.choice([Op.MASK, Op.MARK])).masked
             self.ends.wait(self.random.random() * 0.004)
             self.order(Op.UNMASK)
             self.client.ask(Op.FORGET, self.region)
