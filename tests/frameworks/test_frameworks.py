@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from subjects import SUBJECTS
+from subjects import COLOURS, SUBJECTS
 
 pytestmark = [pytest.mark.llama, pytest.mark.timeout(1800)]
 every_framework = pytest.mark.parametrize("name", SUBJECTS)
@@ -19,6 +19,14 @@ def test_answers_and_logits_are_those_without_us_before_during_and_after_parking
     assert ours["answers"] == theirs["answers"]
     assert all(text.strip() for text, _ in ours["answers"])
     assert ours["returned"] > 1 << 18  # it was parked, and read back
+
+
+def test_an_answer_has_the_form_that_was_asked_for(played):
+    """Each token's logits went through the framework's own code, with us as without."""
+    for text, _ in played["file"]["outlines"]["answers"]:
+        *words, last = text.split(" ")
+        assert set(words) <= set(COLOURS), text
+        assert any(colour.startswith(last) for colour in COLOURS), text
 
 
 COMPUTES_ALL_AGAIN = {"outlines"}
