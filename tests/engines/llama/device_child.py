@@ -36,10 +36,11 @@ def load_backend(path: str) -> None:
 
 
 def open_llm(model: str, folder: str, **arguments: Any) -> GovernedLlama:
+    """In batches that take vectors times matrices only: what is larger the driver compiles for seconds."""
     config = GovernorConfig(place=folder, place_reserve_bytes=0, status_socket=False)
     chosen = {
         "n_ctx": 8192, "n_gpu_layers": -1, "flash_attn": True, "n_threads": 1, "n_threads_batch": 1,
-        "verbose": False, "auto": False, "source": FakeSource(), **arguments,
+        "n_batch": 8, "verbose": False, "auto": False, "source": FakeSource(), **arguments,
     }  # fmt: skip
     return GovernedLlama(model, config=config, **chosen)
 
