@@ -223,9 +223,9 @@ void buffer_gone(ggml_backend_buffer_t buffer);
 int  buffers_tell(struct buffer_info * to, int most);
 
 // ---- map.c: which rows belong to which sequence ---------------------------------------------------------------
-
 bool map_asking(const struct ggml_tensor * tensor, size_t offset, size_t size);  // in ggml_backend_tensor_get
 bool map_refresh(struct llama_context * ctx, struct lib * lib);  // nobody else may be in llama.cpp
+bool map_used(struct llama_context * ctx, struct lib * lib);     // the same, but only which rows are used
 bool map_fresh(const struct region * region);
 struct sequence * map_sequence(struct region * region, int32_t id, bool create);
 void map_append(struct region * region, int32_t id, int32_t row);

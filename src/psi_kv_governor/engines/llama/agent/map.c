@@ -136,8 +136,9 @@ static void place(struct region * region, struct sequence * sequence, int32_t hi
     }
 }
 
-// Asks for all caches of `ctx`. Nobody else may be in llama.cpp; the lock is not held.
-bool map_refresh(struct llama_context * ctx, struct lib * lib) {
+// Asks for all caches of `ctx`: which rows each sequence has, and which are used at all. Not `each`: only the latter, in one
+// look at all cells and not in one for each of 128 sequences.
+static bool ask(struct llama_context * ctx, struct lib * lib, bool each) {
     if (!lib->state_seq_get || !lib->get_memory || !lib->pos_max || !lib->n_seq_max) {
         return false;
     }
@@ -153,7 +154,7 @@ bool map_refresh(struct llama_context * ctx, struct lib * lib) {
             bytes += region->last - region->first + (size_t) (region->n_rows + 1) * 64 + (1 << 16);
         }
         if (region->alive && region->ctx == ctx && region->cells) {
-            for (int32_t j = 0; j < region->n_sequences; j++) {
+            for (int32_t j = 0; each && j < region->n_sequences; j++) {
                 region->sequences[j].n       = 0;
                 region->sequences[j].highest = -1;
             }
@@ -169,7 +170,7 @@ bool map_refresh(struct llama_context * ctx, struct lib * lib) {
         return false;
     }
     const uint32_t n = lib->n_seq_max(ctx) < MAX_SEQUENCES ? lib->n_seq_max(ctx) : MAX_SEQUENCES;
-    for (uint32_t id = 0; id < n; id++) {
+    for (uint32_t id = 0; each && id < n; id++) {
         const int32_t highest = lib->pos_max(memory, (int32_t) id);
         if (highest < 0) {
             continue;
@@ -191,17 +192,22 @@ bool map_refresh(struct llama_context * ctx, struct lib * lib) {
     // Cells outside of a sliding window are left out above, but may be looked at again after a rollback: -1 lists them.
     asking.on = true;
     asking.id = -1;
-    (void) lib->state_seq_get(ctx, scratch, bytes, -1, 0);
+    const bool told = lib->state_seq_get(ctx, scratch, bytes, -1, 0) > 0;
     asking.on = false;
     munmap(scratch, bytes);
     pthread_mutex_lock(&agent.lock);
+    if (!told && !each) {
+        agent.memory_generation++;  // what is used has to be asked for again
+        pthread_mutex_unlock(&agent.lock);
+        return false;
+    }
     for (int i = 0; i < MAX_REGIONS; i++) {
         struct region * region = &agent.regions[i];
         if (!region->alive || region->ctx != ctx || !region->cells) {
             continue;
         }
-        region->map_generation = generation + 2;  // 0: new, 1: cleared once
-        for (int32_t j = 0; region->n_lost && j < region->n_sequences; j++) {
+        region->map_generation = each ? generation + 2 : region->map_generation;  // 0: new, 1: cleared once
+        for (int32_t j = 0; each && region->n_lost && j < region->n_sequences; j++) {
             if (region->sequences[j].n == 0) {
                 lost_change(region, &region->sequences[j], 0, -1, true, 0, 1);
             }
@@ -217,6 +223,10 @@ bool map_refresh(struct llama_context * ctx, struct lib * lib) {
     pthread_mutex_unlock(&agent.lock);
     return true;
 }
+
+bool map_refresh(struct llama_context * ctx, struct lib * lib) { return ask(ctx, lib, true); }
+
+bool map_used(struct llama_context * ctx, struct lib * lib) { return ask(ctx, lib, false); }
 
 // A tail is cut before every decode by some programs, where there is none.
 bool map_untouched(llama_memory_t memory, int32_t p0) {

@@ -30,7 +30,7 @@ void order_release(struct region * region, const struct request * request, doubl
         return;
     }
     // Asked at this very moment, and nobody gets in before the pages are gone.
-    if (region->alive && map_refresh(region->ctx, region->lib)) {
+    if (region->alive && map_used(region->ctx, region->lib)) {
         drop_free(region, request, begin_s, reply);
     }
     gate_give();
