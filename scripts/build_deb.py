@@ -27,6 +27,14 @@ from psi_kv_governor.cli import main
 
 main()
 """
+PRERM = """#!/bin/sh
+# What Python compiled here belongs to no package, and would stay behind.
+set -e
+folder=/usr/lib/python3/dist-packages/psi_kv_governor
+if [ -d "$folder" ]; then
+  find "$folder" -type d -name __pycache__ -prune -exec rm -rf {} +
+fi
+"""
 
 
 def depends(requirements: list[str]) -> list[str]:
@@ -84,6 +92,7 @@ def build(wheel: Path, folder: Path) -> Path:
         fields = lay_out(wheel, root)
         (root / "DEBIAN").mkdir()
         (root / "DEBIAN/control").write_text("".join(f"{key}: {value}\n" for key, value in fields.items()))
+        _write(root / "DEBIAN/prerm", PRERM.encode(), 0o755)
         (root / "DEBIAN").chmod(0o755)
         root.chmod(0o755)
         name = "{Package}_{Version}_{Architecture}.deb".format(**fields)
