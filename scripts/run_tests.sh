@@ -17,16 +17,24 @@ set_up=.venv/.set-up-for-tests
 failed=0
 background=()
 
-others() { # the environment of transformers has no need of the rest of .venv: it is begun meanwhile
+# shellcheck disable=SC2317 # the trap calls it
+end_background() {
+  local group
+  for group in "${background[@]}"; do
+    kill -- "-$group" 2>/dev/null || true
+  done
+}
+
+others() { # each environment's output in one piece; that of transformers has no need of .venv's rest and is begun at once
   make --no-print-directory begin-transformers
   until [ -e "$1" ]; do sleep 1; done
   make --no-print-directory --jobs=2 --output-sync=recurse test-others
 }
 
-lint_and_beside() { # PYTHON and what pytest is told
+lint_and_beside() {
   local failed=0
   make --no-print-directory lint || failed=1
-  "$1" -m pytest "${@:2}" || failed=1
+  "$python" -m pytest -m "not ($alone)" "${beside[@]}" || failed=1
   return "$failed"
 }
 
@@ -44,17 +52,19 @@ if [ "$workers" = 0 ]; then
   make --no-print-directory test-others || failed=1
   exit "$failed"
 fi
-trap 'for group in "${background[@]}"; do kill -- "-$group" 2>/dev/null || true; done' EXIT
-# Each a group of its own, to be ended whole; the environments side by side, each one's output in one piece.
+trap end_background EXIT
 make --no-print-directory "$python"
 rm -f "$set_up"
-export -f others lint_and_beside
-setsid nice -n 10 bash -c "others $set_up" >"$log" 2>&1 &
+set -m # each in the background is a process group of its own, to be ended whole
+{ renice -n 10 -p "$BASHPID" >/dev/null && others "$set_up"; } >"$log" 2>&1 </dev/null &
 background+=($!)
+set +m
 make --no-print-directory model
 touch "$set_up"
-setsid nice -n 5 bash -c 'lint_and_beside "$@"' . "$python" -m "not ($alone)" "${beside[@]}" >"$lint_log" 2>&1 &
+set -m
+{ renice -n 5 -p "$BASHPID" >/dev/null && lint_and_beside; } >"$lint_log" 2>&1 </dev/null &
 background+=($!)
+set +m
 "$python" -m pytest -m "$alone" || failed=1
 "$python" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder -m "not ($alone)" "${beside[@]/#/--ignore=}" \
   || failed=1
