@@ -136,6 +136,15 @@ static void place(struct region * region, struct sequence * sequence, int32_t hi
     }
 }
 
+// Has llama.cpp "save" a sequence (-1: all of them). False where it gives nothing.
+static bool save(struct llama_context * ctx, struct lib * lib, int32_t id, void * scratch, size_t bytes) {
+    asking.on      = true;
+    asking.id      = id;
+    const size_t n = lib->state_seq_get(ctx, scratch, bytes, id, 0);
+    asking.on      = false;
+    return n > 0;
+}
+
 // Asks for all caches of `ctx`: which rows each sequence has, and which are used at all. Not `each`: only the latter, in one
 // look at all cells and not in one for each of 128 sequences.
 static bool ask(struct llama_context * ctx, struct lib * lib, bool each) {
@@ -175,10 +184,7 @@ static bool ask(struct llama_context * ctx, struct lib * lib, bool each) {
         if (highest < 0) {
             continue;
         }
-        asking.on = true;
-        asking.id = (int32_t) id;
-        (void) lib->state_seq_get(ctx, scratch, bytes, (int32_t) id, 0);
-        asking.on = false;
+        (void) save(ctx, lib, (int32_t) id, scratch, bytes);
         pthread_mutex_lock(&agent.lock);
         for (int i = 0; i < MAX_REGIONS; i++) {
             struct region *   region   = &agent.regions[i];
@@ -190,10 +196,7 @@ static bool ask(struct llama_context * ctx, struct lib * lib, bool each) {
         pthread_mutex_unlock(&agent.lock);
     }
     // Cells outside of a sliding window are left out above, but may be looked at again after a rollback: -1 lists them.
-    asking.on = true;
-    asking.id = -1;
-    const bool told = lib->state_seq_get(ctx, scratch, bytes, -1, 0) > 0;
-    asking.on = false;
+    const bool told = save(ctx, lib, -1, scratch, bytes);
     munmap(scratch, bytes);
     pthread_mutex_lock(&agent.lock);
     if (!told && !each) {
