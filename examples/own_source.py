@@ -1,4 +1,4 @@
-"""A source of pressure of one's own: an orchestrator writes "free total", in bytes, to a file.
+"""A source of pressure of one's own: an orchestrator says "free total", in bytes, in a file.
 
     python examples/own_source.py FILE
 
@@ -11,6 +11,13 @@ from pathlib import Path
 
 from psi_kv_governor import SourceLostError
 from psi_kv_governor.pressure import Reading, one_level
+
+
+def tell_free_bytes(path: Path, free_bytes: int, total_bytes: int) -> None:
+    """What the orchestrator does: a whole new file, as one that is written over is empty for a moment."""
+    new = path.with_suffix(".new")
+    new.write_text(f"{free_bytes} {total_bytes}")
+    new.replace(path)
 
 
 class FreeBytes:

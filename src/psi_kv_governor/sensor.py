@@ -34,7 +34,8 @@ _LONGEST_BACKOFF_S = 640.0
 
 
 class Sensor:
-    """Reads `source`, or the best source of this machine. A source that was given is not closed here.
+    """Reads `source`, or the best source of this machine. A source that was given is not closed here, and is
+    read again as soon as it answers, where it was lost for a while.
 
     One thread reads and waits; `interrupt` and `close` may come from any other.
     """
@@ -47,7 +48,7 @@ class Sensor:
         processes: Processes = only_this,
     ) -> None:
         """`processes` gives the ids of those that hold the caches: this one, or governed programs."""
-        self.source = source
+        self.source = self._given = source
         self.sleeper = Sleeper()
         """What `wait` sleeps on. A thread that holds it, and not the sensor, keeps nothing else alive."""
         if neighbours is None and source is None:
@@ -116,7 +117,7 @@ class Sensor:
         except MovedError as error:
             self._leave(str(error))
         except SourceLostError as error:
-            if self.source is self._box.source:
+            if self.source in (self._box.source, self._given):
                 self._backoff.failed(self.name, time.monotonic())
             self._leave(str(error))
         return None
@@ -146,6 +147,8 @@ class Sensor:
 
     def _find(self, why: str) -> None:
         """Take the best source there is, and what wakes for it."""
+        if self._given_answers():
+            return
         found = discover(avoid=self._backoff.left_out(time.monotonic()), processes=self._processes)
         if found.source is None:
             self.source = None
@@ -165,11 +168,18 @@ class Sensor:
     def _arm(self) -> None:
         now_s = time.monotonic()
         self.sleeper.watch(find_waker(avoid=self._backoff.left_out(now_s)).waker)
-        at_the_top = self._rank == 0 and self.sleeper.waker is not None and not self._waker_fell
+        at_the_top = (
+            self._given is None
+            and self._rank == 0
+            and self.sleeper.waker is not None
+            and not self._waker_fell
+        )
         self._look_again_s = math.inf if at_the_top else now_s + _CLIMB_S
 
     def _climb(self) -> None:
         """Look whether a better rung than the one in use answers again."""
+        if self._given_answers():
+            return
         left_out = self._backoff.left_out(time.monotonic())
         found = discover(avoid=left_out, rungs=self._rank, processes=self._processes)
         if found.source is not None:
@@ -179,6 +189,22 @@ class Sensor:
             self._arm()
         else:
             self._look_again_s = time.monotonic() + _CLIMB_S
+
+    def _given_answers(self) -> bool:
+        """Whether the source that was given, and was lost, can be read again: it is taken then."""
+        given, now_s = self._given, time.monotonic()
+        if given is None or given.name in self._backoff.left_out(now_s):
+            return False
+        try:
+            given.read()
+        except SourceLostError:
+            self._backoff.failed(given.name, now_s)
+            return False
+        self._box.close()
+        self.source, self._look_again_s = given, math.inf
+        self.sleeper.watch(None)
+        self._bus.tell(SourceChanged(time_s=now_s, source=given.name, why="it answers again"))
+        return True
 
     def _leave(self, why: str) -> None:
         """Look for another source than the one in use."""

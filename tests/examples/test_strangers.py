@@ -9,6 +9,7 @@ import importlib
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,24 @@ def test_a_source_of_one_s_own_is_read_and_another_is_taken_where_it_is_lost(row
     governor.step()
     governor.close()
     assert any(isinstance(event, SourceChanged) and "can't be read" in event.why for event in events)
+
+
+def test_a_source_that_is_told_anew_while_it_is_read_is_never_lost(examples, tmp_path):
+    own_source, file = importlib.import_module("own_source"), tmp_path / "free"
+    own_source.tell_free_bytes(file, 0, 1 << 30)
+    source, over = own_source.FreeBytes(file), threading.Event()
+
+    def tell() -> None:
+        for number in range(3000):
+            own_source.tell_free_bytes(file, number, 1 << 30)
+        over.set()
+
+    teller = threading.Thread(target=tell)
+    teller.start()
+    while not over.is_set():
+        assert source.read().limit_bytes == 1 << 30
+    teller.join()
+    assert source.read().headroom_bytes == 2999
 
 
 def test_a_command_is_one_file_and_one_line(monkeypatch, tmp_path):

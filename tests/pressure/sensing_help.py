@@ -18,6 +18,7 @@ from psi_kv_governor.bus import Bus
 from psi_kv_governor.events import Event, SourceChanged
 from psi_kv_governor.pressure.cgroup import find_cgroups
 from psi_kv_governor.pressure.discovery import discover
+from psi_kv_governor.pressure.reading import PressureSource
 from psi_kv_governor.pressure.waking import find_waker
 from psi_kv_governor.sensor import Sensor
 
@@ -31,14 +32,20 @@ needs_psi = pytest.mark.skipif(not WHOLE.exists(), reason="this kernel keeps no 
 class Watched:
     """A sensor with what it told."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, root: Path, environ: dict[str, str]) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        root: Path,
+        environ: dict[str, str],
+        source: PressureSource | None = None,
+    ) -> None:
         self.events: list[Event] = []
         self.environ = environ
         monkeypatch.setattr(sensor_module, "discover", functools.partial(discover, root, environ))
         monkeypatch.setattr(sensor_module, "find_waker", functools.partial(find_waker, root, environ))
         bus = Bus()
         bus.subscribe(self.events.append)
-        self.sensor = Sensor(None, bus)
+        self.sensor = Sensor(source, bus)
         self.events.clear()
 
     def changes(self) -> list[tuple[str, str]]:

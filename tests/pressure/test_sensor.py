@@ -50,6 +50,33 @@ def test_a_source_that_was_given_is_read_alone_and_not_closed():
     assert source.closed == 0
 
 
+class Asked(FakeSource):
+    asked = 0
+
+    def read(self):
+        self.asked += 1
+        return super().read()
+
+
+def test_a_source_that_was_given_and_lost_is_read_again_when_it_answers(v2, monkeypatch):
+    now_s, source = [time.monotonic()], Asked(stall=0.5)
+    monkeypatch.setattr(sensor_module.time, "monotonic", lambda: now_s[0])
+    made = Watched(monkeypatch, v2.root, {}, source)
+    source.lost = "it is away"
+    assert made.sensor.read() is None
+    for _ in range(240):  # an hour
+        assert made.sensor.read().source == str(v2.root / OWN)
+        now_s[0] += 15.0
+    assert source.asked < 20
+    source.lost = ""
+    now_s[0] += 700.0
+    assert made.sensor.read().some == 0.5
+    assert made.changes() == [(str(v2.root / OWN), "it is away"), (source.name, "it answers again")]
+    assert made.sensor.sleeper.waker is None
+    made.sensor.close()
+    assert source.closed == 0
+
+
 def test_another_thread_interrupts_the_wait():
     sensor = Sensor(FakeSource(), Bus())
     timer = threading.Timer(0.05, sensor.interrupt)

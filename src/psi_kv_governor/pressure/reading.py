@@ -178,7 +178,10 @@ class PressureSource(Protocol):
         """What is read, in words a user can follow up."""
 
     def read(self) -> Reading:
-        """Take a reading now. Raises SourceLostError when the source is gone."""
+        """Take a reading now.
+
+        Raises SourceLostError when there is none to be had; it is asked again after a while, seldomer each time.
+        """
 
     def close(self) -> None:
         """Give back descriptors. Safe to call twice."""
