@@ -159,6 +159,14 @@ def test_trims_keep_the_cooldown():
     assert "cooldown" in decisions[1].reason
 
 
+@pytest.mark.parametrize(("lossless", "again_s"), [(3200, 0.125), (0, 0.5)], ids=["costless", "at a cost"])
+def test_where_headroom_is_short_what_costs_no_fidelity_waits_for_no_effect(lossless, again_s):
+    looks = [reading(time_s=100.0 + t, headroom=0.035) for t in (0.0, 0.0625, 0.125, 0.25, 0.5)]
+    decisions = replay(looks, snapshot(lossless=lossless))
+    trims = [look.time_s for look, it in zip(looks, decisions, strict=True) if it.action is Action.TRIM]
+    assert trims[:2] == [100.0, 100.0 + again_s]
+
+
 # -- when to look again ------------------------------------------------------------------------------------
 
 

@@ -129,7 +129,7 @@ def _under_pressure(config: GovernorConfig, state: LawState, given: _Given) -> t
     if n_bytes < step:  # at the floor each token that is decoded would be a trim of its own
         state = msgspec.structs.replace(state, nothing_left=not left)
         return nothing(Mode.HOLDING, f"{now.why}, but {bound}"), state
-    if why := _wait(config, state, given):
+    if why := _wait(config, state, given, costless=n_bytes <= cache.lossless_bytes):
         return nothing(Mode.TRIMMING, f"{now.why}; {why}"), state
     decision = Decision(
         action=Action.TRIM,
@@ -154,11 +154,12 @@ def _wanted(config: GovernorConfig, given: _Given) -> int:
     return max(wanted, whole_steps(above_limit, cache))
 
 
-def _wait(config: GovernorConfig, state: LawState, given: _Given) -> str:
+def _wait(config: GovernorConfig, state: LawState, given: _Given, *, costless: bool) -> str:
     """Why the next trim is not made yet, or an empty string."""
     now, since_trim_s = given.now, given.now.time_s - state.last_trim_s
     acute = now.zone is Zone.ACUTE
-    if acute:
+    # Headroom shows at once what a step gave, stall only in its window.
+    if acute or (costless and now.missing_bytes and not now.stalled):
         cooldown_s = config.cooldown_acute_s
     elif now.stall <= state.trim_stall / 2 and not now.missing_bytes:
         cooldown_s = 2 * config.cooldown_s  # the last step is taking effect: see how far
