@@ -180,7 +180,8 @@ class PressureSource(Protocol):
     def read(self) -> Reading:
         """Take a reading now.
 
-        Raises SourceLostError when there is none to be had; it is asked again after a while, seldomer each time.
+        Raises SourceLostError when there is none to be had; it is asked again after a while, and less often
+        each time.
         """
 
     def close(self) -> None:
