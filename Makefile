@@ -57,7 +57,7 @@ $(READY): pyproject.toml $(wildcard benchmarks/pyproject.toml) | $(BIN)/python
 	  command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || test -n "$${CXX-}" \
 	    || { echo "make: there is no C++ compiler: install one, e.g. 'apt install g++'" >&2; exit 1; }; \
 	  echo "make: the first set-up compiles llama-cpp-python, which takes 3 to 8 minutes; pip keeps the result"; }
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[$(EXTRAS)]' --editable ./benchmarks \
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile --editable '.[$(EXTRAS)]' --editable ./benchmarks \
 	  | { grep --line-buffered -v '^Requirement already satisfied' || true; }
 	@touch $@
 

@@ -112,6 +112,13 @@ def test_masked_cells_are_not_read_and_do_not_count(open_llm):
     assert engine.first_affected(0) == N_TOKENS
 
 
+def test_a_mask_of_no_sequence_touches_nothing(open_llm):
+    llm, engine = open_llm()
+    llm.eval(TOKENS)
+    assert "none was named" in do(engine, Verb.MASK, (100, 1100), sequence=None).problem
+    assert engine.snapshot().caches[0].sequences[0].parked_bytes == 0
+
+
 def test_a_parked_sequence_is_read_back_by_whoever_decodes_it(open_llm):
     llm, engine = open_llm()
     llm.eval(TOKENS)

@@ -241,11 +241,16 @@ void order_park(struct region * region, const struct request * request, double b
         snprintf(agent.problem, sizeof(agent.problem), "the calls of this cache's llama.cpp are not reached: nothing of it is moved");
         return;
     }
+    const bool masks = request->op == MASK || request->op == MARK;
+    if (request->sequence < 0 && masks) {
+        reply->status = 1;
+        snprintf(agent.problem, sizeof(agent.problem), "what is masked is of one sequence, and none was named");
+        return;
+    }
     if (request->sequence < 0) {
         act_on_all(region, request, begin_s, request->op == WRITE ? ACT_WRITE : ACT_PARK, reply);
         return;
     }
-    const bool masks = request->op == MASK || request->op == MARK;
     (void) refresh_map(region, false);
     uint8_t * rows = region->cells ? malloc((size_t) region->n_rows) : NULL;
     pthread_mutex_lock(&agent.lock);
