@@ -116,7 +116,7 @@ def lm_format_enforcer(path: str, _: contextlib.ExitStack) -> Opened:
     def complete(prompt: str) -> str:
         form = LogitsProcessorList([build_llamacpp_logits_processor(data, RegexParser("[a-z ]{12,40}"))])
         # It looks through the whole vocabulary for each token, for 0.2 s.
-        made = llm(prompt, max_tokens=MOST // 2, temperature=0.0, logits_processor=form)
+        made = llm(prompt, max_tokens=MOST // 3, temperature=0.0, logits_processor=form)
         return made["choices"][0]["text"]
 
     return complete, llm
