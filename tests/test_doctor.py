@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psi_kv_governor import doctor, preflight
+from psi_kv_governor.checks import Check, Look, engine_checks
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.isolated import EndedError, looked
-from psi_kv_governor.preflight import Check
 from warm import COMMANDS, PSI_KV, Warm
 
 _BOX = "sys/fs/cgroup/box/"
@@ -111,7 +111,7 @@ def test_files_that_may_not_be_read_are_told_about(tmp_path):
 
 
 def test_what_kills_a_check_is_a_line_of_it():
-    assert doctor._looked("swap", lambda: os.kill(os.getpid(), 31), True) == [
+    assert doctor._looked(Look("swap", lambda: os.kill(os.getpid(), 31), "warn"), isolated=True) == [
         Check("swap", "warn", "it can't be looked at: it was ended by SIGSYS", doctor._FILTER)
     ]
 
@@ -121,9 +121,55 @@ def test_what_a_check_raises_is_a_line_of_it():
         raise RuntimeError("two\nlines")
 
     for isolated in (True, False):
-        (found,) = doctor._looked("place to park", look, isolated)
+        (found,) = doctor._looked(Look("place to park", look), isolated)
         assert (found.name, found.state) == ("place to park", "fail")
         assert found.detail == "it can't be looked at: RuntimeError: two lines"
+
+
+GOOD = """
+from psi_kv_governor.checks import Check, Look, engine_checks
+
+def in_use():
+    return False
+
+def looks(config, model):
+    found = yield Look("rows", lambda: [Check("rows", "ok", "all are there")])
+    yield Look("told", lambda: [Check("told", "ok", found[0].detail)])
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "told"),
+    [
+        (GOOD, [("rows", "ok", "all are there"), ("told", "ok", "all are there")]),
+        ("1 / 0\n", [("stranger", "fail", "it can't be looked at: ZeroDivisionError: division by zero")]),
+        (
+            GOOD.replace("yield Look", "1 / 0; yield Look"),
+            [("stranger", "fail", "it can't be looked at: ZeroDivisionError: division by zero")],
+        ),
+    ],
+    ids=["good", "that does not load", "that raises"],
+)
+def test_an_engine_of_another_package_has_checks_of_its_own(monkeypatch, tmp_path, module, told):
+    name = f"stranger_checks_{tmp_path.name}".replace("-", "_")
+    (tmp_path / f"{name}.py").write_text(module)
+    info = tmp_path / "stranger-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[psi_kv_governor.checks]\nstranger = {name}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    only = {"stranger": engine_checks()["stranger"]}
+    monkeypatch.setattr(doctor, "engine_checks", lambda: only)
+    found = [(one.name, one.state, one.detail) for one in doctor.run_checks(GovernorConfig())]
+    assert found[-len(told) :] == told
+    assert found[0][0] == "pressure"
+
+
+def test_where_no_engine_is_installed_it_says_so(monkeypatch):
+    monkeypatch.setattr(doctor, "engine_checks", dict)
+    *_, found = doctor.run_checks(GovernorConfig())
+    assert (found.name, found.state) == ("engines", "fail")
+    assert "pip install" in found.remedy
 
 
 @pytest.mark.llama

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from psi_kv_governor import doctor, preflight, preflight_engine
+from psi_kv_governor import doctor, llama_doctor, preflight
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.engines.llama import loader
 from psi_kv_governor.errors import EngineError
@@ -161,7 +161,7 @@ def test_without_a_cgroup_of_its_own_it_says_why(root, monkeypatch):
 
 def test_a_compiler_that_is_not_there_is_told(monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
-    found = preflight.check_compiler()
+    found = llama_doctor.check_compiler()
     assert found.state == "warn"
     assert "no-such-compiler" in found.remedy
 
@@ -180,7 +180,7 @@ def test_without_llama_cpp_the_rest_of_the_engine_is_not_tried(monkeypatch, tmp_
 
 def test_an_agent_that_does_not_compile_is_a_failure(monkeypatch):
     monkeypatch.setattr(building, "agent_path", refuse)
-    found = preflight.check_agent()
+    found = llama_doctor.check_agent()
     assert (found.state, found.remedy) == ("fail", "install it")
 
 
@@ -209,13 +209,13 @@ def test_a_place_that_keeps_nothing_is_told(settings, remedy):
 
 def test_the_demo_model_need_not_be_here(monkeypatch, tmp_path):
     monkeypatch.setenv("PSI_KV_MODELS", str(tmp_path))
-    found = preflight.check_model()
+    found = llama_doctor.check_model()
     assert found.state == "warn"
     assert "psi-kv model fetch" in found.remedy
 
 
 def test_a_model_that_was_named_must_be_one(tmp_path):
-    assert preflight.check_model(tmp_path / "absent.gguf").state == "fail"
+    assert llama_doctor.check_model(tmp_path / "absent.gguf").state == "fail"
 
 
 @pytest.mark.llama
@@ -231,8 +231,8 @@ def test_with_a_model_its_steps_are_proved(shallow_model):
 def test_a_model_that_llama_cpp_refuses_is_one_failure(tmp_path):
     path = tmp_path / "empty.gguf"
     path.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + bytes(16))
-    assert preflight.check_model(path).state == "ok"
-    (found,) = preflight_engine.check_engine(path, GovernorConfig())
+    assert llama_doctor.check_model(path).state == "ok"
+    (found,) = llama_doctor.check_engine(path, GovernorConfig())
     assert (found.name, found.state) == ("engine", "fail")
     assert "\n" not in found.remedy
 
@@ -246,7 +246,7 @@ def test_whoever_wants_no_place_is_told_what_that_means(tmp_path):
 def test_without_a_place_the_doctor_says_that_running_conversations_evict(shallow_model):
     (found,) = [
         check
-        for check in preflight_engine.check_engine(shallow_model, GovernorConfig(place="none"))
+        for check in llama_doctor.check_engine(shallow_model, GovernorConfig(place="none"))
         if check.name == "can evict"
     ]
     assert found.state == "ok"

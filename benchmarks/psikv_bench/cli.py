@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from psi_kv_governor import model as models
+from psi_kv_governor.checks import Check
 from psi_kv_governor.cli._group import NearestGroup, example
 from psi_kv_governor.cli.session import ended_by_sigterm
 from psi_kv_governor.errors import BadInputError, PsiKvError
-from psi_kv_governor.preflight import Check
 from psikv_bench.options import Options, chosen, flag, with_model
 from psikv_bench.record import Recorder, Report, Say, markdown
 from psikv_bench.scene import Scene

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from psi_kv_governor.preflight import Check
+from psi_kv_governor.checks import Check
 from psikv_bench.options import Options
 from psikv_bench.record import Recorder, Report
 

@@ -9,16 +9,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from psi_kv_governor.amounts import mib
+from psi_kv_governor.checks import Check
 from psi_kv_governor.config import GovernorConfig
-from psi_kv_governor.engines.llama import loader
-from psi_kv_governor.errors import BadInputError, EngineError, PsiKvError
-from psi_kv_governor.model import check, demo_model_path
-from psi_kv_governor.native import building
+from psi_kv_governor.errors import BadInputError
 from psi_kv_governor.pressure.cgroup import find_cgroups
 from psi_kv_governor.pressure.discovery import Candidate, discover, why_no_limits
 from psi_kv_governor.pressure.headroom import HeadroomReader
@@ -30,27 +26,10 @@ from psi_kv_governor.pressure.waking import find_waker
 from psi_kv_governor.residence import NO_PLACE, choose_backing, find_place, swap_state
 from psi_kv_governor.sandbox.sandbox import Sandbox
 
-State = Literal["ok", "warn", "fail"]
-
 _COMMIT = re.compile(rb"^(CommitLimit|Committed_AS):\s+(\d{1,20}) kB\n", re.MULTILINE)
 _CAPABILITIES = re.compile(r"^CapEff:\s*([0-9a-f]{1,16})$", re.MULTILINE)
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _CAP_SYS_RESOURCE = 24  # <linux/capability.h>
-_PROBE_CELLS = 2048  # large enough that its cache is governed, with room for a range to park
-
-
-@dataclass(frozen=True)
-class Check:
-    """What was found about one thing."""
-
-    name: str
-    state: State
-    """`ok`; `warn`: the governor works here, with less; `fail`: it can't do its work."""
-    detail: str
-    remedy: str = ""
-    """What to do; empty when all is well."""
-    more: tuple[str, ...] = ()
-    """Further lines, where one does not tell it all."""
 
 
 def check_pressure(root: Path = Path("/")) -> Check:
@@ -182,39 +161,6 @@ def _may(capability: int, root: Path) -> bool:
     return effective is not None and bool(int(effective[1], 16) >> capability & 1)
 
 
-def check_compiler() -> Check:
-    """The C compiler that builds the agent where it did not come compiled."""
-    try:
-        return Check("compiler", "ok", building.compiler())
-    except EngineError as error:
-        shipped = building.shipped()
-        state: State = "ok" if shipped else "warn"
-        return Check(
-            "compiler",
-            state,
-            "none" + (": the agent came compiled" if shipped else ""),
-            "" if shipped else str(error),
-        )
-
-
-def check_llama() -> Check:
-    """llama-cpp-python; programs under `psi-kv exec` bring their own llama.cpp."""
-    try:
-        return Check(
-            "llama.cpp", "ok", f"{loader.llama_cpp_version()} in {loader.llama_cpp_library().parent}"
-        )
-    except EngineError as error:
-        return Check("llama.cpp", "warn", "not usable from Python; psi-kv exec works without", str(error))
-
-
-def check_agent() -> Check:
-    """The agent between a program and llama.cpp: without it nothing can be returned."""
-    try:
-        return Check("agent", "ok", str(building.agent_path()))
-    except EngineError as error:
-        return Check("agent", "fail", "can't be had, so that no memory can be returned", str(error))
-
-
 def check_place(config: GovernorConfig) -> Check:
     """Where parked bytes go, how much fits, how fast it is, and whether caches are born there."""
     try:
@@ -233,13 +179,3 @@ def check_place(config: GovernorConfig) -> Check:
     speed = place.write_bytes_per_s / 1e6
     detail = f"{place.folder} ({place.device}): {mib(place.free_bytes, 0)} of room, {speed:,.0f} MB/s"
     return Check("place to park", "ok", f"{detail}; caches are born in {backing}: {why}", more=more)
-
-
-def check_model(model: Path | None = None) -> Check:
-    """The model file; None is the demo model, which need not be here."""
-    try:
-        found = check(model or demo_model_path())
-    except PsiKvError as error:
-        return Check("model", "warn" if model is None else "fail", "not usable", str(error))
-    size = f"{found.size_bytes / 1e6:,.0f} MB"
-    return Check("model", "ok", f"{found.path} ({found.architecture}, {found.tensors} tensors, {size})")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from psi_kv_governor.checks import Check, State
 from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.model import check, demo_model_path
-from psi_kv_governor.preflight import Check, State
 from psi_kv_governor.pressure.cgroup import find_cgroups
 from psi_kv_governor.pressure.headroom import HeadroomReader
 from psi_kv_governor.pressure.psi import PsiFile

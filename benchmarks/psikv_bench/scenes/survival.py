@@ -9,8 +9,8 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from psi_kv_governor.checks import Check
 from psi_kv_governor.errors import BadInputError
-from psi_kv_governor.preflight import Check
 from psikv_bench.figures import Asked, Figure, figure
 from psikv_bench.journal import remaining
 from psikv_bench.messages import Variant

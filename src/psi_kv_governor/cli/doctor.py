@@ -10,10 +10,10 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
+from psi_kv_governor.checks import Check
 from psi_kv_governor.cli._group import example
 from psi_kv_governor.config import load_config
 from psi_kv_governor.doctor import run_checks
-from psi_kv_governor.preflight import Check
 from psi_kv_governor.service.reach import check_command
 
 _SIGNS = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "bold red")}

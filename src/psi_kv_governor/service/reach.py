@@ -17,9 +17,9 @@ import msgspec
 from elftools.common.exceptions import ELFError  # reads ELF files: the maintained library for it
 from elftools.elf.elffile import ELFFile
 
+from psi_kv_governor.checks import Check, State
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.engines.vllm import serve
-from psi_kv_governor.preflight import Check, State
 from psi_kv_governor.service.program import find_program
 
 _HOOKED = "llama_decode"

@@ -143,7 +143,7 @@ def outputs(model: str, folder: str) -> dict[str, Any]:
 
 def doctor(model: str, folder: str) -> dict[str, Any]:
     """What the doctor says of the devices, and of a cache on one."""
-    from psi_kv_governor.preflight_engine import check_cache, check_devices
+    from psi_kv_governor.llama_doctor import check_cache, check_devices
 
     llm = open_llm(model, folder, n_ctx=2048, n_batch=128)
     found, cache = check_devices(), check_cache(llm.governor.engine.describe())

@@ -1,16 +1,20 @@
-"""Looks at the devices that llama.cpp finds, and at what can be given back of a model that is opened."""
+"""What llama.cpp needs here: a compiler, the library, the agent, a model, devices; and what can be given back
+of a model that is opened. `psi-kv doctor` finds this module by its entry point."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from psi_kv_governor.amounts import mib
 from psi_kv_governor.cache import Capabilities, Capability, Description, Domain, Plan, Range, Step, Verb
+from psi_kv_governor.checks import Check, Look, State
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.engines.llama import devices, loader
-from psi_kv_governor.errors import PsiKvError
-from psi_kv_governor.preflight import Check, State
+from psi_kv_governor.errors import EngineError, PsiKvError
+from psi_kv_governor.model import check, demo_model_path
+from psi_kv_governor.native import building
 
 _PROBE_CELLS = 2048  # large enough that its cache is governed, with room for a range to park
 
@@ -19,6 +23,70 @@ HOST_INSTEAD = (
     "given back, bit for bit the same. It costs speed: each layer's attention runs on the processor (62 "
     "parts of a graph instead of 2 with the demo model)"
 )
+
+
+def in_use() -> bool:
+    """See `EngineChecks`."""
+    return "llama_cpp" in sys.modules
+
+
+def looks(config: GovernorConfig, model: Path | None) -> Generator[Look, list[Check], None]:
+    """See `EngineChecks`. A model is opened where there is one, and nothing before it failed."""
+    found: list[Check] = []
+    for look in (
+        Look("compiler", lambda: [check_compiler()], "warn"),
+        Look("llama.cpp", lambda: [check_llama()], "warn"),
+        Look("agent", lambda: [check_agent()]),
+        Look("model", lambda: [check_model(model)], "warn"),
+    ):
+        found += yield look
+    states = {one.name: one.state for one in found}
+    if states["model"] == "ok" and "fail" not in {states["llama.cpp"], states["agent"]}:
+        yield Look("devices", lambda: [check_devices()], "warn")
+        yield Look("engine", lambda: check_engine(model or demo_model_path(), config))
+
+
+def check_compiler() -> Check:
+    """The C compiler that builds the agent where it did not come compiled."""
+    try:
+        return Check("compiler", "ok", building.compiler())
+    except EngineError as error:
+        shipped = building.shipped()
+        state: State = "ok" if shipped else "warn"
+        return Check(
+            "compiler",
+            state,
+            "none" + (": the agent came compiled" if shipped else ""),
+            "" if shipped else str(error),
+        )
+
+
+def check_llama() -> Check:
+    """llama-cpp-python; programs under `psi-kv exec` bring their own llama.cpp."""
+    try:
+        return Check(
+            "llama.cpp", "ok", f"{loader.llama_cpp_version()} in {loader.llama_cpp_library().parent}"
+        )
+    except EngineError as error:
+        return Check("llama.cpp", "warn", "not usable from Python; psi-kv exec works without", str(error))
+
+
+def check_agent() -> Check:
+    """The agent between a program and llama.cpp: without it nothing can be returned."""
+    try:
+        return Check("agent", "ok", str(building.agent_path()))
+    except EngineError as error:
+        return Check("agent", "fail", "can't be had, so that no memory can be returned", str(error))
+
+
+def check_model(model: Path | None = None) -> Check:
+    """The model file; None is the demo model, which need not be here."""
+    try:
+        found = check(model or demo_model_path())
+    except PsiKvError as error:
+        return Check("model", "warn" if model is None else "fail", "not usable", str(error))
+    size = f"{found.size_bytes / 1e6:,.0f} MB"
+    return Check("model", "ok", f"{found.path} ({found.architecture}, {found.tensors} tensors, {size})")
 
 
 def check_devices() -> Check:
