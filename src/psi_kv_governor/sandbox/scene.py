@@ -120,6 +120,8 @@ class Scene:
         self._token_s: dict[str, list[float]] = {"calm": [], "pressed": []}
         self._trim_s: list[float] = []
         """When each trim was over."""
+        self._neighbour_s: float | None = None
+        """When it started."""
         self._heard_s = self._looked_s = self._ticked_s = time.monotonic()
         psi = None if sandbox is None else sandbox.pressure_file
         self._psi = None if psi is None else KernelFile(psi)
@@ -149,7 +151,9 @@ class Scene:
         result.tokens, result.tokens_per_s = len(token_s), len(token_s) / result.seconds
         if token_s:
             result.p50_s, result.p99_s = (quantile(token_s, share) for share in (0.5, 0.99))
-        if result.trims:
+        if result.trims:  # one that began beside the neighbour may have ended when it had gone
+            if self._neighbour_s is not None:
+                result.first_trim_s = self._trim_s[0] - self._neighbour_s
             result.restored = not result.killed and not result.missing_cells
         return result
 
@@ -169,8 +173,8 @@ class Scene:
                 result.stall = _share(began_us, self._some_us(), result.seconds)
                 if beside is not None:
                     result.neighbour_killed = beside.killed("the neighbour")
-                    if self._trim_s and (said := beside.hear(0.0)):
-                        result.first_trim_s = self._trim_s[0] - said[0]["time_s"]
+                    if said := beside.hear(0.0):
+                        self._neighbour_s = said[0]["time_s"]
 
     def _until(self, is_over: Callable[[], bool]) -> None:
         """Listen, and look when it is time. Raises PsiKvError where the model says no more."""
