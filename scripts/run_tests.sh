@@ -38,8 +38,7 @@ lint_and_beside() {
   return "$failed"
 }
 
-finish() { # the one in the background whose output is in $2: it holds nothing up any more
-  renice -n 0 -g "$1" >/dev/null 2>&1 || true
+finish() { # the one in the background whose output is in $2
   wait "$1" || failed=1
   cat "$2"
 }
@@ -69,6 +68,7 @@ set +m
 "$python" -m pytest -m "$alone" || failed=1
 "$python" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder -m "not ($alone)" "${beside[@]/#/--ignore=}" \
   || failed=1
+renice -n 0 -g "${background[@]}" >/dev/null 2>&1 || true # they hold nothing up any more
 echo "lint, and what was tested beside the first part:"
 finish "${background[1]}" "$lint_log"
 echo "the environments of frameworks and transformers:"
