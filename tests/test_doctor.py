@@ -127,7 +127,7 @@ def test_what_a_check_raises_is_a_line_of_it():
 
 
 GOOD = """
-from psi_kv_governor.checks import Check, Look, engine_checks
+from psi_kv_governor.checks import Check, Look
 
 def in_use():
     return False
@@ -144,11 +144,15 @@ def looks(config, model):
         (GOOD, [("rows", "ok", "all are there"), ("told", "ok", "all are there")]),
         ("1 / 0\n", [("stranger", "fail", "it can't be looked at: ZeroDivisionError: division by zero")]),
         (
+            GOOD.replace("return False", "1 / 0"),
+            [("stranger", "fail", "it can't be looked at: ZeroDivisionError: division by zero")],
+        ),
+        (
             GOOD.replace("yield Look", "1 / 0; yield Look"),
             [("stranger", "fail", "it can't be looked at: ZeroDivisionError: division by zero")],
         ),
     ],
-    ids=["good", "that does not load", "that raises"],
+    ids=["good", "that does not load", "that does not say whether it is in use", "that raises"],
 )
 def test_an_engine_of_another_package_has_checks_of_its_own(monkeypatch, tmp_path, module, told):
     name = f"stranger_checks_{tmp_path.name}".replace("-", "_")
@@ -160,7 +164,7 @@ def test_an_engine_of_another_package_has_checks_of_its_own(monkeypatch, tmp_pat
     monkeypatch.syspath_prepend(tmp_path)
     only = {"stranger": engine_checks()["stranger"]}
     monkeypatch.setattr(doctor, "engine_checks", lambda: only)
-    found = [(one.name, one.state, one.detail) for one in doctor.run_checks(GovernorConfig())]
+    found = [(one.name, one.state, one.detail) for one in doctor.run_checks(GovernorConfig(), isolated=True)]
     assert found[-len(told) :] == told
     assert found[0][0] == "pressure"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from psi_kv_governor.config import GovernorConfig
+from psi_kv_governor.entry_points import named
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -54,6 +55,4 @@ class EngineChecks(Protocol):
 
 def engine_checks() -> Mapping[str, EntryPoint]:
     """Of every engine that has some, by its name. None is imported."""
-    from importlib import metadata
-
-    return {point.name: point for point in metadata.entry_points(group=ENTRY_POINTS)}
+    return named(ENTRY_POINTS)

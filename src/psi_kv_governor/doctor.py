@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from psi_kv_governor import preflight
-from psi_kv_governor.checks import Check, EngineChecks, Look, engine_checks
+from psi_kv_governor.checks import Check, EngineChecks, Look, State, engine_checks
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.isolated import EndedError, looked
 
@@ -32,10 +32,11 @@ def run_checks(
     broken: list[Check] = []
     for name, point in engine_checks().items():
         try:
-            engines[name] = point.load()
+            engine: EngineChecks = point.load()
+            isolated = isolated and not engine.in_use()
+            engines[name] = engine
         except Exception as error:
-            broken.append(_broken(Look(name, list), error))
-    isolated = isolated and not any(engine.in_use() for engine in engines.values())
+            broken.append(_broken(name, "fail", error))
     for look in (
         Look("pressure", lambda: [preflight.check_pressure(root)]),
         Look("cgroup", lambda: [preflight.check_cgroup(root)], "warn"),
@@ -57,7 +58,7 @@ def run_checks(
         except StopIteration:
             pass
         except Exception as error:
-            broken.append(_broken(Look(name, list), error))
+            broken.append(_broken(name, "fail", error))
     yield from broken or ([] if engines else [Check("engines", "fail", "none is installed", _INSTALL)])
 
 
@@ -73,9 +74,9 @@ def _looked(look: Look, isolated: bool) -> list[Check]:
     try:
         return list(look.take())
     except Exception as error:
-        return [_broken(look, error)]
+        return [_broken(look.name, look.without, error)]
 
 
-def _broken(look: Look, error: Exception) -> Check:
+def _broken(name: str, state: State, error: Exception) -> Check:
     told = f"it can't be looked at: {type(error).__name__}: {' '.join(str(error).split())}"
-    return Check(look.name, look.without, told)
+    return Check(name, state, told)

@@ -117,8 +117,7 @@ class Sensor:
         except MovedError as error:
             self._leave(str(error))
         except SourceLostError as error:
-            if self.source in (self._box.source, self._given):
-                self._backoff.failed(self.name, time.monotonic())
+            self._backoff.failed(self.name, time.monotonic())
             self._leave(str(error))
         return None
 

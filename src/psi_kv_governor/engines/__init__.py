@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from psi_kv_governor.entry_points import named
+
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
@@ -17,6 +19,4 @@ The package's own are there too."""
 
 def engines() -> Mapping[str, EntryPoint]:
     """Every engine by its name. None is imported."""
-    from importlib import metadata  # 1.7 MB with what it imports: not for whoever opens a model
-
-    return {point.name: point for point in metadata.entry_points(group=ENTRY_POINTS)}
+    return named(ENTRY_POINTS)

@@ -116,7 +116,9 @@ class Mapping:
             runs = list(inward(parts, self.n_bytes))
             if why := self._why_not_park():
                 return Done(problem=why, finished=not runs)
-            before = [] if stay else [in_memory(self.address, run)[0] for run in runs]
+            # What stays is not counted: a page that the kernel is just moving looks as if it had gone.
+            counted = [] if stay else runs
+            before = [in_memory(self.address, run)[0] for run in counted]
             for batch in batches(runs, _SYNC_BYTES if self._shared else SLICE_BYTES):
                 if time.monotonic() > until:
                     finished = False
@@ -132,8 +134,7 @@ class Mapping:
             if finished and not stay:
                 paging.drop_stragglers(self.address, runs, self._of, self._drop)
             self.pieces = 1 if self._shared else 1 + int(np.count_nonzero(np.diff(self._of)))
-            # What stays is not counted: a page that the kernel is just moving looks as if it had gone.
-            gone, how = went(self.address, [] if stay else runs, before)
+            gone, how = went(self.address, counted, before)
         return Done(bytes_returned=gone, written_bytes=written, finished=finished, problem=why, counted=how)
 
     def _why_not_park(self) -> str:
