@@ -5,26 +5,19 @@ The model is small, and its cache as wide as an 8B's: 32 layers of 8 heads of 12
 have the bytes that they have in bf16, which a processor without such instructions multiplies much slower.
 """
 
-import gc
 import sys
 import time
 
 import torch
 from tiny import prompt, tiny_config, tiny_model, with_cache
 
+from held_memory import held_bytes
 from psi_kv_governor.engines.transformers.cache import GovernedCache
 from psi_kv_governor.residence import find_place
 from transformers import DynamicCache
 
 CHUNK = 256
 WARM = 256
-
-
-def anonymous_bytes() -> int:
-    """Resident bytes of this process, less those of files: the code of libraries comes and goes."""
-    with open("/proc/self/status") as status:
-        fields = dict(line.split(":", 1) for line in status)
-    return sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem")) * 1024
 
 
 def make(kind: str, model):
@@ -39,9 +32,8 @@ def main(kind: str, layers: int, tokens: int, steps: int) -> None:
     config = tiny_config(num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=8, head_dim=128)
     model = tiny_model(dtype=torch.float32, config=config)
     ids = prompt(tokens)
-    model(prompt(WARM), **with_cache(make("stock", model)))  # what libraries take for themselves
-    gc.collect()
-    before = anonymous_bytes()
+    model(prompt(WARM), **with_cache(make(kind, model)))  # what libraries, and ours, take once for themselves
+    before = held_bytes()
     cache = make(kind, model)
     for start in range(0, tokens, CHUNK):
         logits = model(ids[:, start : start + CHUNK], **with_cache(cache), logits_to_keep=1).logits
@@ -55,6 +47,6 @@ def main(kind: str, layers: int, tokens: int, steps: int) -> None:
         started = time.perf_counter()
         logits = model(token, **with_cache(cache)).logits
         times.append(time.perf_counter() - started)
-    print("resident", anonymous_bytes() - before, flush=True)
+    print("resident", held_bytes() - before, flush=True)
     print("step_s", sorted(times)[len(times) // 2], flush=True)
     print("tokens", *chosen, flush=True)

@@ -7,10 +7,12 @@ import gc
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import held_memory
 from fakes import FakeSource
 from gguf_models import LARGE, LLAMA
 from major_faults import major_faults_of
@@ -108,24 +110,31 @@ def test_the_loop_parks_them_as_soon_as_they_are_whole(open_llm):
 SAVES = """
 import sys
 from psi_kv_governor import GovernedLlama, GovernorConfig
-def anonymous():
-    return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) << 10
+sys.path.insert(0, sys.argv[3])
 import llama_cpp
+from held_memory import held_bytes
 config = GovernorConfig(place=sys.argv[2], backing="file", status_socket=False)
 llm = GovernedLlama(sys.argv[1], config=config,
     auto=False, n_ctx=4096, n_threads=1, n_threads_batch=1, verbose=False)
 llm.eval([i % 240 + 5 for i in range(3500)])
-before = anonymous()
+before = held_bytes()
 state = llm.save_state()
 assert len(state.llama_state) > 3500 * 8192
-print(anonymous() - before)
+print(held_bytes() - before)
 """
 
 
 def test_saving_one_takes_no_memory_that_the_kernel_could_not_take_again(tiny_model, folder):
     """Upstream holds three copies of it, and as many rows of logits as a batch has tokens."""
     done = subprocess.run(
-        [sys.executable, "-c", SAVES, str(tiny_model(LARGE)), str(folder)],
+        [
+            sys.executable,
+            "-c",
+            SAVES,
+            str(tiny_model(LARGE)),
+            str(folder),
+            str(Path(held_memory.__file__).parent),
+        ],
         capture_output=True,
         text=True,
         timeout=200,

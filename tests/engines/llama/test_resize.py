@@ -11,9 +11,10 @@ import llama_cpp
 import numpy as np
 import pytest
 from resize_cpu import MIB, PROMPT, SETTINGS, SMALL, TOKEN, filled, text_of
-from resize_help import apply, cache_of, cells, next_logits, resident_bytes
+from resize_help import apply, cache_of, cells, next_logits
 
 from gguf_models import HYBRID, LARGE, LARGE_SLIDING, MAMBA
+from held_memory import held_bytes
 from psi_kv_governor.cache import Domain, Verb
 from psi_kv_governor.engines.llama.resize import resizer as resizing
 
@@ -144,11 +145,11 @@ def test_fifty_times_over_nothing_is_leaked(open_llm):
 
     for _ in range(5):
         once()
-    at_first = resident_bytes()
+    at_first = held_bytes()
     descriptors = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(45):
         once()
-    assert resident_bytes() < at_first + 4 * MIB
+    assert held_bytes() < at_first + 4 * MIB
     assert len(list(Path("/proc/self/fd").iterdir())) <= descriptors
     assert np.array_equal(next_logits(llm, TOKEN), before)
 
