@@ -19,9 +19,9 @@ from psi_kv_governor.native import building
 _PROBE_CELLS = 2048  # large enough that its cache is governed, with room for a range to park
 
 HOST_INSTEAD = (
-    "offload_kqv=False (--no-kv-offload) has keys and values in the host's memory, where each page can be "
-    "given back, bit for bit the same. It costs speed: each layer's attention runs on the processor (62 "
-    "parts of a graph instead of 2 with the demo model)"
+    "offload_kqv=False (--no-kv-offload) has keys and values in the host's memory, where each page of an "
+    "idle conversation can be given back, bit for bit the same. It costs speed: those of each layer go to "
+    "the device for each token (62 parts of a graph instead of 2 with the demo model)"
 )
 
 

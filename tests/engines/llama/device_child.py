@@ -1,11 +1,16 @@
 """A model on a device, in a process of its own: what is measured there, as JSON. Decoding costs half a second
-a token in a driver made of software, so that few are decoded."""
+a token in a driver made of software, so that few are decoded.
+
+    device_child.py BACKEND MODEL FOLDER WHAT [CELLS,TOKENS]
+
+On a card, `libggml-cuda.so model.gguf /var/tmp f16 32768,30000` measures how long changes take."""
 
 from __future__ import annotations
 
 import ctypes
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +24,7 @@ from resize_help import apply, cache_of, cells, next_logits, resident_bytes  # n
 
 from fakes import FakeSource  # noqa: E402
 from psi_kv_governor import GovernedLlama, GovernorConfig  # noqa: E402
-from psi_kv_governor.cache import Verb  # noqa: E402
+from psi_kv_governor.cache import Result, Verb  # noqa: E402
 from psi_kv_governor.engines.llama import devices  # noqa: E402
 
 TEXT = (
@@ -57,6 +62,11 @@ def peak_bytes(*, reset: bool = False) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
+def free_bytes() -> int:
+    """Of the device, as its driver says it; lavapipe's says the same always."""
+    return next(device.free_bytes for device in devices.devices() if device.is_gpu)
+
+
 def steps(llm: GovernedLlama, between: Any = lambda i: None) -> tuple[list[int], list[Any]]:
     """Greedy tokens and the logits of each, with something done between them; the end is as the beginning."""
     tokens, logits, begin = [], [], llm.n_tokens
@@ -69,28 +79,41 @@ def steps(llm: GovernedLlama, between: Any = lambda i: None) -> tuple[list[int],
     return tokens, logits
 
 
-def resize(model: str, folder: str, kind: int) -> dict[str, Any]:
-    """8,192 cells to 256 and back, with a generation before, in the middle and after."""
-    llm = open_llm(model, folder, type_k=kind, type_v=kind)
-    llm.eval(llm.tokenize(TEXT))
+def resize(model: str, folder: str, kind: int, size: str = "") -> dict[str, Any]:
+    """Smaller and whole again, with a generation before, in the middle and after. `size`: cells, and how many
+    of them are filled, by batches of 512."""
+    n_cells, n_tokens = map(int, size.split(",")) if size else (8192, 0)
+    arguments = {"n_batch": 512} if size else {}
+    llm = open_llm(model, folder, n_ctx=n_cells, type_k=kind, type_v=kind, **arguments)
+    llm.eval([i * 7 % 240 + 5 for i in range(n_tokens)] or llm.tokenize(TEXT))
     llm.sample(temp=0.0)
+    moves = []
+
+    def move(verb: Verb, *ranges: tuple[int, int]) -> Result:
+        free, begun = free_bytes(), time.perf_counter()
+        result = apply(llm, verb, *ranges)
+        moves.append([verb.value, time.perf_counter() - begun, free_bytes() - free])
+        return result
+
     before = steps(llm)
     start = peak_bytes(reset=True)
     start_bytes = resident_bytes()
-    smaller = apply(llm, Verb.RELEASE)
+    smaller = move(Verb.RELEASE)
     least, least_bytes = cells(llm), resident_bytes()
     # Smaller, parked and whole by turns, between two tokens each.
     verbs = [Verb.RELEASE, Verb.PARK, Verb.UNPARK, Verb.RELEASE]
-    middle = steps(llm, lambda i: apply(llm, verbs[i]))
-    masked = apply(llm, Verb.MASK, (4, 16))
+    middle = steps(llm, lambda i: move(verbs[i]))
+    move(Verb.PARK)
+    move(Verb.UNPARK)
+    masked = move(Verb.MASK, (4, max(16, n_tokens // 2)))
     without = next_logits(llm, 28)
-    whole = apply(llm, Verb.UNMASK)
+    whole = move(Verb.UNMASK)
     after = steps(llm)
     told = {
         "description": llm.governor.engine.describe().details["backing"],
         "domain": llm.governor.engine.describe().domain.value,
         "least_cells": least,
-        "computed_bytes": (8192 - least) * cache_of(llm).cell_bytes,
+        "computed_bytes": (n_cells - least) * cache_of(llm).cell_bytes,
         "returned_bytes": smaller.bytes_returned,
         "measured_bytes": start_bytes - least_bytes,
         "peak_above_start_bytes": peak_bytes() - max(start, start_bytes),
@@ -101,7 +124,7 @@ def resize(model: str, folder: str, kind: int) -> dict[str, Any]:
         "tokens": [before[0], middle[0], after[0]],
         "same_in_the_middle": all(map(np.array_equal, before[1], middle[1])),
         "same_after": all(map(np.array_equal, before[1], after[1])),
-        "regions": [one.name for one in devices.devices()],
+        "moves": moves,
     }
     llm.close()
     return told
@@ -120,6 +143,28 @@ def places(model: str, folder: str) -> dict[str, Any]:
         description = llm.governor.engine.describe()
         told[name] = [description.domain.value, description.details.get("backing", "")]
         llm.close()
+    return told
+
+
+def host(model: str, folder: str) -> dict[str, Any]:
+    """Weights on the device, keys and values in the host's memory: pages are parked there."""
+    llm = open_llm(model, folder, n_ctx=2048, offload_kqv=False)
+    llm.eval(llm.tokenize(TEXT))
+    llm.sample(temp=0.0)
+    before = steps(llm)
+    parked = apply(llm, Verb.PARK)
+    middle = steps(llm)
+    masked = apply(llm, Verb.MASK, (4, 16))
+    told = {
+        "domain": llm.governor.engine.describe().domain.value,
+        "live_bytes": llm.n_tokens * cache_of(llm).cell_bytes,
+        "parked_bytes": parked.bytes_returned,
+        "masked": [masked.masked, masked.problem],
+        "mask": llm.governor.engine.describe().capabilities.mask.why,
+        "tokens": [before[0], middle[0]],
+        "same": all(map(np.array_equal, before[1], middle[1])),
+    }
+    llm.close()
     return told
 
 
@@ -158,13 +203,14 @@ def _on_device() -> Any:
 
 
 def main() -> None:
-    backend, model, folder, what = sys.argv[1:5]
+    backend, model, folder, what, *size = sys.argv[1:]
     load_backend(backend)
     llama_cpp.llama_backend_init()
     actions = {
-        "f16": lambda: resize(model, folder, 1),
-        "q8_0": lambda: resize(model, folder, 8),
+        "f16": lambda: resize(model, folder, 1, *size),
+        "q8_0": lambda: resize(model, folder, 8, *size),
         "places": lambda: places(model, folder),
+        "host": lambda: host(model, folder),
         "doctor": lambda: doctor(model, folder),
         "outputs": lambda: outputs(model, folder),
     }

@@ -56,8 +56,9 @@ def test_8192_cells_become_256_and_whole_again(child, shallow_model, kind):
     assert told["least_cells"] == 256
     assert told["returned_bytes"] >= 0.98 * told["computed_bytes"]  # by the kernel, not computed
     assert told["measured_bytes"] >= 0.98 * told["computed_bytes"]
-    # A second cache would be 38 MB. By how the heap lies 0.1 to 5.8 were measured, kept logits among them.
-    assert told["peak_above_start_bytes"] <= 8 << 20
+    # A second cache would be 38 MB, or 19 of q8_0. By how the heap lies at first 0.1 to 6.4 were measured,
+    # kept logits among them; what waits in it varies by 6 from run to run.
+    assert told["peak_above_start_bytes"] <= 12 << 20
     assert told["masked"] == told["back"] == 12
     assert told["mask_changes"]
     assert told["cells_after"] == 8192
@@ -74,6 +75,20 @@ def test_where_a_cache_is_decides_what_it_can_give(child):
     assert told["partial"][0] == "device"
     assert "CPU (16 MiB) and Vulkan0 (28 MiB)" in told["partial"][1]
     assert told["none"][0] == told["host"][0] == "host"
+
+
+def test_a_cache_in_the_host_s_memory_beside_weights_on_a_device_is_parked_and_not_masked(
+    child, shallow_model
+):
+    """To read an input of which the scheduler has a copy on the device ended the process."""
+    told = child("host", shallow_model)
+    assert told["domain"] == "host"
+    assert told["parked_bytes"] > 0.8 * told["live_bytes"]
+    assert told["masked"] == [0, told["mask"]]
+    assert "on a device" in told["mask"]
+    first, parked = told["tokens"]
+    assert first == parked
+    assert told["same"]
 
 
 def test_the_compute_buffer_is_as_small_as_what_is_taken_from_it(child):

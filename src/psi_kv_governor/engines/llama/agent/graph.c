@@ -42,6 +42,7 @@ void graph_before(struct lib * lib, ggml_backend_sched_t sched, struct ggml_cgra
     pthread_mutex_lock(&agent.lock);
     struct scheduler *  scheduler = scheduler_of(sched);
     const struct walk * walk      = call.walk = walk_of(lib, scheduler, graph);
+    const struct ggml_tensor * positions = input_there(lib, walk->positions) ? walk->positions : NULL;
     const double now_s = agent_now_s();
     for (int i = 0; i < walk->n_touched; i++) {
         struct region * region = walk->touched[i].region;
@@ -49,7 +50,7 @@ void graph_before(struct lib * lib, ggml_backend_sched_t sched, struct ggml_cgra
         region->used_s       = now_s;
         region->writes_all   = walk->touched[i].writes_all;
         region->n_write_rows = 0;
-        rows_written(region, walk->touched[i].index, walk->positions);
+        rows_written(region, walk->touched[i].index, positions);
         region->computing    = true;
         region->n_graphs++;
     }

@@ -41,12 +41,15 @@ extern __thread struct call call;
 
 struct scheduler * scheduler_of(ggml_backend_sched_t sched);  // NULL: not known, because the table is full
 const struct walk * walk_of(struct lib * lib, struct scheduler * scheduler, struct ggml_cgraph * graph);
+// Whether an input's values can be read before its graph runs: it lies in the host's memory, and is not a copy (CUDA0#name#0)
+// that the scheduler makes while the graph runs.
+bool input_there(const struct lib * lib, const struct ggml_tensor * input);
 const struct ggml_tensor * index_of(const struct walk * walk, const struct region * region);
 
 // ---- rows.c. The lock is held.
 
 int64_t index_at(const struct ggml_tensor * index, int64_t i);
-void rows_written(struct region * region, const struct ggml_tensor * index, const struct ggml_tensor * positions);
+void rows_written(struct region * region, const struct ggml_tensor * index, const struct ggml_tensor * positions);  // NULL: not known
 
 // ---- mask.c. The lock is held.
 

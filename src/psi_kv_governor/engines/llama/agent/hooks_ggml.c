@@ -49,13 +49,13 @@ EXPORT void ggml_backend_sched_set_eval_callback(ggml_backend_sched_t sched, ggm
 
 EXPORT bool ggml_backend_sched_alloc_graph(ggml_backend_sched_t sched, struct ggml_cgraph * graph) {
     REAL(ggml_backend_sched_alloc_graph);
-    graph_laid_out(sched, graph);
+    graph_laid_out(lib_of(CALLER), sched, graph);
     return real(sched, graph);
 }
 
 EXPORT void ggml_backend_sched_reset(ggml_backend_sched_t sched) {
     REAL(ggml_backend_sched_reset);
-    graph_laid_out(sched, NULL);
+    graph_laid_out(lib_of(CALLER), sched, NULL);
     real(sched);
 }
 

@@ -247,6 +247,11 @@ void order_park(struct region * region, const struct request * request, double b
         snprintf(agent.problem, sizeof(agent.problem), "what is masked is of one sequence, and none was named");
         return;
     }
+    if (masks && !region->masks) {  // attention would read all of it, and bring it back with the next token
+        reply->status = 1;
+        snprintf(agent.problem, sizeof(agent.problem), "%s", region->why_no_mask);
+        return;
+    }
     if (request->sequence < 0) {
         act_on_all(region, request, begin_s, request->op == WRITE ? ACT_WRITE : ACT_PARK, reply);
         return;

@@ -142,7 +142,7 @@ static bool in_batch(const struct llama_batch * batch, int32_t id) {
 // What was masked there before is other tokens now.
 static void note_rows(struct region * region, const struct ggml_tensor * index, const struct ggml_tensor * positions) {
     const int64_t n       = index->ne[0];
-    const bool    placed  = positions && positions->type == TYPE_I32 && positions->data && positions->ne[0] >= n;
+    const bool    placed  = positions && positions->type == TYPE_I32 && positions->ne[0] >= n;
     const int32_t * pos   = placed ? positions->data : NULL;
     const struct llama_batch * batch = call.batch;
     bool          known   = batch && call.next + n <= batch->n_tokens && map_fresh(region);
@@ -200,7 +200,7 @@ static void copy_rows(struct region * region, const struct ggml_tensor * index) 
 }
 
 void rows_written(struct region * region, const struct ggml_tensor * index, const struct ggml_tensor * positions) {
-    if (index && index->data && (index->type == TYPE_I64 || index->type == TYPE_I32)) {
+    if (index && (index->type == TYPE_I64 || index->type == TYPE_I32)) {
         note_rows(region, index, positions);
         copy_rows(region, index);
     } else {

@@ -36,13 +36,27 @@ void graph_note_callback(ggml_backend_sched_t sched, ggml_backend_sched_eval_cal
     pthread_mutex_unlock(&agent.lock);
 }
 
-// `graph` is laid out now, and computed as it is until the next one is; NULL: none is.
-void graph_laid_out(ggml_backend_sched_t sched, const struct ggml_cgraph * graph) {
+// The positions that rope takes.
+static const struct ggml_tensor * positions_of(const struct lib * lib, struct ggml_cgraph * graph) {
+    const int n = lib->graph_n_nodes && lib->graph_node && lib->proven ? lib->graph_n_nodes(graph) : 0;
+    for (int i = 0; i < n; i++) {
+        const struct ggml_tensor * node = lib->graph_node(graph, i);
+        if (node->op == lib->op.rope && node->src[1] && node->src[1]->op == lib->op.none) {
+            return node->src[1];
+        }
+    }
+    return NULL;
+}
+
+// `graph` is about to be laid out, and computed as it is until the next one is; NULL: none is. Laying out puts the
+// scheduler's own copies in the place of inputs that are read on a device, so those of the program are looked up before.
+void graph_laid_out(const struct lib * lib, ggml_backend_sched_t sched, struct ggml_cgraph * graph) {
     pthread_mutex_lock(&agent.lock);
     struct scheduler * one = find_scheduler(sched, false);
     if (one) {
-        one->walk.graph = graph;
-        one->walk.known = false;
+        one->walk.graph     = graph;
+        one->walk.known     = false;
+        one->walk.positions = graph ? positions_of(lib, graph) : NULL;
     }
     pthread_mutex_unlock(&agent.lock);
 }
@@ -81,6 +95,11 @@ const struct ggml_tensor * index_of(const struct walk * walk, const struct regio
     return NULL;
 }
 
+bool input_there(const struct lib * lib, const struct ggml_tensor * input) {
+    return input && input->data && input->buffer && lib->buffer_is_host && lib->buffer_is_host(input->buffer) &&
+           !strchr(input->name, '#');
+}
+
 // A node that may write into a cache.
 static void note_writer(struct lib * lib, struct walk * walk, const struct ggml_tensor * node) {
     struct region * region = region_of_tensor(node);
@@ -94,10 +113,11 @@ static void note_writer(struct lib * lib, struct walk * walk, const struct ggml_
         return;
     }
     tensor->whole_rows = node->ne[0] == tensor->identity->ne[0];
-    if (tensor == &region->tensors[region->leader] && !one->index) {
+    const bool there = input_there(lib, node->src[1]);
+    if (tensor == &region->tensors[region->leader] && !one->index && there) {
         one->index = node->src[1];
     }
-    one->writes_all = one->writes_all || !node->src[1] || !lib->buffer_is_host || !node->src[1]->buffer;
+    one->writes_all = one->writes_all || !there;
 }
 
 static void learn_heads(struct tensor * keys, const struct ggml_tensor * node) {
@@ -132,8 +152,7 @@ static void note_reader(struct lib * lib, struct walk * walk, const struct ggml_
     }
     learn_heads(keys, node);
     struct ggml_tensor * mask = mask_leaf(lib, node->src[3]);
-    const bool usable = mask && mask->data && (mask->type == TYPE_F16 || mask->type == TYPE_F32) && lib->buffer_is_host &&
-                        mask->buffer && lib->buffer_is_host(mask->buffer);
+    const bool usable = input_there(lib, mask) && (mask->type == TYPE_F16 || mask->type == TYPE_F32);
     if (usable != region->masks) {
         region->masks = usable;
         strcpy(region->why_no_mask, usable ? "" : "its attention takes no mask that can be written");
@@ -149,14 +168,12 @@ static void note_reader(struct lib * lib, struct walk * walk, const struct ggml_
 
 static void look_through(struct lib * lib, struct walk * walk, struct ggml_cgraph * graph) {
     walk->n_touched = walk->n_masks = 0;
-    walk->positions = NULL;
     const int n = lib->graph_n_nodes(graph);
+    bool flash = false;
     for (int i = 0; i < n; i++) {
         const struct ggml_tensor * node = lib->graph_node(graph, i);
-        if (node->op == lib->op.rope && !walk->positions && node->src[1] && node->src[1]->op == lib->op.none) {
-            walk->positions = node->src[1];
-        }
         if (node->op == lib->op.flash) {
+            flash = true;
             note_reader(lib, walk, node);
         } else if (node->view_src && node->op != lib->op.view && node->op != lib->op.reshape && node->op != lib->op.permute &&
                    node->op != lib->op.transpose) {
@@ -166,7 +183,8 @@ static void look_through(struct lib * lib, struct walk * walk, struct ggml_cgrap
     for (int i = 0; i < walk->n_touched; i++) {
         struct region * region = walk->touched[i].region;
         if (!region->masks && region->cells) {
-            strcpy(region->why_no_mask, "flash attention is off: masked cells would be read all the same (flash_attn=True)");
+            strcpy(region->why_no_mask, flash ? "its attention runs on a device, which is handed all cells for each token"
+                                              : "flash attention is off: masked cells would be read all the same (flash_attn=True)");
         }
     }
 }
@@ -176,6 +194,9 @@ const struct walk * walk_of(struct lib * lib, struct scheduler * scheduler, stru
     struct walk * walk = scheduler ? &scheduler->walk : &spare;
     if (walk->known && walk->graph == graph && walk->regions == agent.region_changes) {
         return walk;
+    }
+    if (!scheduler || walk->graph != graph) {  // that it was laid out was not seen
+        walk->positions = positions_of(lib, graph);
     }
     look_through(lib, walk, graph);
     walk->known   = walk->graph == graph && scheduler;  // that it was laid out was seen, so the next will be too
