@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from sensing_help import Watched
+from sensing_help import Watched, stays_failed
 
 PSI = "some avg10=0.00 avg60=0.00 avg300=0.00 total={}\nfull avg10=0.00 avg60=0.00 avg300=0.00 total={}\n"
 MEMINFO = "MemTotal:        8000000 kB\nMemFree:         1000000 kB\nMemAvailable:    4000000 kB\n"
@@ -75,6 +75,7 @@ def v2(tree):
 
 @pytest.fixture
 def watched(v2, monkeypatch):
+    stays_failed(monkeypatch)
     made = Watched(monkeypatch, v2.root, {})
     assert made.sensor.name == str(v2.root / "sys/fs/cgroup/app/memory.pressure")
     yield made

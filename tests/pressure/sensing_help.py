@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from psi_kv_governor.pressure.discovery import discover
 from psi_kv_governor.pressure.reading import PressureSource
 from psi_kv_governor.pressure.waking import find_waker
 from psi_kv_governor.sensor import Sensor
+from waiting import PATIENCE_S, until
 
 NOBODY = 65534
 SOURCES = str(Path(sensor_module.__file__).parents[1])
@@ -56,6 +58,11 @@ class Watched:
         self.sensor._look_again_s = 0.0
 
 
+def stays_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What failed just now has failed just now however long this process stands still."""
+    monkeypatch.setattr(sensor_module, "_BACKOFF_S", 10 * PATIENCE_S)
+
+
 @contextlib.contextmanager
 def v2_group(name: str) -> Iterator[Path]:
     """An empty cgroup of this machine's unified hierarchy, with a `memory.pressure` of the kernel's."""
@@ -69,8 +76,14 @@ def v2_group(name: str) -> Iterator[Path]:
             pytest.skip("this kernel keeps no PSI: boot with psi=1")
         yield folder
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            folder.rmdir()
+        until(lambda: _removed(folder), f"{folder} is still in use")
+
+
+def _removed(folder: Path) -> bool:
+    """Of a process that has ended the kernel may take its time to leave the cgroup."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+    return not folder.exists()
 
 
 @contextlib.contextmanager
@@ -92,11 +105,26 @@ def in_own_process(script: str, *arguments: object, environ: dict[str, str] | No
         env={**os.environ, "PYTHONPATH": SOURCES, **(environ or {})},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def open_descriptors() -> int:
+    """Of this process, without what earlier tests left to the garbage collector, which comes any time."""
+    gc.collect()
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+LONG_S = 2 * PATIENCE_S
+"""A sleep that something is to end."""
+
+
+def is_ended(wait: Callable[[float], object]) -> bool:
+    """Whether something ends the sleep `wait` of LONG_S."""
+    return lasted_s(lambda: wait(LONG_S)) < PATIENCE_S
 
 
 def lasted_s(action: Callable[[], object]) -> float:

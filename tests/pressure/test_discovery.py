@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from sensing_help import open_descriptors
 
 from psi_kv_governor.pressure import discover
 
@@ -17,10 +18,6 @@ def v2(tree):
     tree.v2("sys/fs/cgroup/app")
     tree.machine_psi()
     return tree
-
-
-def open_descriptors() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def look(tree):

@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from sensing_help import OWN, WHOLE, Watched, lasted_s, needs_psi, v2_group
+from sensing_help import OWN, WHOLE, Watched, is_ended, lasted_s, needs_psi, v2_group
 
 from psi_kv_governor.pressure.cgroup import OwnCgroups
 from psi_kv_governor.pressure.headroom import HeadroomReader
@@ -18,9 +18,6 @@ from psi_kv_governor.pressure.waking import find_waker
 from psi_kv_governor.sandbox.cgroups import set_limit
 from psi_kv_governor.sandbox.sandbox import Sandbox
 
-pytestmark = pytest.mark.timeout(180)
-
-
 # -- limits and clocks ---------------------------------------------------------------------------------------
 
 
@@ -29,9 +26,9 @@ def test_a_limit_that_is_changed_while_running_counts_at_the_next_look():
     """With the kernel's own limit."""
     with Sandbox(300 << 20) as sandbox:
         reader = HeadroomReader(sandbox.own_cgroups())
-        assert reader.read().limit_bytes == 300 << 20
+        assert reader.levels()[0].limit_bytes == 300 << 20
         set_limit(sandbox.group, 100 << 20, 0)
-        assert reader.read().limit_bytes == 100 << 20
+        assert reader.levels()[0].limit_bytes == 100 << 20
     assert reader.read().source == "/proc/meminfo"  # and when the group is gone, the machine's
     reader.close()
 
@@ -103,10 +100,10 @@ def test_a_socket_that_is_closed_is_left_and_polling_goes_on(v2, monkeypatch, tm
         peer, _ = server.accept()
         assert peer.recv(100) == b"hello"
         peer.send(b"x")
-        assert lasted_s(lambda: made.sensor.wait(50.0)) < 40.0
+        assert is_ended(made.sensor.wait)
         assert made.sensor.sleeper.lost == ""
         peer.close()
-        assert lasted_s(lambda: made.sensor.wait(50.0)) < 40.0
+        assert is_ended(made.sensor.wait)
     assert made.sensor.read().source == str(v2.root / OWN)
     (source, why), *more = made.changes()
     assert (source, more) == (str(v2.root / OWN), [])

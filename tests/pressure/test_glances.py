@@ -30,7 +30,8 @@ class Scene:
         rooms = HeadroomReader(find_cgroups(tree.root), tree.root, self.clock, environ={})
         psi = PsiFile(tree.root / "sys/fs/cgroup/pod/memory.pressure")
         pod = str(tree.root / "sys/fs/cgroup/pod")
-        self.source = MachineSource(psi, rooms, "scene", self.clock, level=pod)
+        # Of no process: what this one holds moves by itself, and is part of what the law follows.
+        self.source = MachineSource(psi, rooms, "scene", self.clock, level=pod, processes=tuple)
         self.readings = 0
         self._read = self.source.read
         self.source.read = self._counted

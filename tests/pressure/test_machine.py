@@ -38,7 +38,7 @@ def test_a_reading_holds_stall_and_headroom(tree):
 
 
 def test_what_the_governed_processes_hold_is_told(tree):
-    with subprocess.Popen(["sleep", "60"]) as child:
+    with subprocess.Popen(["sleep", "600"]) as child:
         sizes = []
         for pids in ([child.pid], [os.getpid()], [child.pid, os.getpid()], [2**30]):
             rooms = HeadroomReader(find_cgroups(tree.root), tree.root)
@@ -89,11 +89,15 @@ def test_without_psi_a_reading_covers_the_time_since_the_last_one(tree):
 
 
 def test_a_reading_costs_less_than_100_us():
-    """Of processor time, so that other programs do not count: 16 us on the machine it was made on."""
+    """Of processor time, so that other programs do not count: 16 us on the machine it was made on. They count
+    all the same where they fill its caches: the best of ten times a hundred."""
     source = discover().source
     source.read()
-    before_s = time.process_time()
-    for _ in range(1000):
-        source.read()
-    assert (time.process_time() - before_s) / 1000 < 100e-6
+    took_s = []
+    for _ in range(10):
+        before_s = time.thread_time()
+        for _ in range(100):
+            source.read()
+        took_s.append((time.thread_time() - before_s) / 100)
+    assert min(took_s) < 100e-6
     source.close()

@@ -11,6 +11,7 @@ import pytest
 from psi_kv_governor.pressure import neighbours as module
 from psi_kv_governor.pressure.neighbours import Neighbours
 from psi_kv_governor.pressure.reading import MACHINE, Level, Standing
+from waiting import PATIENCE_S
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there are no file locks of this kind")
 
@@ -88,7 +89,7 @@ def test_work_is_told_while_it_runs(pair):
 
 
 def test_a_sidecar_tells_of_the_programs_that_it_governs(tmp_path):
-    with subprocess.Popen(["sleep", "60"]) as child:
+    with subprocess.Popen(["sleep", "600"]) as child:
         one = Neighbours(tmp_path, processes=lambda: [child.pid])
         other = Neighbours(tmp_path)
         say(one)
@@ -124,7 +125,7 @@ def test_the_file_of_a_killed_process_is_removed_by_the_next_who_looks(tmp_path)
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout.readline() == b"\n"
         assert [one.id.split("-")[0] for one in other.read(HERE)] == [str(child.pid)]
-        child.communicate(b"\n", timeout=60)
+        child.communicate(b"\n", timeout=PATIENCE_S)
     clock.now_s += 1.0
     assert other.read(HERE) == ()
     assert len(list(tmp_path.iterdir())) == 1  # its own

@@ -9,16 +9,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sensing_help import open_descriptors
 
 from psi_kv_governor.errors import BadInputError, SourceLostError
 from psi_kv_governor.pressure.psi import STALE_S, WINDOW_S, PsiFile, PsiTotals, StallMeter, parse_psi
 
 COUNTERS = st.integers(min_value=0, max_value=2**64 - 1)
 KERNEL_PSI = Path("/proc/pressure/memory")
-
-
-def open_descriptors() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def psi_text(some_us: int, full_us: int | None) -> bytes:

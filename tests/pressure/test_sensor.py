@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import socket
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
-from sensing_help import Watched, lasted_s
+from sensing_help import LONG_S, Watched, is_ended, lasted_s, open_descriptors, stays_failed
 
 from fakes import FakeSource
 from psi_kv_governor import sensor as sensor_module
@@ -24,11 +22,6 @@ from psi_kv_governor.sandbox.sandbox import Sandbox
 from psi_kv_governor.sensor import Sensor
 
 OWN, MACHINE = "sys/fs/cgroup/app/memory.pressure", "proc/pressure/memory"
-
-
-def open_descriptors() -> int:
-    gc.collect()
-    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 @pytest.fixture
@@ -81,7 +74,7 @@ def test_another_thread_interrupts_the_wait():
     sensor = Sensor(FakeSource(), Bus())
     timer = threading.Timer(0.05, sensor.interrupt)
     timer.start()
-    assert lasted_s(lambda: sensor.wait(50.0)) < 40.0
+    assert is_ended(sensor.wait)
     timer.join()
     assert lasted_s(lambda: sensor.wait(0.05)) >= 0.05
     sensor.close()
@@ -105,7 +98,7 @@ def test_a_trigger_of_the_kernel_ends_the_sleep_when_there_is_stall():
         sleeper.watch(arm(pen.pressure_file))
         assert lasted_s(lambda: sleeper.wait(0.1)) >= 0.1
         pen.popen([sys.executable, "-c", LOAD])
-        assert lasted_s(lambda: sleeper.wait(50.0)) < 40.0
+        assert is_ended(sleeper.wait)
         assert sleeper.lost == ""
         totals = PsiFile(pen.pressure_file)
         assert totals.read().some_us > 0
@@ -149,9 +142,10 @@ def test_a_waker_that_was_lost_is_armed_again_when_it_can_be_had_again(v2, monke
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
         server.listen()
+        stays_failed(monkeypatch)
         made = Watched(monkeypatch, v2.root, {"MEMORY_PRESSURE_WATCH": str(path)})
         server.accept()[0].close()
-        made.sensor.wait(20.0)
+        made.sensor.wait(LONG_S)
         made.sensor.read()
         assert made.sensor.sleeper.waker is None
         made.later()

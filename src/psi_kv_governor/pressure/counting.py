@@ -12,6 +12,17 @@ _LASTING_S = 2.0
 one that grows slowly about once in that."""
 
 
+_LONGEST_REST_S = 1.0
+"""A read that took long was most likely held up: the process stood still, for want of memory at that, and is
+not to go by what it read for a hundred times so long. Where each read takes 20 ms of itself, one a second
+is a fiftieth of the time all the same."""
+
+
+def rest_s(took_s: float, share: float) -> float:
+    """How long a file is left alone whose read `took_s`, so that reading it takes `share` of the time."""
+    return min(took_s / share, _LONGEST_REST_S)
+
+
 class Rate:
     """How fast a counter grows."""
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from psi_kv_governor.pressure.cgroup import OwnCgroups
-from psi_kv_governor.pressure.counting import Biting, Rate
+from psi_kv_governor.pressure.counting import Biting, Rate, rest_s
 from psi_kv_governor.pressure.kernel_file import PAGE_BYTES, KernelFile
 from psi_kv_governor.pressure.kill_lines import KillLine, find_kill_lines
 from psi_kv_governor.pressure.memory_stat import V1, V2, Kind, Stat
@@ -253,7 +253,7 @@ class _Level:
             self._stat = self._stat_lines.read(self._stat_file.read() or b"")
             self._refaults.add(before_s, self._stat.refaults)
             after_s = self._clock()
-            self._stat_again_s = after_s + (after_s - before_s) / _STAT_SHARE
+            self._stat_again_s = after_s + rest_s(after_s - before_s, _STAT_SHARE)
         return self._stat
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from psi_kv_governor.pressure.counting import Biting, Rate
+from psi_kv_governor.pressure.counting import Biting, Rate, rest_s
 from psi_kv_governor.pressure.kernel_file import PAGE_BYTES, KernelFile
 from psi_kv_governor.pressure.reading import MACHINE, Level
 
@@ -126,7 +126,7 @@ class WholeMachine:
         self._bites = self._biting.add(before_s, sum(scanned) if scanned else None)
         self._refaults.add(before_s, values.get(b"workingset_refault_file", 0))
         after_s = self._clock()
-        self._vmstat_again_s = after_s + (after_s - before_s) / _VMSTAT_SHARE
+        self._vmstat_again_s = after_s + rest_s(after_s - before_s, _VMSTAT_SHARE)
 
     def close(self) -> None:
         """Give the descriptors back. Safe to call twice."""
