@@ -57,7 +57,7 @@ def run(script: str, folder: Path, *, memory_mib: int = 400, options: tuple[str,
         env={"HOME": str(folder), "PATH": "/usr/bin:/bin", "TMPDIR": str(folder)},
     ) as machine:
         try:
-            printed, errors = machine.communicate(timeout=150)
+            printed, errors = machine.communicate(timeout=800)
         finally:
             whole.kill(machine)
     out = printed.partition("<<<")[2].partition(">>>")[0].strip()

@@ -238,9 +238,9 @@ class Server:
         governor = self._governor()
         if governor is None:
             return False
-        status = governor.status()
-        with self._lock:
+        with self._lock:  # before the status, which shows what they tell of
             events, told = list(self._events), self._told
+        status = governor.status()
         for client in list(self._clients.values()):
             if client.waiting:
                 if now_s - client.read_s > STUCK_S:

@@ -6,11 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from packages_help import CACHE, Unavailable, alone, debian_mirror, run
+from waiting import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 SUITE = "trixie"
@@ -29,8 +31,9 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def debian() -> Path:
-    """A Debian with what the package depends on, made once and kept in the cache of the tests."""
+def debian() -> Iterator[Path]:
+    """A Debian with what the package depends on, made once and kept in the cache of the tests: another run
+    on this machine waits for it."""
     with alone(CACHE / "test-servers" / SUITE) as root:
         ready = root.with_name(f"{SUITE}.ready")
         if not ready.is_file():
@@ -41,7 +44,7 @@ def debian() -> Path:
             except Unavailable as error:
                 pytest.skip(f"a Debian can't be had: {error}")
             ready.touch()
-        return root
+        yield root
 
 
 @pytest.fixture
@@ -57,7 +60,7 @@ def inside(root: Path, *command: str, status: int = 0) -> str:
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     done = subprocess.run(
         ["chroot", str(root), *command],
-        capture_output=True, text=True, check=False, timeout=200, env=environ,
+        capture_output=True, text=True, check=False, timeout=2 * PATIENCE_S, env=environ,
     )  # fmt: skip
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from platformdirs import user_cache_path
 
+from packages_help import FETCH_S
 from psi_kv_governor.native.compiling import compile_command
 
 ROOT = Path(__file__).parents[2]
@@ -46,12 +47,17 @@ int main(int n, char ** words) {
 }
 """
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 
 def run(*command: str | Path, **options: object) -> str:
     done = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, check=False, timeout=280, **options
+        [str(word) for word in command],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=FETCH_S,
+        **options,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from waiting import PATIENCE_S
+
 UNITS = Path(__file__).parents[2] / "packaging" / "systemd"
 MOST_EXPOSURE = 2.5
 """Of 10, as `systemd-analyze security` counts: below 4 it says OK. Devices and the network stay open."""
@@ -43,7 +45,11 @@ def root(tmp_path) -> Path:
 
 def analyze(*arguments: str | Path) -> str:
     done = subprocess.run(
-        ["systemd-analyze", *map(str, arguments)], capture_output=True, text=True, check=False, timeout=60
+        ["systemd-analyze", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_S,
     )
     return done.stdout + done.stderr
 

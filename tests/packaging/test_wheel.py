@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import servers
 
-from packages_help import Unavailable
+from packages_help import FETCH_S, Unavailable
+from waiting import PATIENCE_S, until
 
 ROOT = Path(__file__).parents[2]
 MACHINES = ("aarch64", "x86_64")
@@ -25,7 +26,6 @@ MOST_INSTALLED_BYTES = 200 << 20
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(600),
     pytest.mark.skipif(sys.platform != "linux", reason="the agent is a library for Linux"),
 ]
 
@@ -34,20 +34,23 @@ import sys
 from llama_cpp import Llama
 llm = Llama(sys.argv[1], n_ctx=512, n_threads=2, verbose=False)
 llm.eval(llm.tokenize(b"The capital of France is"))
-print(*{line.split()[-1] for line in open("/proc/self/maps") if "psikv" in line})
+print(*{line.split()[-1] for line in open("/proc/self/maps") if "psikv" in line}, flush=True)
+sys.stdin.readline()
 """
 
 
+KEPT = {name: value for name, value in os.environ.items() if name not in {"CC", "PYTHONPATH"}}
+
+
 def run(*command: str | Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if name not in {"CC", "PYTHONPATH"}}
     done = subprocess.run(
         [str(word) for word in command],
         capture_output=True,
         text=True,
         check=False,
-        timeout=500,
+        timeout=FETCH_S,
         cwd=ROOT,
-        env={**kept, **environment},
+        env={**KEPT, **environment},
     )
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
@@ -131,10 +134,18 @@ def test_without_a_compiler_exec_runs_a_program_and_ends_as_it_ends(installed):
 @pytest.mark.llama
 def test_without_a_compiler_exec_governs_a_program_of_another_environment(installed, demo_model):
     psi_kv, bare = installed
-    done = run(psi_kv, "exec", "--", sys.executable, "-c", GOVERNED, demo_model, **bare)
-    assert str(psi_kv.parents[1]) in done.stdout
-    assert "libpsikv_agent.so" in done.stdout
-    assert "opened no llama.cpp cache" not in done.stderr
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [psi_kv, "exec", "--", sys.executable, "-c", GOVERNED, demo_model],
+        cwd=ROOT, env={**KEPT, **bare}, stdin=pipe, stdout=pipe, stderr=pipe, text=True,
+    ) as program:  # fmt: skip
+        # Of so short a program its governor may else not hear in time.
+        until(lambda: program.poll() is not None or servers.sees_a_cache(program.pid), "no cache is seen")
+        out, said = program.communicate("\n", timeout=PATIENCE_S)
+    assert program.returncode == 0, said
+    assert str(psi_kv.parents[1]) in out
+    assert "libpsikv_agent.so" in out
+    assert "opened no llama.cpp cache" not in said
 
 
 @pytest.mark.llama
@@ -170,7 +181,7 @@ def test_without_a_compiler_exec_governs_a_llama_server(installed, demo_model):
         assert '"cell_bytes"' in told
     finally:
         began.terminate()
-        _, said = began.communicate(timeout=60)
+        _, said = began.communicate(timeout=PATIENCE_S)
     assert "ungoverned" not in said
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
+from waiting import PATIENCE_S
+
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 _OPTIONS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -27,7 +29,8 @@ def chromium(profile: Path) -> Iterator[webdriver.Chrome]:
     for option in (*_OPTIONS, f"--user-data-dir={profile}"):
         options.add_argument(option)
     browser = webdriver.Chrome(options=options, service=Service(DRIVER))
-    browser.set_page_load_timeout(60)
+    browser.set_page_load_timeout(PATIENCE_S)
+    browser.set_script_timeout(PATIENCE_S)  # axe looks at everything
     try:
         yield browser
     finally:

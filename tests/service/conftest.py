@@ -17,6 +17,7 @@ from gguf_models import Shape, write_model
 from packages_help import Unavailable
 from psi_kv_governor.engines.simulated import SimulatedEngine
 from psi_kv_governor.governor import Governor
+from waiting import PATIENCE_S
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -30,7 +31,7 @@ def run() -> Run:
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*before, *PSI_KV, "exec", *options, "--", *program],
-            capture_output=True, text=True, timeout=120, check=False, **more,
+            capture_output=True, text=True, timeout=PATIENCE_S, check=False, **more,
         )  # fmt: skip
 
     return run_
@@ -92,6 +93,13 @@ def machine() -> Iterator[tuple[Governor, SimulatedEngine, FakeSource]]:
     made = paper()
     yield made
     made[0].close()
+
+
+@pytest.fixture
+def patient_end(monkeypatch) -> None:
+    """The streams of a dashboard end by themselves half a second after it. After a second they are cut off:
+    too early where this process stood still meanwhile."""
+    monkeypatch.setattr("psi_kv_governor.service.dashboard.server._END_S", PATIENCE_S)
 
 
 @pytest.fixture

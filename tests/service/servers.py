@@ -20,14 +20,15 @@ from typing import Any, NamedTuple
 
 from packages_help import CACHE as CACHE_OF_TESTS
 from packages_help import PIP, Unavailable, alone, debian_mirror, needs_apt, run, unpack_debs
+from psi_kv_governor import socket_place, status_client
+from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.native.building import agent_path
+from waiting import PATIENCE_S
 
 HERE = Path(__file__).parent
 PSI_KV = (sys.executable, "-m", "psi_kv_governor.cli")
 CACHE = CACHE_OF_TESTS / "test-servers"
-_READY_S = 120
-_ANSWER_S = 240
-WAIT_S = 60
+_ANSWER_S = 600
 _OF_SERVERS = (
     "xllamacpp", "uvicorn", "fastapi", "sse-starlette", "starlette-context", "pydantic-settings", "PyYAML",
 )  # fmt: skip
@@ -45,7 +46,11 @@ def python_with_servers() -> Path:
             run([python, *PIP, *_OF_SERVERS])
             ready.touch()
         site = run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip()
-        (Path(site) / "of-the-tests.pth").write_text(ours)
+        path = Path(site) / "of-the-tests.pth"
+        if not path.is_file() or path.read_text() != ours:
+            new = path.with_name("of-the-tests.new")  # a Python of another worker may start now, and read it
+            new.write_text(ours)
+            new.replace(path)
         return python
 
 
@@ -59,12 +64,13 @@ def debian_server(*more: str) -> list[str]:
             shutil.rmtree(folder, ignore_errors=True)
             _unpack_sid(root, ["llama.cpp-tools", *more])
             (folder / "ready").touch()
-    libraries = next((root / "usr/lib").glob("*-linux-gnu"))
-    loader = next((root / "usr").glob("lib*/ld-linux*.so.*"), None) or next(libraries.glob("ld-linux*.so.*"))
-    # ggml looks for its backends beside the program that runs, which is the loader.
-    for backend in (libraries / "ggml").glob("*/libggml-*.so"):
-        if not (beside := loader.resolve().parent / backend.name).exists():
-            beside.symlink_to(backend)
+        libraries = next((root / "usr/lib").glob("*-linux-gnu"))
+        loader = next((root / "usr").glob("lib*/ld-linux*.so.*"), None)
+        loader = loader or next(libraries.glob("ld-linux*.so.*"))
+        # ggml looks for its backends beside the program that runs, which is the loader.
+        for backend in (libraries / "ggml").glob("*/libggml-*.so"):
+            if not (beside := loader.resolve().parent / backend.name).exists():
+                beside.symlink_to(backend)
     folders = [
         libraries,
         *(part for part in libraries.glob("*") if part.is_dir() and any(part.glob("lib*.so*"))),
@@ -143,10 +149,21 @@ class Answer(NamedTuple):
     """Tokens of the prompt that were decoded for it."""
 
 
+_kept: list[socket.socket] = []
+
+
 def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    """A port that nobody gets but a server that is told of it.
+
+    Ours is bound to it until the tests end, and doesn't listen: whoever asks for any port is given another,
+    however long the server takes to start, and servers, which reuse addresses or ports, are let in beside it.
+    """
+    one = socket.socket()
+    _kept.append(one)
+    for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+        one.setsockopt(socket.SOL_SOCKET, option, 1)
+    one.bind(("127.0.0.1", 0))
+    return int(one.getsockname()[1])
 
 
 class Server:
@@ -157,7 +174,7 @@ class Server:
     ) -> None:
         self.port = port
         self.log = Path(options.pop("log"))
-        self._ready_s = options.pop("ready_s", _READY_S)
+        self._ready_s = options.pop("ready_s", PATIENCE_S)
         self._out = self.log.open("w")
         self.process = subprocess.Popen(
             command, env=dict(environ or os.environ), stdin=subprocess.DEVNULL, stdout=self._out,
@@ -182,7 +199,7 @@ class Server:
         if self.process.poll() is None:
             self.process.terminate()
         try:
-            self.process.wait(60)
+            self.process.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -209,12 +226,20 @@ class Server:
         return Answer(told["content"], probabilities, told["timings"]["prompt_n"])
 
 
-def resident_bytes(pid: int) -> int:
-    """What the kernel counts for a process: anonymous memory and mapped files."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
+def resident_bytes(pid: int, what: str = "Rss") -> int:
+    """What the kernel finds in the page tables of a process: anonymous memory and mapped files, or `what`.
+    VmRSS is a sum of counters for each processor, of which 128 KiB each may be missing."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith(f"{what}:"):
             return int(line.split()[1]) * 1024
-    raise AssertionError("no VmRSS")
+    raise AssertionError(f"no {what}")
+
+
+def sees_a_cache(pid: int) -> bool:
+    """Whether the governor in process `pid` knows of one."""
+    with contextlib.suppress(PsiKvError):
+        return any(status_client.told(one).status.caches for one in socket_place.find() if one.pid == pid)
+    return False
 
 
 def children_of(pid: int) -> list[int]:

@@ -22,14 +22,13 @@ from psi_kv_governor.service.dashboard.view import blocks_of
 from psi_kv_governor.status_client import ask as ask_by_socket
 from psi_kv_governor.status_client import messages
 from psi_kv_governor.status_socket import StatusSocket
-from waiting import until
+from waiting import PATIENCE_S, until
 
-pytestmark = pytest.mark.timeout(180)
 ANY = Address("127.0.0.1", 0)
 
 
 @pytest.fixture
-def server(governor):
+def server(governor, patient_end):
     made = DashboardServer(Governed(governor), ANY)
     yield made
     made.close()
@@ -40,7 +39,7 @@ def token(server: DashboardServer) -> str:
 
 
 def ask(server, path="/", *, method="GET", body=None, key=None, **headers) -> tuple[int, str, dict]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.address.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.address.port, timeout=PATIENCE_S)
     if key is not None:
         headers["Cookie"] = f"psikv_{server.address.port}={key}"
     connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
@@ -56,11 +55,17 @@ def command(server, body: object, **headers) -> tuple[int, str]:
 
 def views(server, n: int) -> list[tuple[str, object]]:
     """The first `n` messages of the stream: event and data."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.address.port, timeout=60)
+    found: list[tuple[str, object]] = []
+    look(server, n, found)
+    return found
+
+
+def look(server, n: int, found: list[tuple[str, object]]) -> None:
+    """Put them into `found`, each as it comes."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.address.port, timeout=PATIENCE_S)
     connection.request("GET", "/live", headers={"Cookie": f"psikv_{server.address.port}={token(server)}"})
     answer = connection.getresponse()
     assert answer.getheader("content-type").startswith("text/event-stream")
-    found: list[tuple[str, object]] = []
     event = "message"
     while len(found) < n and (line := answer.readline()):
         if line.startswith(b"event: "):
@@ -69,7 +74,6 @@ def views(server, n: int) -> list[tuple[str, object]]:
             found.append((event, json.loads(line[6:].strip() or b"null")))
             event = "message"
     connection.close()
-    return found
 
 
 def test_the_printed_address_opens_the_page_and_takes_the_token_out_of_sight(server):
@@ -156,27 +160,27 @@ def test_two_dashboards_know_two_tokens(server, governor):
 
 
 def test_a_port_in_use_is_an_error_and_leaves_nothing_behind(governor):
-    before = threading.active_count()
+    before = set(threading.enumerate())  # one of an earlier test may be about to end
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
         DashboardServer(Governed(governor), Address("127.0.0.1", taken.getsockname()[1]))
-    assert threading.active_count() == before
+    assert not set(threading.enumerate()) - before
 
 
 def test_who_looks_is_told_when_it_ends(server):
     got: list = []
-    reader = threading.Thread(target=lambda: got.extend(views(server, 1000)))
+    reader = threading.Thread(target=look, args=(server, 1000, got))
     reader.start()
-    until(lambda: server._server.server_state.connections)
+    until(lambda: got)  # who is connected, and was not heard yet, is only cut off
     server.close()
-    reader.join(60)
+    reader.join(PATIENCE_S)
     assert got[-1] == ("gone", "the program has ended")
 
 
-def test_another_process_is_looked_at_through_its_status_socket(governor, tmp_path, monkeypatch):
+def test_another_process_is_looked_at_through_its_status_socket(governor, patient_end, tmp_path, monkeypatch):
     monkeypatch.setattr(socket_place, "folders", lambda: iter([tmp_path / "s"]))
     opened = StatusSocket(governor)
     opened.start()
-    with socket_place.connect(opened.path, 5.0) as connection:
+    with socket_place.connect(opened.path, PATIENCE_S) as connection:
         found = socket_place.Found(os.getpid(), opened.path)
         watched = Watched(messages(connection), partial(ask_by_socket, found))
         server = DashboardServer(watched, ANY)

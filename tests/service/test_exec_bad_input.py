@@ -13,6 +13,7 @@ import pytest
 from servers import PSI_KV, lines_of_ours
 
 from psi_kv_governor.native.building import agent_path
+from waiting import PATIENCE_S
 
 # -- what can't be started ------------------------------------------------------------------------------
 
@@ -95,7 +96,7 @@ exec_.Governor = fail
 cli.main()
 """
     command = [sys.executable, "-c", fails, "exec", "--", "sh", "-c", "echo runs; exit 7"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert (done.stdout, done.returncode) == ("runs\n", 7)
     assert lines_of_ours(done.stderr) == [
         "psi-kv: sh runs ungoverned: the governor can't be made: no source of pressure can be made"

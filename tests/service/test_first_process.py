@@ -16,6 +16,7 @@ from servers import PSI_KV
 from psi_kv_governor.native.building import agent_path
 from psi_kv_governor.residence import find_place
 from psi_kv_governor.sandbox.sandbox import Sandbox
+from waiting import PATIENCE_S
 
 MIB = 1 << 20
 DISK = "/mnt"
@@ -31,9 +32,9 @@ done
 """
 LEVELS = """
 import json, subprocess, sys, time
-for _ in range(200):
+for _ in range(200):  # it is told of before its first reading
     done = subprocess.run([*sys.argv[1:], "status", "1", "--json"], capture_output=True, text=True)
-    if done.returncode == 0:
+    if done.returncode == 0 and '"limit_bytes":' in done.stdout.partition('"levels":')[2]:
         break
     time.sleep(0.05)
 print(done.stdout or done.stderr)
@@ -74,7 +75,7 @@ def root(disk) -> list[str]:
 def run(root: list[str], *program: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*root, *PSI_KV, "exec", *options, "--", *program],
-        capture_output=True, text=True, timeout=120, check=False, cwd="/",
+        capture_output=True, text=True, timeout=PATIENCE_S, check=False, cwd="/",
     )  # fmt: skip
 
 
@@ -107,7 +108,7 @@ def test_a_signal_to_the_first_process_reaches_the_program(root):
             first = next(json.loads(line)["child-pid"] for line in status if "child-pid" in line)
             assert process.stdout.readline() == "ready\n"
             os.kill(first, signal.SIGTERM)
-            out, _ = process.communicate(timeout=60)
+            out, _ = process.communicate(timeout=PATIENCE_S)
         assert out == "got it\n"
         assert process.returncode == 7
     finally:
@@ -127,7 +128,7 @@ def test_the_limit_around_it_is_seen(root):
     with Sandbox(300 * MIB) as sandbox:
         program = [sys.executable, "-c", LEVELS, *PSI_KV]
         process = sandbox.popen([*root, *PSI_KV, "exec", "--", *program], stdout=subprocess.PIPE, cwd="/")
-        told = json.loads(process.communicate(timeout=120)[0])
+        told = json.loads(process.communicate(timeout=2 * PATIENCE_S)[0])
     assert 300 * MIB in limits_in(told)
 
 

@@ -14,7 +14,7 @@ from servers import with_agent
 from psi_kv_governor.cache import Plan, Step, Verb
 from psi_kv_governor.engines.llama.fleet import Fleet
 from psi_kv_governor.governor import Governor
-from waiting import until
+from waiting import PATIENCE_S, until
 
 pytestmark = pytest.mark.llama
 
@@ -53,10 +53,11 @@ def test_a_read_error_of_parked_context_names_the_place(wide_model, folder, back
         ) as program,
     ):  # fmt: skip
         assert program.stdout.readline() == "up\n"
+        until(lambda: bool(fleet.pids), "no agent came")
         until(lambda: not any(s.running for c in fleet.snapshot().caches for s in c.sequences), "not idle")
         Governor(fleet).park()
         assert _lose(program.pid) == 1
-        out, said = program.communicate("\n", timeout=60)
+        out, said = program.communicate("\n", timeout=PATIENCE_S)
     assert out == ""
     assert program.returncode == -signal.SIGBUS
     (line,) = [line for line in said.splitlines() if line.startswith("psi-kv: ")]
@@ -108,4 +109,4 @@ def test_a_checkpoint_is_never_refused_and_is_the_same_after_it_was_parked(wide_
         assert blob.kind == "checkpoint"
         done = fleet.apply(Plan(steps=(Step(verb=Verb.PARK, cache=cache.id, blob=blob.id),)))
         assert done.bytes_returned >= blob.n_bytes // 2
-        assert program.communicate("\n", timeout=60)[0] == saved
+        assert program.communicate("\n", timeout=PATIENCE_S)[0] == saved

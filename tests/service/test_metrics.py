@@ -21,6 +21,7 @@ from service_help import MIB
 from packages_help import Unavailable
 from psi_kv_governor.service.address import Address
 from psi_kv_governor.service.metrics import REASONS, Metrics, MetricsServer
+from waiting import PATIENCE_S
 
 BOARD = Path(__file__).parents[2] / "packaging" / "grafana" / "psi-kv.json"
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -175,7 +176,7 @@ def test_prometheus_understands_every_query_of_the_board(tmp_path):
 
 
 def scrape(port: int) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE_S) as answer:
         return answer.read().decode()
 
 
@@ -190,10 +191,10 @@ def test_a_scrape_over_http_while_the_governor_works(governor):
 
 
 def test_a_port_in_use_is_an_error_and_leaves_nothing_behind(governor):
-    before = threading.active_count()
+    before = set(threading.enumerate())  # one of an earlier scrape may be about to end
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
         MetricsServer(governor, Address("127.0.0.1", taken.getsockname()[1]))
-    assert threading.active_count() == before
+    assert not set(threading.enumerate()) - before
     assert not governor._bus._subscribers
 
 

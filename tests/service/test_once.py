@@ -14,6 +14,8 @@ import pytest
 from servers import PSI_KV, Server, free_port, resident_bytes
 from service_help import compiled_in
 
+from waiting import PATIENCE_S
+
 MIB = 1 << 20
 HOLDS_MIB = 48
 # 48 MiB that are known, threads in calls that an interruption would end early.
@@ -106,7 +108,7 @@ def running(*command: str, **options) -> Iterator[subprocess.Popen[str]]:
 
 def attach(pid: int, folder: Path, *before: str) -> subprocess.CompletedProcess[str]:
     command = [*before, *PSI_KV, "exec", "--place", str(folder), "--pid", str(pid)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
 
 
 def _parked_and_the_same(process: subprocess.Popen[str], folder: Path) -> None:
@@ -118,7 +120,7 @@ def _parked_and_the_same(process: subprocess.Popen[str], folder: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
     assert resident_bytes(process.pid) <= before - (HOLDS_MIB - 2) * MIB
     assert not list(folder.rglob("*.*")), "the file has no name"
-    said, _ = process.communicate("go on\n", timeout=60)
+    said, _ = process.communicate("go on\n", timeout=PATIENCE_S)
     assert said == "same same 0\n"
     assert process.returncode == 0
 
@@ -132,7 +134,7 @@ def test_it_can_be_parked_again(holds, folder):
     with running(str(holds)) as process:
         assert attach(process.pid, folder).returncode == 0
         assert "nothing was parked" in attach(process.pid, folder).stderr
-        assert process.communicate("go on\n", timeout=60)[0] == "same same 0\n"
+        assert process.communicate("go on\n", timeout=PATIENCE_S)[0] == "same same 0\n"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
@@ -154,7 +156,7 @@ def _refused(process: subprocess.Popen[str], done: subprocess.CompletedProcess[s
     assert done.returncode == 2
     assert why in done.stderr
     assert len(done.stderr.splitlines()) == 1
-    assert process.communicate("go on\n", timeout=60)[0] == "same same 0\n"
+    assert process.communicate("go on\n", timeout=PATIENCE_S)[0] == "same same 0\n"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
@@ -208,7 +210,6 @@ def test_without_a_place_nothing_is_touched(holds, tmp_path):
 
 @pytest.mark.llama
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_server_that_runs_already_is_parked_once_and_every_token_is_the_same(
     server_command, folder, tmp_path
 ):

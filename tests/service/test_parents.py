@@ -17,7 +17,7 @@ from psi_kv_governor.engines.llama.fleet import Fleet
 from psi_kv_governor.governor import Governor
 from waiting import until
 
-pytestmark = [pytest.mark.llama, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.llama, pytest.mark.slow]
 
 # The child protocol of Ollama (llm/llama_server.go, 2026): these arguments, the parent's environment with a
 # library path of its own, both streams into one pipe, SIGTERM at the end.

@@ -8,15 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from servers import PSI_KV, WAIT_S, Server, children_of, free_port, resident_bytes, with_agent
+from servers import PSI_KV, Server, children_of, free_port, resident_bytes, sees_a_cache, with_agent
 
 from psi_kv_governor import Governor
 from psi_kv_governor.engines.llama.fleet import Fleet
 from psi_kv_governor.native.building import agent_path
-from waiting import until
+from waiting import PATIENCE_S, until
 
 pytestmark = [pytest.mark.llama, pytest.mark.slow]
 
@@ -93,20 +94,29 @@ import sys
 from llama_cpp import Llama
 llm = Llama(sys.argv[1], n_ctx=32768, n_threads=1, verbose=False, flash_attn=True)
 rss = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
-print(rss, llm("The quick brown fox", max_tokens=8, temperature=0)["choices"][0]["text"])
+print(rss, llm("The quick brown fox", max_tokens=8, temperature=0)["choices"][0]["text"], flush=True)
+sys.stdin.readline()
 """
 
 
-def _app(*before: str, demo_model: Path, **options) -> tuple[int, str, str]:
+def _app(
+    *before: str, demo_model: Path, seen: Callable[[int], object] = bool, **options
+) -> tuple[int, str, str]:
+    """It ends when it was `seen`: of so short a program its sidecar may else not hear in time."""
     command = [*before, sys.executable, "-c", APP, str(demo_model)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=WAIT_S * 3, **options)
-    rss, _, text = done.stdout.partition(" ")
-    return int(rss), text, done.stderr
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, **options) as program:
+        until(lambda: program.poll() is not None or seen(program.pid), "it was not seen")
+        out, said = program.communicate("\n", timeout=2 * PATIENCE_S)
+    assert program.returncode == 0, said
+    rss, _, text = out.partition(" ")
+    return int(rss), text, said
 
 
 def test_a_llama_in_a_python_program_is_governed_under_exec(demo_model, folder):
     rss, text, _ = _app(demo_model=demo_model)
-    small, same, said = _app(*PSI_KV, "exec", "--place", str(folder), "--", demo_model=demo_model)
+    command = (*PSI_KV, "exec", "--place", str(folder), "--")
+    small, same, said = _app(*command, demo_model=demo_model, seen=sees_a_cache)
     assert same == text
     assert small <= 0.4 * rss  # its compute buffer is larger than a server's
     assert "psi-kv:" not in said
@@ -127,7 +137,8 @@ def test_with_an_agent_of_another_version_the_program_runs_on_and_that_is_said_o
     refused: list[tuple[int, str]] = []
     fleet = Fleet(place=str(folder), backing="file", refused=lambda pid, why: refused.append((pid, why)))
     with contextlib.closing(fleet):
-        _, text, _ = _app(demo_model=demo_model, env=with_agent(fleet.name, folder, "file", library))
+        environ = with_agent(fleet.name, folder, "file", library)
+        _, text, _ = _app(demo_model=demo_model, env=environ, seen=lambda pid: refused)
         assert text == _app(demo_model=demo_model)[1]
         assert not fleet.pids
     assert [why for _, why in refused] == [

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import struct
+import threading
+
 import pytest
 
 from fakes import FakeSource
@@ -16,7 +21,11 @@ from psi_kv_governor.cache import (
     Snapshot,
 )
 from psi_kv_governor.config import GovernorConfig
+from psi_kv_governor.engines.llama.client import VERSION, Op
+from psi_kv_governor.engines.llama.engine import LlamaEngine
+from psi_kv_governor.engines.llama.fleet import Fleet
 from psi_kv_governor.governor import Governor
+from waiting import until
 
 ABLE, UNABLE = Capability(able=True), Capability(able=False, why="no place")
 
@@ -97,3 +106,46 @@ def test_an_engine_without_a_prompt_cache_is_never_asked(play):
 
     engine = Without(place=False, space=False)
     assert play(engine) == [[], []]
+
+
+class Agent:
+    """One on paper, that agrees to everything."""
+
+    def __init__(self, name: str) -> None:
+        self.refuses: list[bool] = []
+        self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._connection.connect(f"\0{name}")
+        self._thread = threading.Thread(target=self._answer)
+        self._thread.start()
+
+    def _answer(self) -> None:
+        with self._connection, self._connection.makefile("rb") as asked:
+            while head := asked.read(4):
+                request = asked.read(*struct.unpack("<I", head))
+                _, op, _, _, flags = struct.unpack_from("<IIIiI", request)
+                if op == Op.REFUSE:
+                    self.refuses.append(bool(flags))
+                payload = struct.pack("<2i", 0, VERSION) if op == Op.HELLO else b""
+                reply = struct.pack("<iIQQQQdII", *[0] * 9) + payload
+                self._connection.sendall(struct.pack("<I", len(reply)) + reply)
+
+    def wait(self) -> None:
+        self._thread.join()
+
+
+def test_one_that_comes_just_as_refusing_begins_refuses_as_well(monkeypatch):
+    opened: list[int] = []
+    with contextlib.closing(Fleet(place="", backing="memory", opened=opened.append)) as fleet:
+        refuse_blobs = LlamaEngine.refuse_blobs
+
+        def overtaken(engine: LlamaEngine, refuse: bool) -> None:
+            if not refuse:
+                fleet.refuse_blobs(True)
+            refuse_blobs(engine, refuse)
+
+        monkeypatch.setattr(LlamaEngine, "refuse_blobs", overtaken)
+        agent = Agent(fleet.name)
+        until(lambda: opened, "it did not come in")
+    agent.wait()
+    assert agent.refuses[-1] is True
+    assert False in agent.refuses

@@ -8,6 +8,8 @@ import subprocess
 import pytest
 from servers import PSI_KV
 
+from waiting import PATIENCE_S
+
 
 @pytest.mark.llama
 @pytest.mark.cgroup
@@ -33,5 +35,5 @@ def test_in_a_limit_that_kills_the_server_at_its_start_the_governed_one_serves(
     }
     assert calm == {"with room, one-shot": 2, "with room, return": 2}
     assert (out / "server.png").stat().st_size > 1000
-    subprocess.run([*command, "--calm-pairs", "0", "--resume"], check=False, timeout=60)
+    subprocess.run([*command, "--calm-pairs", "0", "--resume"], check=False, timeout=PATIENCE_S)
     assert json.loads((out / "result.json").read_text())["rows"] == [plain, governed]

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from servers import PSI_KV, WAIT_S, Answer, Server, children_of, free_port, resident_bytes, with_agent
+from servers import PSI_KV, Answer, Server, children_of, free_port, resident_bytes, with_agent
 
 from psi_kv_governor.cache import Plan, Range, Snapshot, Step, Verb
 from psi_kv_governor.engines.llama.fleet import Fleet
 from psi_kv_governor.events import AnsweredMasked, Event
 from psi_kv_governor.governor import Governor
-from waiting import until
+from waiting import PATIENCE_S, until
 
-pytestmark = [pytest.mark.llama, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.llama, pytest.mark.slow]
 
 MOST = 0.2
 """Of what the ungoverned server has resident."""
@@ -192,7 +192,7 @@ def test_exec_with_a_pid_governs_again_what_was_left(xllamacpp, folder, tmp_path
                 assert third.returncode == 2
                 assert "has its governor already" in third.stderr
                 second.send_signal(signal.SIGTERM)
-                assert second.wait(WAIT_S) == 0
+                assert second.wait(PATIENCE_S) == 0
             assert server.complete(TALKS[0], 16).text == before.text
         finally:
             os.kill(program, signal.SIGKILL)

@@ -11,6 +11,7 @@ import pytest
 from servers import PSI_KV, node_addon
 
 from packages_help import Unavailable
+from waiting import PATIENCE_S
 
 HERE = Path(__file__).parent
 
@@ -89,7 +90,9 @@ def test_a_static_llama_cpp_in_node_starts_small_and_says_the_same(demo_model, f
     command = [node, str(HERE / "static_addon.js"), str(addon), str(demo_model)]
 
     def play(*before: str) -> dict:
-        done = subprocess.run([*before, *command], capture_output=True, text=True, check=True, timeout=240)
+        done = subprocess.run(
+            [*before, *command], capture_output=True, text=True, check=True, timeout=PATIENCE_S
+        )
         return json.loads(done.stdout.splitlines()[-1])
 
     plain, governed = play(), play(*PSI_KV, "exec", "--place", str(folder), "--")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from pathlib import Path
 
 from fakes import FakeSource
@@ -11,17 +10,14 @@ from psi_kv_governor import socket_place
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.engines.simulated import SimulatedEngine
 from psi_kv_governor.governor import Governor
-
-
-def threads() -> int:
-    return sum(thread.name == "psi-kv-status" for thread in threading.enumerate())
+from waiting import PATIENCE_S
 
 
 class Lines:
     """What a client reads."""
 
     def __init__(self, path: Path) -> None:
-        self.connection = socket_place.connect(path, 5.0)
+        self.connection = socket_place.connect(path, PATIENCE_S)
         self._file = self.connection.makefile("rb")
 
     def next(self) -> dict:

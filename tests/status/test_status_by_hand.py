@@ -15,10 +15,7 @@ from psi_kv_governor.cli import main
 from psi_kv_governor.errors import PsiKvError
 from psi_kv_governor.status_socket import StatusSocket
 
-pytestmark = [
-    pytest.mark.timeout(180),
-    pytest.mark.skipif(not socket_place.able(), reason="this platform has no Unix sockets"),
-]
+pytestmark = pytest.mark.skipif(not socket_place.able(), reason="this platform has no Unix sockets")
 
 
 @pytest.fixture

@@ -12,11 +12,9 @@ from status_help import Lines, ask
 from psi_kv_governor import socket_place, status_server
 from psi_kv_governor.cache import Result
 from psi_kv_governor.engines.simulated import CELL_BYTES
+from waiting import PATIENCE_S
 
-pytestmark = [
-    pytest.mark.timeout(180),
-    pytest.mark.skipif(not socket_place.able(), reason="this platform has no Unix sockets"),
-]
+pytestmark = pytest.mark.skipif(not socket_place.able(), reason="this platform has no Unix sockets")
 
 
 # -- commands ----------------------------------------------------------------------------------------------
@@ -77,7 +75,7 @@ def test_commands_sent_at_once_are_answered_in_their_order(client):
 
 def test_a_command_waits_for_the_one_before_it(governor, client, monkeypatch):
     go_on = threading.Event()
-    monkeypatch.setattr(governor, "trim", lambda fraction: (go_on.wait(30), Result(cells=17))[1])
+    monkeypatch.setattr(governor, "trim", lambda fraction: (go_on.wait(PATIENCE_S), Result(cells=17))[1])
     client.next()
     for do in (b"trim", b"restore"):  # two messages, as they are heard one by one
         client.connection.sendall(b'{"psi_kv_command": 1, "do": "%s"}\n' % do)
@@ -92,7 +90,7 @@ def test_a_command_waits_for_the_one_before_it(governor, client, monkeypatch):
 
 def test_while_a_command_takes_its_time_the_others_are_told_on(opened, governor, client, monkeypatch):
     go_on = threading.Event()
-    monkeypatch.setattr(governor, "trim", lambda fraction: go_on.wait(10) and None)
+    monkeypatch.setattr(governor, "trim", lambda fraction: go_on.wait(PATIENCE_S) and None)
     busy = Lines(opened.path)
     busy.next()
     busy.connection.sendall(b'{"psi_kv_command": 1, "do": "trim"}\n')

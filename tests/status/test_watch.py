@@ -23,11 +23,9 @@ from psi_kv_governor.governor import Governor
 from psi_kv_governor.socket_place import Found
 from psi_kv_governor.status_messages import Update
 from psi_kv_governor.status_socket import StatusSocket
+from waiting import PATIENCE_S
 
-pytestmark = [
-    pytest.mark.timeout(180),
-    pytest.mark.skipif(not socket_place.able(), reason="this platform has no Unix sockets"),
-]
+pytestmark = pytest.mark.skipif(not socket_place.able(), reason="this platform has no Unix sockets")
 
 PACKAGES = str(Path(psi_kv_governor.__file__).parents[1])
 
@@ -134,8 +132,8 @@ def test_it_follows_a_process_until_it_ends():
     watcher = start_watching(process.pid)
     lines = iter(watcher.stdout.readline, "")
     assert any(line.startswith("trimming: stall 60.0%") and " live, " in line for line in lines)
-    process.communicate("end\n", timeout=60)
-    _, err = watcher.communicate(timeout=60)
+    process.communicate("end\n", timeout=PATIENCE_S)
+    _, err = watcher.communicate(timeout=PATIENCE_S)
     assert watcher.returncode == 0
     assert f"process {process.pid} has ended" in err
 
@@ -145,11 +143,11 @@ def test_ctrl_c_ends_the_view_and_not_the_process():
     watcher = start_watching(process.pid)
     assert watcher.stdout.readline()
     watcher.send_signal(signal.SIGINT)
-    _, err = watcher.communicate(timeout=60)
+    _, err = watcher.communicate(timeout=PATIENCE_S)
     assert watcher.returncode == 0
     assert "Traceback" not in err
     assert process.poll() is None
-    process.communicate("end\n", timeout=60)
+    process.communicate("end\n", timeout=PATIENCE_S)
     assert process.returncode == 0
 
 

@@ -173,7 +173,9 @@ def _at_a_call(status: int) -> bool:
 def _wait(thread: int, wanted: Callable[[int], bool], *, resume: int = _CONT) -> None:
     """Until the thread has stopped as `wanted`; from other stops it is resumed. Raises CannotStopError."""
     until_s = time.monotonic() + _PATIENCE_S
-    while time.monotonic() < until_s:
+    last = False
+    while not last:
+        last = time.monotonic() >= until_s  # before the look: we may have stood still ourselves until then
         try:
             pid, status = os.waitpid(thread, os.WNOHANG | _ALL_THREADS)
         except ChildProcessError:

@@ -117,12 +117,21 @@ class Fleet:
             member = _Member(self._next, pid, transport, engine)
             self._next += 1
             self._members[member.number] = member
-            kinds, refuses, recall = self._kinds, self._refuses, self._recall
-        with contextlib.suppress(EngineError):
-            engine.collect(kinds)
-            engine.refuse_blobs(refuses)
-            engine.recall(recall)
+        asked = None
+        # It may change meanwhile, and be asked before: what we ask then is the older.
+        while (wanted := self._wanted()) != asked:
+            with contextlib.suppress(EngineError):
+                kinds, refuses, recall = wanted
+                engine.collect(kinds)
+                engine.refuse_blobs(refuses)
+                engine.recall(recall)
+            asked = wanted
         self._opened(pid)
+
+    def _wanted(self) -> tuple[frozenset[Kind], bool, Recall]:
+        """What is asked of all."""
+        with self._lock:
+            return self._kinds, self._refuses, self._recall
 
     def _gone(self, member: _Member) -> None:
         with self._lock:
