@@ -44,9 +44,11 @@ def children_of(pid: int) -> Iterator[tuple[str, str]]:
     """Name and command line of each child of process `pid`."""
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it ended meanwhile
-            name, _, rest = (process / "stat").read_text().partition("(")[2].rpartition(")")
+            # A name may be any bytes, and is cut within a character too.
+            told = (process / "stat").read_text(errors="replace")
+            name, _, rest = told.partition("(")[2].rpartition(")")
             if int(rest.split()[1]) == pid:
-                yield name, (process / "cmdline").read_text().replace("\0", " ")
+                yield name, (process / "cmdline").read_text(errors="replace").replace("\0", " ")
 
 
 def swap_devices_of(pid: int) -> set[str]:

@@ -15,7 +15,7 @@ from psikv_bench.host import Host
 from psikv_bench.messages import Setup, is_governed
 from psikv_bench.worker import Worker
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 600.0
 
 
 def opened(host: Host) -> messages.Opened:

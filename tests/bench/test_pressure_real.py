@@ -7,7 +7,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,9 @@ from psi_kv_governor.sandbox.load import MIB
 from psikv_bench import host
 from psikv_bench.messages import Progress, Setup
 from psikv_bench.pressure.scene import SceneOptions, outside_bytes, run_scene
-from psikv_bench.pressure.setting import size_of
+from psikv_bench.pressure.setting import _DECODE_MAX_S, size_of
 from sandbox_help import pids_in, sandboxes_of, still_swapped_to, swap_devices_of
+from waiting import until
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/pressure_bench.py"
 SMALL = [
@@ -68,7 +68,7 @@ def running(pids: set[int]) -> set[int]:
 def test_three_variants_under_pressure_give_a_whole_report(demo_model, tmp_path):
     folder = tmp_path / "report"
     process = start(*SMALL, "--model", str(demo_model), "--repeats", "1", "--out-dir", str(folder), "--json")
-    output, errors = process.communicate(timeout=200)
+    output, errors = process.communicate(timeout=800)
     assert process.returncode in {0, 1}, errors  # so small a scene may miss what is asked
     assert "Traceback" not in errors
     result = json.loads(output)
@@ -76,7 +76,8 @@ def test_three_variants_under_pressure_give_a_whole_report(demo_model, tmp_path)
     found = {run["result"]["variant"]: run["result"] for run in result["rows"]}
     assert list(found) == ["fixed", "reference", "psi"]
     for run in found.values():
-        assert run["tokens"] == 24 or run["killed"]
+        # All of them, or it is cut off where it has come to a stand.
+        assert run["tokens"] == 24 or run["killed"] or run["seconds"] > _DECODE_MAX_S
         assert run["neighbour_bytes_per_s"] > 0
         assert run["peak_resident_bytes"] > 100 * MIB
         assert 0.0 <= run["stall"] <= 1.0
@@ -138,9 +139,8 @@ def test_outside_a_sandbox_the_neighbour_gets_no_more_than_a_quarter_of_what_is_
     (tmp_path / "proc/meminfo").write_text("MemTotal: 8000 kB\nMemAvailable: 4000 kB\n")
     assert outside_bytes(tmp_path) == 1000 * 1024
     assert outside_bytes(tmp_path / "nowhere") == 0
-    most = outside_bytes() + 64 * MIB
-    too_much = SceneOptions(
-        setup=Setup(variant="fixed", model=str(demo_model)), tokens=8, pressure_bytes=most
+    too_much = SceneOptions(  # a quarter of no machine: what is available changes from look to look
+        setup=Setup(variant="fixed", model=str(demo_model)), tokens=8, pressure_bytes=1 << 50
     )
     with pytest.raises(BadInputError, match="a quarter of what is available"):
         run_scene("fixed", too_much)
@@ -173,7 +173,7 @@ def test_interrupted_it_keeps_the_runs_it_finished_and_cleans_up(demo_model, tmp
     assert devices
     assert pids
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=600)  # the plots are still to be drawn
     assert process.returncode == 130
     assert json.loads(output)["interrupted"] is True
     assert errors.splitlines()[-1] == "psi-kv: interrupted"
@@ -209,12 +209,8 @@ def test_nothing_outlives_a_benchmark_that_is_killed_under_pressure(demo_model, 
     assert len(pids) == 2, "the model and its neighbour"
     assert devices
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
-    deadline_s = time.monotonic() + 60.0
-    while time.monotonic() < deadline_s:
-        left = running(pids), [pen for pen in sandboxes if pen.exists()], still_swapped_to(devices)
-        if not any(left):
-            break
-        time.sleep(0.1)
-    assert not any(left)
+    process.communicate(timeout=600)
+    until(lambda: not running(pids), "the model and its neighbour run on")
+    until(lambda: not any(pen.exists() for pen in sandboxes), f"left behind: {sandboxes}")
+    until(lambda: not still_swapped_to(devices), f"left behind: {devices}")
     assert [path.name for path in folder.iterdir()] == ["journal.jsonl"]

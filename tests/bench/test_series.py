@@ -14,6 +14,7 @@ from trials_help import MIB, look
 from psi_kv_governor.sandbox.sandbox import Sandbox
 from psikv_bench.trials.series import first_signal, poll_time
 from psikv_bench.watch import Watcher
+from waiting import until
 
 LINE = 16 * MIB
 
@@ -69,11 +70,14 @@ def test_a_poller_is_never_early_and_at_most_one_poll_late(rise, since, poll):
 
 @pytest.mark.cgroup
 def test_a_sandbox_is_watched_from_outside_and_lightly():
-    taken = "x = bytearray(48 << 20); print(1, flush=True); input()"
+    taken = "input(); x = bytearray(48 << 20); print(1, flush=True); input()"
     with Sandbox(96 * MIB) as sandbox:
         child = sandbox.popen([sys.executable, "-c", taken], stdin=-1, stdout=-1)
         with Watcher(sandbox, child.pid, 0.003) as watch:
             began_s = time.monotonic()
+            until(lambda: len(watch.looks) >= 3)  # before anything is taken
+            child.stdin.write(b"\n")
+            child.stdin.flush()
             child.stdout.readline()
             while len(watch.looks) < 30 or not watch.looks[-1].memory.anonymous_bytes > 48 * MIB:
                 time.sleep(0.01)

@@ -8,9 +8,10 @@ import math
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
+from calm import CALM
 from gguf_models import Shape, write_model
 from psi_kv_governor.control.decision import Mode
 from psi_kv_governor.errors import PsiKvError
@@ -32,12 +33,11 @@ def measured(scene, options, **given):
 
 
 class TestTrim:
-    @given(st.integers(1, 20_000), st.floats(0.01, 1.0), st.integers(1, 16))
-    def test_ranges_are_apart_of_one_size_and_leave_sinks_and_window(self, tokens, share, count):
-        try:
-            ranges = trim.ranges_in(tokens, share, count)
-        except PsiKvError:
-            assume(False)
+    @given(st.integers(400, 20_000), st.floats(0.01, 1.0), st.integers(1, 16))
+    def test_ranges_are_apart_of_one_size_and_leave_sinks_and_window(self, tokens, part, count):
+        # Of what fits: were two of three examples thrown away, Hypothesis would now and then refuse them all.
+        share = part * (1 - (trim.SINK_CELLS + trim.WINDOW_CELLS + 2 * count) / tokens)
+        ranges = trim.ranges_in(tokens, share, count)
         assert len(ranges) == count
         assert len({part.cells for part in ranges}) == 1
         assert sum(part.cells for part in ranges) >= tokens * share
@@ -72,7 +72,9 @@ class TestTrim:
     def test_a_small_run_returns_the_rows_and_changes_no_bit(self, shallow_model, monkeypatch):
         monkeypatch.setattr(trim, "SHARE", 0.45)
         cases = (trim.Case("f16", 600, 1), trim.Case("f16", 600, 2))
-        options = trim.TrimOptions(model=str(shallow_model), repeats=1, again=1, again_cells=32, threads=1)
+        # The middle one of five: what is returned is measured by the memory of this whole process, which may
+        # move by more than the edges allow for, and what comes back by the clock.
+        options = trim.TrimOptions(model=str(shallow_model), repeats=5, again=5, again_cells=32, threads=1)
         said: list[str] = []
         found = list(
             trim.measure(Recorder("trim", options, say=lambda doing, **_: said.append(doing)), cases)
@@ -108,6 +110,13 @@ class TestTrim:
             assert differing(whole, filled.next_logits()) == 0
 
 
+@pytest.fixture
+def calm(monkeypatch):
+    """What others of this machine bring about is no pressure: it would rightly end a measurement."""
+    for name, value in CALM.items():
+        monkeypatch.setenv(name, value)
+
+
 class TestOverhead:
     def test_every_second_pair_is_the_other_way_round_and_each_result_in_its_place(self):
         order: list[str] = []
@@ -139,6 +148,7 @@ class TestOverhead:
         watch.check()
 
     @pytest.mark.llama
+    @pytest.mark.usefixtures("calm")
     def test_a_small_run_compares_the_two_in_processes_of_their_own(self, shallow_model):
         options = overhead.OverheadOptions(
             model=str(shallow_model), threads=1, openings=1, repeats=2, tokens=4, idle_s=0.05
@@ -153,6 +163,7 @@ class TestOverhead:
         assert of["", "memory beside the engine"].passed
 
     @pytest.mark.llama
+    @pytest.mark.usefixtures("calm")
     def test_a_prompt_is_decoded_anew_in_each_turn_where_that_is_measured(self, shallow_model):
         options = overhead.OverheadOptions(
             model=str(shallow_model), threads=1, openings=1, repeats=1, prefill=96, idle_s=0.05,

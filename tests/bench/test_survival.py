@@ -77,7 +77,8 @@ def test_a_small_real_run_in_which_both_live(demo_model):
 
 def lived(demo_model, name: str) -> Pair:
     """Plain and governed in one surrounding, for real."""
-    options = SurvivalOptions(model=str(demo_model), only=(name,))
+    # Longer than the neighbour takes for all of its own, also where it is held up.
+    options = SurvivalOptions(model=str(demo_model), only=(name,), tokens=96)
     report = survival.SCENE.run(Recorder("survival", options))
     assert report.passed, report.to_json().decode()
     (row,) = report.rows

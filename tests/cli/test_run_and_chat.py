@@ -9,10 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from calm import CALM
 from psi_kv_governor import cli
 
 pytestmark = pytest.mark.llama
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2]), "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(Path(cli.__file__).parents[2]),
+    "PYTHONUNBUFFERED": "1",
+    **CALM,
+}
 CHAT = (
     "My name is Anna.\n/trim 0.5\n/trim nonsense\n/status\n/undo\n/reset\n/help\nHello!\n/quit\nnever read\n"
 )
@@ -31,7 +37,7 @@ def start(*arguments: str) -> subprocess.Popen:
 
 def finish(*arguments: str, said: str = "") -> tuple[int, str, str]:
     process = start(*arguments)
-    out, err = process.communicate(said, timeout=120)
+    out, err = process.communicate(said, timeout=600)
     return process.returncode, out, err
 
 
@@ -106,7 +112,7 @@ def test_a_signal_in_mid_generation_keeps_the_text_and_the_summary(shallow_model
     process = start("run", "--raw", "-n", "900", *small(shallow_model), "Once upon a time")
     first = process.stdout.read(12)  # some tokens
     process.send_signal(number)
-    rest, err = process.communicate(timeout=60)
+    rest, err = process.communicate(timeout=600)
     assert process.returncode == status
     assert len(first) == 12
     assert rest.endswith("\n")

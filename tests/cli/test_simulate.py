@@ -81,7 +81,7 @@ def test_the_same_seed_gives_the_same_bytes_in_every_process():
         around = {"COLUMNS": other, "PYTHONHASHSEED": other, "FORCE_COLOR": other, "PYTHONPATH": PACKAGES}
         command = [sys.executable, "-c", IN_BOTH_FORMS]
         done = subprocess.run(
-            command, env={**os.environ, **around}, capture_output=True, check=True, timeout=60
+            command, env={**os.environ, **around}, capture_output=True, check=True, timeout=600
         )
         said.append(done.stdout)
     assert said[0] == said[1]

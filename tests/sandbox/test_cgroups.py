@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from psi_kv_governor.errors import PsiKvError
-from psi_kv_governor.sandbox.cgroups import Group, find_place
+from psi_kv_governor.sandbox.cgroups import Group, _take_back, find_place
 
 V2 = "31 23 0:28 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n"
 V1 = "35 31 0:32 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
@@ -82,6 +82,16 @@ def test_v2_without_the_memory_controller_says_what_to_do(v2):
         v2_cgroup(v2, path, controllers="pids", subtree="pids")
     with pytest.raises(PsiKvError, match="cgroup_enable=memory"):
         find_place(v2)
+
+
+@pytest.mark.parametrize(("other", "left"), [("", "-memory"), ("another", "memory pids")])
+def test_memory_is_no_longer_handed_down_once_no_other_group_can_need_it(v2, other, left):
+    """Two sandboxes at a time: the first to go would take the limit of the second away."""
+    parent = v2_cgroup(v2, "mine", subtree="memory pids")
+    if other:
+        (parent / other).mkdir()
+    _take_back(Group(2, parent / "sandbox", parent / "sandbox", enable=True))
+    assert (parent / "cgroup.subtree_control").read_text() == left
 
 
 def test_hybrid_takes_both_hierarchies(tmp_path):

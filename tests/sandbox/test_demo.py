@@ -172,7 +172,7 @@ def test_interrupted_in_the_middle_it_cleans_up_and_ends_with_one_line(demo_mode
     devices = swap_devices_of(process.pid)
     assert devices
     process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=600)
     assert process.returncode == status
     assert output == b""
     last = errors.decode().strip().splitlines()[-1]

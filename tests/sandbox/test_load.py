@@ -32,7 +32,7 @@ def test_it_takes_memory_in_steps_and_ends_on_sigterm():
     memory = glance(process.pid)
     assert 30 * MIB <= memory.resident_bytes < 60 * MIB
     process.terminate()
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=600)
     assert (process.returncode, output, errors) == (-signal.SIGTERM, b"", b"")
 
 
@@ -47,7 +47,7 @@ def test_it_ends_when_its_parent_is_gone():
     parent.send_signal(signal.SIGKILL)
     began_s = time.monotonic()
     parent.stdout.read()  # ends when the last holder of the pipe, the child, has ended
-    assert time.monotonic() - began_s < 30.0
+    assert time.monotonic() - began_s < 200.0  # of the 300 that its parent would have slept
     parent.wait()
     parent.stdout.close()
 
@@ -58,7 +58,7 @@ def test_it_ends_when_its_parent_is_gone():
 )
 def test_nonsense_is_refused_with_one_line_and_status_2(arguments):
     process = start(*arguments)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 2
     assert b"Traceback" not in errors
 

@@ -153,7 +153,8 @@ class Onset:
         is_over: Callable[[], bool] = lambda: True,
     ) -> bool:  # fmt: skip
         """A neighbour takes `n_bytes` at `rate` MB/s (0: as fast as it can) and holds them for `hold_s` and
-        until `is_over`, or one of the two is killed; False where that took `most_s` more than the ramp."""
+        until `is_over`, or one of the two is killed; False where that took `most_s` more than the ramp, from
+        its first byte on: the start of its interpreter takes seconds on a busy machine."""
         self.host.bring(neighbour("ramp", n_bytes, rate_mib_s=rate * MB / MIB))
 
         def ended() -> bool:
@@ -163,6 +164,7 @@ class Onset:
 
         over = True
         try:
+            self.listen(_ANSWER_S, lambda: bool(self.host.said))
             over = self.listen((n_bytes / (rate * MB) if rate else 0.0) + most_s, ended)
             if self.host.neighbour_killed():
                 self.listen(_HEAR_S)  # the model may have been killed with it

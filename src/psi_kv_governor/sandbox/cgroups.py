@@ -184,10 +184,14 @@ def _rmdir(folder: Path) -> str:
 
 
 def _take_back(group: Group) -> None:
-    """Undo `+memory`. The kernel refuses while another group needs it, and is right to."""
-    if group.enable:
-        with contextlib.suppress(OSError):
-            (group.memory.parent / "cgroup.subtree_control").write_text("-memory")
+    """Undo `+memory`, but not beside another group: the kernel would take its limits away without a word.
+
+    It refuses only where that one hands memory down itself (seen with Linux 6.1).
+    """
+    parent = group.memory.parent
+    with contextlib.suppress(OSError):
+        if group.enable and not any(entry.is_dir() for entry in parent.iterdir()):
+            (parent / "cgroup.subtree_control").write_text("-memory")
 
 
 def _may_make(folder: Path) -> bool:

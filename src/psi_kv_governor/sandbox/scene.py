@@ -146,6 +146,7 @@ class Scene:
             if (final := glance(self._model.pid)) is not None:
                 result.peak_resident_bytes = final.peak_bytes
                 result.final_resident_bytes = final.resident_bytes
+            self._model.send(b"its memory was looked at")
         except ModelKilledError:  # that is a result
             result.killed = True
         result.tokens, result.tokens_per_s = len(token_s), len(token_s) / result.seconds
@@ -159,12 +160,16 @@ class Scene:
 
     def _press(self) -> None:
         """Decode beside the neighbour, where there is one."""
-        began_s, began_us, options, result = time.monotonic(), self._some_us(), self._options, self.result
+        options, result = self._options, self.result
         argv = neighbour(options.pressure_bytes // MIB, options.step_bytes // MIB, options.pause_s)
         with contextlib.ExitStack() as stack:
             beside = None
             if self._sandbox is not None:
                 beside = stack.enter_context(Child(argv, self._sandbox.popen, json.loads))
+                # The start of its interpreter, seconds on a busy machine, is no time beside it.
+                if said := beside.hear(_SILENCE_S):
+                    self._neighbour_s = said[0]["time_s"]
+            began_s, began_us = time.monotonic(), self._some_us()
             self._model.send(b"decode")
             try:
                 self._until(lambda: self._now.stage == "restore")
@@ -173,8 +178,6 @@ class Scene:
                 result.stall = _share(began_us, self._some_us(), result.seconds)
                 if beside is not None:
                     result.neighbour_killed = beside.killed("the neighbour")
-                    if said := beside.hear(0.0):
-                        self._neighbour_s = said[0]["time_s"]
 
     def _until(self, is_over: Callable[[], bool]) -> None:
         """Listen, and look when it is time. Raises PsiKvError where the model says no more."""

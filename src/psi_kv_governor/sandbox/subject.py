@@ -3,7 +3,8 @@
     python -m psi_kv_governor.sandbox.subject psi '{"model": "model.gguf"}'
 
 Its arguments are the variant and the options. It waits for a line on standard input before it decodes under
-pressure, and for another before all is to come back; it ends when nobody speaks to it or listens.
+pressure, for another before all is to come back, and for a last one, until when its memory can be looked at;
+it ends when nobody speaks to it or listens.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Subject:
             self._say("restore")
             _wait()
             self._settle()
+            _wait()
         finally:
             self._llm.close()
 

@@ -51,11 +51,20 @@ def _played(with_swap: bool, step_mib: int, pause_s: float, say: Callable[[str],
         closing(_source(sandbox)) as source,
     ):
         say(f"a cgroup of {LIMIT_BYTES // MIB} MiB with a process of {HELD_MIB} MiB")
-        with Child(neighbour(HELD_MIB, HELD_MIB, 0.0), sandbox.popen):
+        with Child(neighbour(HELD_MIB, HELD_MIB, 0.0), sandbox.popen) as held:
+            _until_said(source, held)
             watch(source, CALM_S)
             say(f"a neighbour takes {taken_mib} MiB, {step_mib} MiB every {pause_s:g} s")
-            with Child(neighbour(taken_mib, step_mib, pause_s), sandbox.popen):
-                return watch(source, PRESSED_S)
+            with Child(neighbour(taken_mib, step_mib, pause_s), sandbox.popen) as beside:
+                return [*_until_said(source, beside), *watch(source, PRESSED_S)]
+
+
+def _until_said(source: MachineSource, child: Child) -> list[Reading]:
+    """Readings until it begins to take memory: on a busy machine its interpreter needs seconds to start."""
+    readings = watch(source, LOOK_S)
+    while not (child.hear(0.0) or child.ended):
+        readings += watch(source, LOOK_S)
+    return readings
 
 
 def watch(source: MachineSource, seconds: float, look_s: float = LOOK_S) -> list[Reading]:
