@@ -3,8 +3,8 @@
 import contextlib
 import itertools
 import os
+import shutil
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,17 +12,21 @@ import pytest
 
 from psi_kv_governor.residence import Place, check_place
 from psi_kv_governor.residence.storage import storage_of
+from waiting import until
 
 Mount = Callable[..., contextlib.AbstractContextManager[Path]]
 
 
 @pytest.fixture(scope="session")
-def disk(tmp_path_factory) -> Path:
-    """A folder on a disk: /tmp may be memory."""
-    for folder in (tmp_path_factory.mktemp("disk"), Path(__file__).parents[2] / "out" / "residence-tests"):
+def disk(tmp_path_factory) -> Iterator[Path]:
+    """A folder on a disk: /tmp may be memory. This process has it alone, and it is empty."""
+    ours = Path(__file__).parents[2] / "out" / f"residence-tests-{os.getpid()}"
+    for folder in (tmp_path_factory.mktemp("disk"), ours):
         if not storage_of(folder).refused:
             folder.mkdir(parents=True, exist_ok=True)
-            return folder
+            yield folder
+            shutil.rmtree(ours, ignore_errors=True)
+            return
     pytest.skip("neither the temporary folder nor this checkout lies on a disk of this machine")
 
 
@@ -58,10 +62,9 @@ def mounted(tmp_path) -> Mount:
 
 
 def unmount(point: Path) -> None:
-    """A loop device lets go of its file some time after it was unmounted itself."""
-    deadline_s = time.monotonic() + 10
-    while (
-        done := subprocess.run(["umount", str(point)], capture_output=True, text=True, check=False)
-    ).returncode:
-        assert time.monotonic() < deadline_s, done.stderr
-        time.sleep(0.1)
+    """A loop device lets go of its file some time after it was unmounted itself: when the last copy of its
+    mount has gone. A program that another test starts with mounts of its own has one until it ends."""
+    until(
+        lambda: subprocess.run(["umount", str(point)], capture_output=True, check=False).returncode == 0,
+        f"{point} can't be unmounted",
+    )

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from psi_kv_governor.residence import Mapping
+from waiting import until
 
 
 def ext4_image(folder: Path, n_bytes: int) -> str:
@@ -21,6 +23,12 @@ def ext4_image(folder: Path, n_bytes: int) -> str:
         file.truncate(n_bytes)
     subprocess.run(["mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^has_journal", str(image)], check=True)
     return str(image)
+
+
+def probes_end() -> None:
+    """Of a disk that was slow just now the measurement goes on for a piece after it was given up, and its
+    file of up to 4 MiB is there until then."""
+    until(lambda: not [one for one in threading.enumerate() if one.name == "psi-kv-disk-probe"])
 
 
 def in_child(body: Callable[[], str]) -> str:

@@ -1,6 +1,7 @@
 """Memory that is parked is not in memory, and reads as before; what fails changes nothing."""
 
 import ctypes
+import os
 import threading
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from residence_help import filled, now
 
 from psi_kv_governor.kernel import memory
 from psi_kv_governor.residence import Mapping
+from waiting import until
 
 PAGE = memory.PAGE_BYTES
 MIB = 1 << 20
@@ -31,8 +33,15 @@ def rss_bytes(mapping: Mapping) -> int:
     return int((entries >> np.uint64(63)).sum()) * PAGE
 
 
-def open_files() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
+def is_open(inode: int) -> bool:
+    """Whether this process has that file. How many it has changes with what others leave to be collected."""
+    for one in Path("/proc/self/fd").iterdir():
+        try:
+            if one.stat().st_ino == inode:
+                return True
+        except OSError:  # the folder itself, which was open while it was listed
+            continue
+    return False
 
 
 def test_a_new_mapping_is_zeros_and_takes_nothing(mapping):
@@ -48,7 +57,8 @@ def test_parked_bytes_leave_memory_and_read_as_before(mapping):
     assert (done.problem, done.finished, done.counted) == ("", True, "mincore")
     assert done.bytes_returned == 6 * MIB
     assert mapping.resident_bytes() == 2 * MIB
-    assert rss_bytes(mapping) == 2 * MIB
+    # A page that the kernel is just moving is in no page table for that moment.
+    until(lambda: rss_bytes(mapping) == 2 * MIB, "the page table says otherwise", 30)
     np.testing.assert_array_equal(now(mapping), before)
     assert mapping.resident_bytes() == 8 * MIB
 
@@ -59,6 +69,9 @@ def test_parts_go_from_between_parts_that_stay(mapping, behind):
     before = filled(mapping)
     if behind:
         mapping.write_behind([(0, 8 * MIB)])
+    # Read, as attention does: of a page that is mapped nowhere and that the kernel is just moving mincore
+    # says that it is not there.
+    np.testing.assert_array_equal(now(mapping), before)
     done = mapping.park([(at, at + 16 * PAGE) for at in range(0, 8 * MIB, 32 * PAGE)])
     assert done.bytes_returned == 4 * MIB
     assert mapping.resident_bytes() == 4 * MIB
@@ -102,7 +115,12 @@ def test_unparking_goes_in_slices_and_comes_back_clean(mapping):
 def test_what_was_written_behind_is_given_up_without_writing(mapping):
     before = filled(mapping)
     done = mapping.write_behind([(0, 8 * MIB)])
-    assert (done.written_bytes, done.bytes_returned) == (8 * MIB, 0)
+    assert done.bytes_returned == 0
+    if mapping.backing == "memory":
+        assert done.written_bytes == 8 * MIB
+    else:  # the kernel writes a file by itself too, when others have dirtied much
+        assert done.written_bytes <= 8 * MIB
+        until(lambda: not mapping.dirty_bytes(), "it was not written")
     np.testing.assert_array_equal(now(mapping), before)
     assert mapping.resident_bytes() == 8 * MIB
     done = mapping.park([(0, 8 * MIB)])
@@ -169,11 +187,12 @@ def test_what_still_looks_at_a_closed_mapping_sees_zeros(mapping):
 
 def test_memory_goes_when_the_last_view_of_it_goes(place):
     mapping = Mapping(8 * MIB, backing="file", place=place)
-    address, descriptors = mapping.address, open_files()
+    address, inode = mapping.address, os.fstat(mapping._files[0].descriptor).st_ino
+    assert is_open(inode)
     view = now(mapping)
     view[0] = 9
     del mapping
-    assert open_files() == descriptors - 1
+    assert not is_open(inode)
     assert view[0] == 9
     del view
     assert f"{address:x}-" not in Path("/proc/self/maps").read_text()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from residence_help import ext4_image, filled, now
+from residence_help import ext4_image, filled, now, probes_end
 
 from psi_kv_governor.kernel import memory
 from psi_kv_governor.residence import Mapping, Place, check_place
@@ -16,7 +16,9 @@ MIB = 1 << 20
 @pytest.fixture
 def small_disk(mounted, tmp_path):
     with mounted("ext4", "-o", "loop", source=ext4_image(tmp_path, 16 * MIB)) as point:
-        found = check_place(str(point), "the test", reserve_bytes=0)
+        check_place(str(point), "the test", reserve_bytes=0)
+        probes_end()
+        found = check_place(str(point), "the test", reserve_bytes=0)  # with nothing of ours on it
         assert isinstance(found, Place), found
         yield found
 

@@ -175,6 +175,8 @@ def page_table(address: int, n_bytes: int) -> tuple[Mask, Mask] | None:
     return present, (present & ((entries & _OF_FILE) == 0)) | ((entries & _SWAPPED) != 0)
 
 
+_TRY_S = 60
+"""To start a Python takes ten seconds on a machine that is busy enough, and the answer is for good."""
 _TRY = """
 import ctypes, mmap
 libc = ctypes.CDLL(None, use_errno=True)
@@ -208,7 +210,7 @@ def call_allowed(name: str, status: Path = Path("/proc/self/status")) -> bool:
             [sys.executable, "-I", "-S", "-c", _TRY.format(name=name)],
             check=False,
             capture_output=True,
-            timeout=5,
+            timeout=_TRY_S,
         )
     except (OSError, subprocess.SubprocessError):
         return False

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pausing import Pausing
 from torture import Context
 
 from fakes import FakeSource
 from gguf_models import LARGE, LLAMA, Shape, write_model
 from psi_kv_governor.config import GovernorConfig
-from psi_kv_governor.engines.llama import loader
+from psi_kv_governor.engines.llama import loader, telling
 from psi_kv_governor.engines.llama.client import Client, InProcess
 
 
@@ -56,7 +58,7 @@ def open_raw(tiny_model, folder, agent) -> Iterator[Callable[..., Context]]:
         api.llama_backend_init()
         path = str(tiny_model(LARGE)).encode()
         models.append(api.llama_model_load_from_file(path, api.llama_model_default_params()))
-        contexts.append(Context(api, models[-1], flash=True, n_ubatch=256, **given))
+        contexts.append(Context(api, models[-1], flash=True, **{"n_ubatch": 256, **given}))
         return contexts[-1]
 
     yield open_
@@ -64,6 +66,24 @@ def open_raw(tiny_model, folder, agent) -> Iterator[Callable[..., Context]]:
         api.llama_free(context.ctx)
     for model in models:
         api.llama_model_free(model)
+
+
+@pytest.fixture
+def pausing() -> Pausing:
+    """Stops a graph of `open_raw(callback=pausing.function)`."""
+    import llama_cpp as api
+
+    return Pausing(api)
+
+
+@pytest.fixture
+def running(monkeypatch) -> None:
+    """What was decoded counts as running, also where the machine then stood still for a second: what is idle
+    is parked whole, and nothing of it masked."""
+    from psi_kv_governor.engines.llama.resize import engine
+
+    for module in (telling, engine):
+        monkeypatch.setattr(module, "_RUNNING_S", math.inf)
 
 
 @pytest.fixture

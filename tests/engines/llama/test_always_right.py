@@ -34,7 +34,7 @@ def test_the_whole_state_stays_that_of_an_ungoverned_twin(arguments, folder):
         ],
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=800,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]

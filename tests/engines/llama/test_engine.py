@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import time
 
 import numpy as np
 import pytest
@@ -279,21 +278,19 @@ def test_a_closed_model_is_gone_from_the_snapshot(open_llm):
     assert engine.snapshot().caches == ()
 
 
-def test_a_snapshot_waits_for_nobody(open_llm):
+def test_a_snapshot_waits_for_nobody(open_raw, client, pausing, backing):
     """A long prompt is being decoded, in one call: what was known before it is told."""
-    import threading
-
-    llm, engine = open_llm(n_batch=2048, n_ubatch=512)
-    llm.eval(TOKENS[:100])
-    engine.snapshot()
-    thread = threading.Thread(target=llm.eval, args=((TOKENS * 2)[:2048],))
-    took: list[float] = []
-    begin_s = time.monotonic()
-    thread.start()
-    while thread.is_alive():
-        one_s = time.monotonic()
+    context = open_raw(in_file=backing == "file", unified=True, n_ubatch=64, callback=pausing.function)
+    address = ctypes.cast(context.ctx, ctypes.c_void_p).value
+    engine = LlamaEngine(client, pid=1, place="", backing=backing, context=lambda: address)
+    assert context.decode([(3 + at, at, 0) for at in range(100)]) == 0
+    assert engine.snapshot().caches[0].sequences[0].next_position == 100
+    decoding = pausing.decode(context, 100, 250)  # in four graphs, the first of which stands still
+    (cache,) = engine.snapshot().caches
+    assert pausing.stands
+    assert cache.sequences[0].next_position >= 100
+    pausing.goes_on.set()
+    while decoding.is_alive():
         assert len(engine.snapshot().caches) == 1
-        took.append(time.monotonic() - one_s)
-        time.sleep(0.01)
-    decoding_s = time.monotonic() - begin_s
-    assert max(took) < decoding_s / 3
+    pausing.go_on(decoding)
+    assert engine.snapshot().caches[0].sequences[0].next_position == 350

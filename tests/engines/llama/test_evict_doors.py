@@ -17,6 +17,7 @@ from psi_kv_governor.engines.llama.fleet import Fleet
 from psi_kv_governor.events import AnsweredMasked, Trimmed
 from psi_kv_governor.governor import Governor
 from psi_kv_governor.native import building
+from waiting import until
 
 pytestmark = pytest.mark.llama
 
@@ -71,6 +72,7 @@ def test_over_the_socket_it_is_the_same(tiny_model):
         assert program.stdin is not None
         assert program.stdout is not None
         assert program.stdout.readline() == "ready\n"
+        until(lambda: fleet.snapshot().caches, "its agent did not connect")  # in a thread of its own
         governor = Governor(fleet, config=CONFIG, source=FakeSource())
         with contextlib.closing(governor):
             governor.subscribe(events.append)
@@ -84,8 +86,7 @@ def test_over_the_socket_it_is_the_same(tiny_model):
             assert program.stdout.readline() == "1003\n"
             (one,) = (one for cache in fleet.snapshot().caches for one in cache.sequences)
             assert (one.lost_cells, one.affected, one.next_position) == (result.lost, 3, 1003)
-            while not any(isinstance(event, AnsweredMasked) for event in events):
-                governor.step()
+            until(lambda: governor.step() and any(isinstance(event, AnsweredMasked) for event in events))
             program.stdin.close()
         assert program.wait() == 0
     answered = next(event for event in events if isinstance(event, AnsweredMasked))

@@ -27,7 +27,7 @@ def run(tiny_model, folder):
             [sys.executable, "-c", script, str(tiny_model(LARGE)), *(arguments or (str(folder),))],
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=800,
             check=False,
             **options,
         )

@@ -254,7 +254,7 @@ def test_heal_by_hand_makes_the_context_whole(open_llm, plain):
     np.testing.assert_allclose(logits(ours), logits(theirs), atol=0.05)
 
 
-def test_trim_says_why_nothing_went(open_llm):
+def test_trim_says_why_nothing_went(open_llm, running):
     llm = open_llm(settings={"floor_cells": 4000})
     assert llm.governor.trim().problem
     llm.eval(llm.tokenize(PROMPT.encode()))
@@ -262,7 +262,7 @@ def test_trim_says_why_nothing_went(open_llm):
     assert "floor" in llm.governor.trim().problem
 
 
-def test_under_pressure_the_loop_gives_up_and_later_restores(open_llm):
+def test_under_pressure_the_loop_gives_up_and_later_restores(open_llm, running):
     source = FakeSource()
     llm = open_llm(source=source, settings={"quiet_s": 0.0, "cooldown_s": 0.0, "cooldown_acute_s": 0.0})
     llm.eval(llm.tokenize(PROMPT.encode()))

@@ -137,7 +137,7 @@ def test_saving_one_takes_no_memory_that_the_kernel_could_not_take_again(tiny_mo
         ],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=800,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]

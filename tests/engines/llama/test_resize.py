@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from pathlib import Path
 
 import llama_cpp
@@ -16,7 +17,9 @@ from resize_help import apply, cache_of, cells, next_logits
 from gguf_models import HYBRID, LARGE, LARGE_SLIDING, MAMBA
 from held_memory import held_bytes
 from psi_kv_governor.cache import Domain, Verb
+from psi_kv_governor.engines.llama.resize import engine as resize_engine
 from psi_kv_governor.engines.llama.resize import resizer as resizing
+from waiting import PATIENCE_S
 
 pytestmark = pytest.mark.llama
 
@@ -96,7 +99,8 @@ def test_a_context_of_another_size_is_not_sampled_from(open_llm, plain):
     assert ours.n_tokens == theirs.n_tokens
 
 
-def test_nothing_moves_between_a_decode_and_its_token(open_llm):
+def test_nothing_moves_between_a_decode_and_its_token(open_llm, monkeypatch):
+    monkeypatch.setattr(resize_engine, "_PATIENCE_S", PATIENCE_S)
     llm = filled(open_llm())
     llm._ctx.patience_s = 1e9
     waited = []
@@ -115,7 +119,7 @@ def test_requests_are_right_while_it_grows_and_shrinks_all_the_time(open_llm, pl
     """A request that comes in the middle waits."""
     ours, theirs = open_llm(), plain()
     over = threading.Event()
-    done = []
+    done, turn, until_s = [], 0, time.monotonic() + PATIENCE_S
 
     def disturb() -> None:
         verbs = [Verb.RELEASE, Verb.PARK, Verb.UNPARK]
@@ -125,14 +129,15 @@ def test_requests_are_right_while_it_grows_and_shrinks_all_the_time(open_llm, pl
     thread = threading.Thread(target=disturb)
     thread.start()
     try:
-        for turn in range(6):
+        while turn < 6 or sum(result.cells > 0 for result in done) <= 3:
+            assert time.monotonic() < until_s, "its size did not change"
             arguments = {"max_tokens": 20, "temperature": 0.0}
-            prompt = PROMPT[: 100 * turn + 50]
+            prompt = PROMPT[: 100 * (turn % 6) + 50]
+            turn += 1
             assert text_of(ours(prompt, **arguments)) == text_of(theirs(prompt, **arguments))
     finally:
         over.set()
         thread.join()
-    assert sum(result.cells > 0 for result in done) > 3
 
 
 def test_fifty_times_over_nothing_is_leaked(open_llm):
@@ -157,7 +162,7 @@ def test_fifty_times_over_nothing_is_leaked(open_llm):
 # -- the same law and ladder -----------------------------------------------------------------------------
 
 
-def test_the_governor_s_own_words_drive_it(open_llm):
+def test_the_governor_s_own_words_drive_it(open_llm, running):
     llm = filled(open_llm(), PROMPT * 4)
     first = llm.governor.trim(0.5)
     assert first.cells == 0  # free cells alone

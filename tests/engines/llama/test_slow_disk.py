@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from waiting import until
+
 pytestmark = pytest.mark.llama
 
 THROTTLE = Path("/sys/fs/cgroup/blkio/blkio.throttle.write_bps_device")
@@ -56,7 +58,8 @@ def slow_disk(folder: Path) -> Iterator[Path]:
         finally:
             THROTTLE.write_text(f"{number} 0")
     finally:
-        subprocess.run(["umount", str(point)], check=True)
+        # Who looks at all processes of the machine may hold what the child held a moment longer than it.
+        until(lambda: subprocess.run(["umount", str(point)], check=False).returncode == 0)
 
 
 def test_a_deadline_holds_inside_of_a_write(wide_model, folder):
@@ -65,7 +68,7 @@ def test_a_deadline_holds_inside_of_a_write(wide_model, folder):
             [sys.executable, "-c", SCRIPT, str(wide_model), str(place)],
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=800,
             check=False,
         )
     assert done.returncode == 0, done.stderr[-3000:]

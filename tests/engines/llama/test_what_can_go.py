@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from gguf_models import LARGE, LARGE_HYBRID, LARGE_SLIDING, MAMBA, Shape
 from psi_kv_governor.cache import Plan, Range, Step, Verb
 from psi_kv_governor.engines.llama.client import Client, InProcess
 from psi_kv_governor.engines.llama.engine import LlamaEngine
+from waiting import until
 
 pytestmark = pytest.mark.llama
 TOKENS = [int(token) for token in np.random.default_rng(5).integers(3, 250, 3000)]
@@ -126,12 +126,8 @@ def test_each_cell_of_the_table_is_true(kind, backing, tiny_model, folder, agent
     if row.left_share is not None:
         llm.reset()
         llm.eval(TOKENS[:50])
-        for _ in range(50):  # a page that the disk is just taking can't be dropped: it goes the next time
-            do(engine, Verb.RELEASE)
-            if resident_of(engine) < row.left_share * resident:
-                break
-            time.sleep(0.1)
-        assert resident_of(engine) < row.left_share * resident
+        # A page that the disk is just taking can't be dropped: it goes the next time.
+        until(lambda: do(engine, Verb.RELEASE) and resident_of(engine) < row.left_share * resident)
         assert state_of(llm) == twin.short
     assert engine.describe().capabilities.release.able == (row.left_share is not None)
     llm.close()

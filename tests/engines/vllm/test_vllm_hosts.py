@@ -1,12 +1,11 @@
 """What is read on several hosts, which configurations can be governed, and which versions."""
 
-import time
 from types import SimpleNamespace
 
 import pytest
-from vllm_help import SchedulerOnPaper
+from vllm_help import Clock, SchedulerOnPaper
 
-from psi_kv_governor.engines.vllm import checks, versions
+from psi_kv_governor.engines.vllm import checks, scheduling, versions
 from psi_kv_governor.engines.vllm.hosts import HostsSource, far_levels, with_others
 from psi_kv_governor.engines.vllm.messages import About, Finished, Report
 from psi_kv_governor.pressure.reading import Level, Reading
@@ -67,17 +66,19 @@ def test_old_readings_are_left_out_and_new_ones_asked_for():
     assert own.closed
 
 
-def test_an_idle_engine_looks_at_far_hosts_once_a_second_and_ten_times_where_headroom_is_low():
+def test_an_idle_engine_looks_at_far_hosts_once_a_second_and_ten_times_where_headroom_is_low(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(scheduling, "time", clock)
     one, woken = SchedulerOnPaper(), list[int]()
     one.until_idle()
     one.side.far, one.side.wake = True, lambda: woken.append(1)
-    one.side.looked_s = time.monotonic() - 0.3
+    clock.now_s += 0.3
     one.side.look_again(False)
     assert (woken, one.side.pending()) == ([], False)
     one.side.look_again(True)
     assert (woken, one.side.pending()) == ([1], True)
     one.side.look_again(False)
-    one.side.looked_s -= 1.0
+    clock.now_s += 1.0
     assert one.side.pending()
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from vllm_help import in_time
 
 from psi_kv_governor.engines.vllm.layout import Layout, Run
 from psi_kv_governor.engines.vllm.messages import Kind, Order
 from psi_kv_governor.engines.vllm.parker import Parker
 from psi_kv_governor.kernel.memory import PAGE_BYTES
 from psi_kv_governor.residence import Mapping, find_place
+from waiting import until
 
 BLOCKS, PAGES, LAYERS = 64, 4, 3
 SIZE = PAGES * PAGE_BYTES
@@ -108,7 +108,7 @@ def test_the_thread_works_by_itself(mapping, parker):
     parker.start()
     parker.order([Order(1, Kind.PARK, (1,))])
     found = {}
-    in_time(lambda: found.update(parker.finished()) or 1 in found)
+    until(lambda: found.update(parker.finished()) or 1 in found)
     assert found[1].bytes_returned == SIZE * LAYERS
 
 
@@ -128,7 +128,7 @@ def test_whoever_claims_first_always_finds_what_he_wrote(mapping, parker, monkey
         idle = [block for block in range(BLOCKS) if block not in used]
         parked = chance.sample(idle, 10)
         parker.order([Order(number, Kind.PARK, tuple(parked))])
-    in_time(lambda: not parker.busy)
+    until(lambda: not parker.busy)
     assert threading.active_count() < 50
 
 
@@ -137,13 +137,17 @@ def test_what_is_written_anew_is_not_read_for_that(mapping, parker):
     fill(mapping)
     parker.order([Order(1, Kind.PARK, tuple(range(BLOCKS)))])
     parker.work(1e12)
-    parker.claim([3, 40])
+    anew = []
+    for block in (3, 20, 60):  # the least counts: code that the kernel took meanwhile is read as well
+        parker.claim([block])
+        before = read_bytes()
+        parker.blank([block])
+        rows(mapping)[:, block] = 99
+        anew.append(read_bytes() - before)
+    parker.claim([40])
     before = read_bytes()
-    parker.blank([3])
-    rows(mapping)[:, 3] = 99
-    anew = read_bytes() - before
     rows(mapping)[:, 40] = 98
-    assert anew < SIZE * LAYERS <= read_bytes() - before - anew
+    assert min(anew) < SIZE * LAYERS <= read_bytes() - before
     assert (rows(mapping)[:, 3] == 99).all()
     assert (rows(mapping)[:, 4] == 5).all()
 

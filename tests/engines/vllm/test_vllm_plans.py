@@ -2,12 +2,14 @@
 
 import threading
 
-from vllm_help import BLOCK_BYTES, TOKENS, SchedulerOnPaper, asked, engine_of
+from vllm_help import BLOCK_BYTES, TOKENS, Clock, SchedulerOnPaper, asked, engine_of
 
 from psi_kv_governor.cache import Plan, Range, Step, Verb
-from psi_kv_governor.engines.vllm.engine import WORKS_S
+from psi_kv_governor.engines.vllm import engine as engine_module
+from psi_kv_governor.engines.vllm import scheduling
 from psi_kv_governor.engines.vllm.messages import About, Report
 from psi_kv_governor.engines.vllm.wishes import Wish
+from waiting import PATIENCE_S
 
 
 def test_an_idle_engine_makes_no_step_for_nothing():
@@ -72,27 +74,31 @@ def test_what_came_after_a_plan_had_to_end_counts_with_the_next():
     assert engine.apply(Plan(steps=())).bytes_returned == 0
 
 
-def test_what_the_workers_are_doing_is_waited_for():
+def test_what_the_workers_are_doing_is_waited_for(monkeypatch):
+    monkeypatch.setattr(engine_module, "PATIENCE_S", PATIENCE_S)
     one = SchedulerOnPaper()
     one.begin("a", 2 * TOKENS)
     one.end("a")
-    orders = []
-    one.side.wake = lambda: orders.append(one.step())
+
+    def wake() -> None:
+        threading.Timer(1.0, one.answer, [one.step()]).start()  # after the plan's own time
+
+    one.side.wake = wake
     plan = Plan(steps=(Step(verb=Verb.PARK, cache=0, sequence=0),), deadline_s=0.1)
-    late = threading.Timer(1.0, lambda: one.answer(orders[0]))
-    late.start()
     assert engine_of(one).apply(plan).bytes_returned == 2 * BLOCK_BYTES
-    late.join()
 
 
-def test_blocks_that_a_working_engine_gives_away_next_are_left_to_it():
+def test_blocks_that_a_working_engine_gives_away_next_are_left_to_it(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(engine_module, "time", clock)
+    monkeypatch.setattr(scheduling, "time", clock)
     one = SchedulerOnPaper()
     one.begin("a", TOKENS - 1)
     one.step()
     one.end("a")
     (cache,) = engine_of(one).snapshot().caches
     assert cache.free_resident_bytes == cache.free_soon_used_bytes == BLOCK_BYTES
-    one.side.last_used_s -= WORKS_S
+    clock.now_s += engine_module.WORKS_S
     (cache,) = engine_of(one).snapshot().caches
     assert (cache.free_resident_bytes, cache.free_soon_used_bytes) == (BLOCK_BYTES, 0)
 

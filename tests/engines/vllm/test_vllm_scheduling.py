@@ -1,11 +1,10 @@
 """What the governor wishes, and what becomes of it step by step."""
 
-import time
-
-from vllm_help import BLOCK_BYTES, TOKENS, SchedulerOnPaper, asked, engine_of, sequences
+from vllm_help import BLOCK_BYTES, TOKENS, Clock, SchedulerOnPaper, asked, engine_of, sequences
 
 from psi_kv_governor.cache import Verb
 from psi_kv_governor.config import GovernorConfig
+from psi_kv_governor.engines.vllm import figures, scheduling
 from psi_kv_governor.engines.vllm.figures import added
 from psi_kv_governor.engines.vllm.messages import Kind
 from psi_kv_governor.engines.vllm.wishes import Wish
@@ -144,7 +143,6 @@ def test_a_pressed_machine_gives_first_what_nobody_uses_and_then_has_a_request_s
     try:
         for _ in range(4):
             governor.step()
-            time.sleep(0.12)  # the cooldown of a large trim
     finally:
         governor.close()
     assert one.held == {"c": True}
@@ -152,13 +150,15 @@ def test_a_pressed_machine_gives_first_what_nobody_uses_and_then_has_a_request_s
 
 
 class Gone:
-    """A machine of which almost nothing is left."""
+    """A machine of which almost nothing is left; between two readings, the cooldown of a large trim."""
 
     name = "gone"
+    time_s = 0.0
 
     def read(self):
+        self.time_s += 0.12
         return one_level(
-            time_s=time.monotonic(),
+            time_s=self.time_s,
             interval_s=0.1,
             some=0.9,
             full=0.8,
@@ -170,7 +170,9 @@ class Gone:
         pass
 
 
-def test_figures_are_told_once_a_second_and_amounts_once():
+def test_figures_are_told_once_a_second_and_amounts_once(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(figures, "time", clock)
     one = SchedulerOnPaper()
     one.begin("a", 2 * TOKENS)
     one.end("a")
@@ -179,6 +181,8 @@ def test_figures_are_told_once_a_second_and_amounts_once():
     told = one.side.told()
     assert told["returned_bytes"] == told["parked_bytes"] == 2 * BLOCK_BYTES
     assert not one.side.figures.due
+    clock.now_s += figures.EVERY_S
+    assert one.side.figures.due
     assert one.side.told() == {}  # nothing is new
     one.begin("b", TOKENS)
     assert "returned_bytes" not in one.side.told()
@@ -192,7 +196,9 @@ def test_figures_of_two_tellings_are_one():
     assert added(one, two) == {"returned_bytes": 7, "parked_bytes": 3, "preemptions": 1}
 
 
-def test_a_step_of_those_who_run_already_is_passed_over():
+def test_a_step_of_those_who_run_already_is_passed_over(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(scheduling, "time", clock)
     one = SchedulerOnPaper()
     one.begin("a", TOKENS)
     assert not one.passes_over()  # it has got blocks
@@ -200,9 +206,9 @@ def test_a_step_of_those_who_run_already_is_passed_over():
     one.side._wishes.append(Wish(Verb.RELEASE))
     assert not one.passes_over()
     one.side.far = True
-    one.side.looked_s = time.monotonic()
+    one.side.looked_s = clock.now_s
     assert one.passes_over()
-    one.side.looked_s = 0.0
+    clock.now_s += scheduling._LOOK_S
     assert not one.passes_over()  # the other host has to be looked at
     one.side.far = False
     one.end("a")

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from psi_kv_governor.cli import main
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.engines.vllm import serve
+from waiting import PATIENCE_S
 
 SERVE = ["vllm", "serve", "some/model", "--port", "8000"]
 
@@ -48,6 +49,7 @@ def installed(tmp_path, monkeypatch):
         for one in (script, python):
             one.chmod(one.stat().st_mode | stat.S_IXUSR)
         monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+        monkeypatch.setattr(serve, "_LOOK_S", PATIENCE_S)
         return script
 
     return install
