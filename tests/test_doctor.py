@@ -193,7 +193,7 @@ def test_a_program_that_has_decoded_is_not_forked_to_be_looked_at(shallow_model)
         capture_output=True,
         text=True,
         check=False,
-        timeout=100,
+        timeout=800,
     )
     assert "can release: ok" in ran.stdout.splitlines(), ran.stdout + ran.stderr
 

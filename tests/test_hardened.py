@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from calm import CALM
 from gguf_models import LARGE, write_model
 from psi_kv_governor.kernel.filters import _CALLS
 from psi_kv_governor.native import building
@@ -50,14 +51,12 @@ llm.close()
 
 
 COMPILER = Path(__file__).with_name("quick-cc")
-_numbers = itertools.count()
 
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """A folder that other users can enter and write to: pytest's are closed to them."""
-    path = Path(f"/var/tmp/psi-kv-hardened-{os.getpid()}-{next(_numbers)}")
-    path.mkdir()
+    path = Path(tempfile.mkdtemp(prefix="psi-kv-hardened-", dir="/var/tmp"))
     path.chmod(0o1777)
     yield path
     shutil.rmtree(path)
@@ -67,7 +66,7 @@ def folder() -> Iterator[Path]:
 def compiled() -> Iterator[Path]:
     """The agent, where any user can read it: each of these would compile it anew, for two seconds."""
     target = Path(f"/var/tmp/psi-kv-hardened-{os.getpid()}.so")
-    subprocess.run(compile_command([str(COMPILER)], str(target)), check=True, timeout=200)
+    subprocess.run(compile_command([str(COMPILER)], str(target)), check=True, timeout=800)
     target.chmod(0o644)
     yield target
     target.unlink()
@@ -83,7 +82,7 @@ def under(tmp_path_factory, compiled) -> Iterator[Callable[..., str]]:
     llama.cpp; gives all that it says. It must not fail."""
     home = tmp_path_factory.mktemp("home")
     model = write_model(home / "tiny.gguf", LARGE)
-    environ = {"PATH": os.environ["PATH"], "HOME": str(home), "TMPDIR": str(home)}
+    environ = {"PATH": os.environ["PATH"], "HOME": str(home), "TMPDIR": str(home), **CALM}
     environ |= {"CC": str(COMPILER), "QUICK_CC": str(compiled)}
     with Warm(
         "psi_kv_governor.governor", "psi_kv_governor.engines.llama.fleet", "jinja2", "diskcache"
@@ -117,10 +116,10 @@ def governed(folder, compiled, plain_answer) -> Callable[..., str]:
         environ: dict[str, str] | None = None,
     ) -> str:
         usual = {"HOME": str(folder), "TMPDIR": str(folder), "OPENBLAS_NUM_THREADS": "1"}
-        usual |= {"CC": str(COMPILER), "QUICK_CC": str(compiled)}
+        usual |= {"CC": str(COMPILER), "QUICK_CC": str(compiled), **CALM}
         done = subprocess.run(
             wrap([sys.executable, "-c", MODEL.format(before=before), str(model), "governed"]),
-            capture_output=True, text=True, check=False, timeout=200, cwd="/",
+            capture_output=True, text=True, check=False, timeout=800, cwd="/",
             env={"PATH": os.environ["PATH"], **usual, **(environ or {})},
         )  # fmt: skip
         assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
@@ -131,9 +130,9 @@ def governed(folder, compiled, plain_answer) -> Callable[..., str]:
     return run
 
 
-def as_nobody(argv: list[str]) -> list[str]:
+def as_nobody(argv: list[str], user: int = 54321) -> list[str]:
     """A user number without name, home or group, as a container platform gives out."""
-    return ["setpriv", "--reuid", "54321", "--regid", "0", "--clear-groups", *argv]
+    return ["setpriv", "--reuid", str(user), "--regid", "0", "--clear-groups", *argv]
 
 
 def in_mounts(*commands: str) -> Callable[[list[str]], list[str]]:
@@ -252,8 +251,7 @@ def test_where_every_folder_is_noexec_it_runs_and_says_so(governed, folder):
 
 def test_a_temporary_folder_mounted_noexec_alone_is_no_obstacle(governed, folder):
     noexec = "mount -t tmpfs -o noexec,mode=1777 none"
-    home = Path("/var/tmp") / f"psi-kv-test-{os.getpid()}"
-    home.mkdir(mode=0o700)
+    home = Path(tempfile.mkdtemp(prefix="psi-kv-test-", dir="/var/tmp"))
     try:
         said = governed(
             wrap=in_mounts(f"{noexec} /dev/shm"), environ={"TMPDIR": "/dev/shm", "HOME": str(home)}
@@ -292,7 +290,8 @@ def test_an_agent_that_root_built_into_an_image_serves_any_user_without_a_compil
 @pytest.mark.parametrize("limit", ["--nproc=1:1", "--nofile=48:48", "--memlock=0:0", "--fsize=0:0"])
 def test_under_a_tight_limit_of_the_unit_it_runs(governed, folder, limit):
     """TasksMax=1: no thread of ours. LimitNOFILE=, LimitFSIZE=: no file."""
+    own = 20_000 + os.getpid() % 30_000  # of one's processes all count, also those of a test beside this one
     governed(
-        wrap=lambda argv: ["prlimit", limit, *as_nobody(argv)],
+        wrap=lambda argv: ["prlimit", limit, *as_nobody(argv, own)],
         environ={"TMPDIR": str(folder), "HOME": "/"},
     )

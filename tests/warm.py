@@ -60,7 +60,7 @@ class Warm:
         environ: Mapping[str, str],
         deny: Sequence[str] = (),
         how: filtered.How = "kill",
-        timeout_s: float = 200,
+        timeout_s: float = 800,
     ) -> subprocess.CompletedProcess[str]:
         """Run `code` with these `arguments`; what it says is written to two files in `folder`."""
         known = filtered.numbers() if deny else {}

@@ -13,7 +13,7 @@ import pytest
 from doc_commands import ROOT, Told, parse, told
 
 from psi_kv_governor.config import tomllib  # the standard library's, or tomli
-from waiting import until
+from waiting import PATIENCE_S, until
 from warm import COMMANDS, PSI_KV, Warm
 
 TOLD = sorted(set(told()))
@@ -100,7 +100,7 @@ def psi_kv(desk, at_the_desk) -> Callable[..., str]:
         assert (done.stdout + done.stderr).strip()
         return done.stdout
 
-    run("record", "evening.jsonl", "--seconds", "1")
+    run("record", "evening.jsonl", "--seconds", "5")  # in one, a busy machine may not come to a turn
     shutil.copy(desk / "evening.jsonl", desk / "evening.trace")
     return run
 
@@ -117,7 +117,7 @@ def environment(desk: Path) -> dict[str, str]:
 def governed(desk, at_the_desk):
     """A governed process called llama-server, the only one that is to be seen."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "psi_kv_governor.cli", "exec", "--", "llama-server", "600"],
+        [sys.executable, "-m", "psi_kv_governor.cli", "exec", "--", "llama-server", "36000"],
         cwd=desk, env=environment(desk), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
@@ -125,7 +125,7 @@ def governed(desk, at_the_desk):
         yield process
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(PATIENCE_S)
 
 
 def named_alike(psi_kv: Callable[..., str]) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from calm import CALM
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -42,13 +45,13 @@ def test_its_python_is_eight_lines():
 
 
 @pytest.mark.llama
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize("page", ["README.md", "docs/start/python.md"])
 def test_its_python_runs_as_it_is_printed(page, demo_model, tmp_path):
     (tmp_path / "model.gguf").symlink_to(demo_model)
     done = subprocess.run(
         [sys.executable, "-c", python(ROOT / page)],
-        cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False,
+        cwd=tmp_path, capture_output=True, text=True, timeout=800, check=False,
+        env={**os.environ, **CALM},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     said, missed, amount = done.stdout.splitlines()[0], *done.stdout.splitlines()[-2:]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from calm import CALM
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -17,7 +20,7 @@ pytestmark = [pytest.mark.llama, pytest.mark.timeout(900)]
 def run(name: str, *arguments: object, said: str = "") -> str:
     done = subprocess.run(
         [sys.executable, EXAMPLES / name, *map(str, arguments)],
-        input=said, capture_output=True, text=True, timeout=800, check=False,
+        input=said, capture_output=True, text=True, timeout=800, check=False, env={**os.environ, **CALM},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from calm import CALM
+
 if importlib.util.find_spec("guidance") is None:
     collect_ignore_glob = ["test_*.py"]
 
@@ -25,7 +27,7 @@ def played(shallow_model, tmp_path_factory) -> dict[str, dict[str, Any]]:
     """What `play.py` says of each framework: without us, and governed with either backing."""
     folder = tmp_path_factory.mktemp("frameworks")
     settings = {
-        "PSI_KV_QUIET_S": "3600",  # what the tests mask stays masked
+        **CALM,  # what the tests mask stays masked, and nothing else is
         "PSI_KV_STATUS_SOCKET": "false",
         "HF_HUB_OFFLINE": "1",
         "HAYSTACK_TELEMETRY_ENABLED": "False",
@@ -45,7 +47,7 @@ def played(shallow_model, tmp_path_factory) -> dict[str, dict[str, Any]]:
                 stdout=said,
                 stderr=subprocess.PIPE,
                 text=True,
-                timeout=600,
+                timeout=1800,
                 check=False,
             )
         assert done.returncode == 0, done.stderr[-3000:]

@@ -130,10 +130,10 @@ def server(path: str, ends: contextlib.ExitStack) -> Opened:
     from llama_cpp.server.settings import ModelSettings, ServerSettings
 
     app = create_app(server_settings=ServerSettings(), model_settings=[ModelSettings(model=path, **OPTIONS)])
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    running = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
-    thread = threading.Thread(target=running.run, daemon=True)
+    listening = socket.create_server(("127.0.0.1", 0))  # and kept: a port that is only looked up may be taken
+    port = listening.getsockname()[1]
+    running = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    thread = threading.Thread(target=running.run, args=([listening],), daemon=True)
     thread.start()
     while not running.started:
         assert thread.is_alive(), "the server ended while it started"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from subjects import COLOURS, SUBJECTS
 
-pytestmark = [pytest.mark.llama, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.llama, pytest.mark.timeout(5500)]  # the first of them plays three times
 every_framework = pytest.mark.parametrize("name", SUBJECTS)
 either_backing = pytest.mark.parametrize("way", ["file", "memory"])
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 
 import pytest
+from governor_help import governors
 
 from fakes import FakeSource
 from psi_kv_governor import limits, psi_set_cache_limit
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.engines.simulated import PaperSequence, SimulatedEngine
 from psi_kv_governor.governor import Governor
+from waiting import until
 
 CONFIG = GovernorConfig(cooldown_s=0.0, quiet_s=2.0)
 
@@ -52,6 +55,13 @@ def open_governor(engine, source) -> Iterator[Callable[..., Governor]]:
     yield open_
     for made in opened:
         made.close()
+
+
+@pytest.fixture
+def no_others() -> None:
+    """What earlier tests of this worker dropped is gone with its threads: else one may end in between."""
+    gc.collect()
+    until(lambda: governors() == 0, "a governor of an earlier test was not closed")
 
 
 @pytest.fixture

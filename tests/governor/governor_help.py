@@ -24,7 +24,7 @@ def steps(governor: Governor, n: int) -> None:
 
 
 def governors() -> int:
-    """Threads of governors in this process."""
+    """Threads of governors in this process; to be counted by a test with the fixture `no_others`."""
     return sum(thread.name == "psi-kv-governor" for thread in threading.enumerate())
 
 

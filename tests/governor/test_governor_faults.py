@@ -18,8 +18,6 @@ from psi_kv_governor.policy import Policy
 from psi_kv_governor.pressure.discovery import Discovery
 from waiting import until
 
-pytestmark = pytest.mark.timeout(180)
-
 # -- subscribers -------------------------------------------------------------------------------------------
 
 
@@ -88,8 +86,7 @@ def test_a_subscriber_may_close_the_governor(open_governor, source, by_hand):
     else:
         source.stall = 1.0
         governor.start()
-        governor._thread.join(60)
-        assert not governor._thread.is_alive()
+        until(lambda: not governor._thread.is_alive())
     governor.close()
 
 
@@ -207,15 +204,15 @@ def test_the_thread_survives_an_engine_that_raises(open_governor, source, engine
     until(lambda: state(engine).masked_cells > 0 if call != "snapshot" else len(calls) > 3)
 
 
+@pytest.mark.usefixtures("no_others")
 def test_an_engine_that_is_gone_ends_the_governor_quietly(open_governor, source, engine, events, caplog):
-    before = governors()
     governor = open_governor(config=GovernorConfig(poll_s=0.01, poll_busy_s=0.01))
     governor.subscribe(events.append)
     source.stall = 1.0
     governor.start()
     until(lambda: of_kind(events, Trimmed) != [])
     engine.close()
-    until(lambda: governors() == before)
+    until(lambda: governors() == 0)
     assert [event.cache for event in of_kind(events, CacheClosed)] == [1]
     assert of_kind(events, Degraded) == []
     assert caplog.records == []

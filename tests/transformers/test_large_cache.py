@@ -109,7 +109,7 @@ def scene(kind: str) -> tuple[int | None, str, str]:
     """A neighbour takes what the cache holds while tokens are decoded, in a cgroup without swap: how the
     program ended (None: it lives), its tokens, and what the neighbour said. Where the program is killed, its
     memory may come back too late for the neighbour."""
-    with Sandbox(2048 * MIB) as sandbox:
+    with Sandbox(512 * MIB) as sandbox:  # of which it takes 200: more may not be free on a busy machine
         child = Forked(kind, 8, 1024, 10, within=sandbox)
         said(child, "filled")
         set_limit(sandbox.group, sandbox.group.usage_bytes() + 32 * MIB, 0)

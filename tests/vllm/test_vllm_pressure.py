@@ -12,6 +12,7 @@ from psi_kv_governor.engines.vllm.http import descendants
 from psi_kv_governor.sandbox.sandbox import Sandbox
 from psi_kv_governor.status_client import ask
 from vllm_scene import KV_MIB, LIMIT_BYTES, MIB, Engine, play
+from waiting import until
 
 pytestmark = [pytest.mark.cgroup, pytest.mark.timeout(1300)]
 
@@ -40,10 +41,16 @@ def test_an_idle_engine_gives_its_cache_back_when_it_is_asked_to(tmp_path):
         one.hear("filled")
         before = sandbox.group.usage_bytes()
         (governed,) = [it for it in socket_place.find() if it.pid in descendants(one.child.pid)]
-        started = time.monotonic()
-        result = ask(governed, Park()).result
-        print(f"parked {result.bytes_returned >> 20} MiB in {time.monotonic() - started:.2f} s")
-        assert result.bytes_returned > 0.8 * KV_MIB * MIB
+        started, returned = time.monotonic(), list[int]()
+
+        def parked() -> bool:
+            returned.append(ask(governed, Park()).result.bytes_returned)
+            return sum(returned) > 0.8 * KV_MIB * MIB
+
+        until(
+            parked
+        )  # where the disk is busy it ends after what is waited for, and counts with the next order
+        print(f"parked {sum(returned) >> 20} MiB in {time.monotonic() - started:.2f} s")
         assert sandbox.group.usage_bytes() < before - 0.7 * KV_MIB * MIB
         one.say("idle")
         one.say("on")

@@ -18,7 +18,7 @@ from vllm_scene_child import make_model
 # The scheduler's side is in reach of this script.
 ONE_PROCESS = {**QUIET, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 PROMPTS, TOKENS = 40, 16
-MOST_ROUNDS = 6
+MOST_ROUNDS = 20
 """Of one disturbance: it comes at random, and on a busy machine few plans, or none, fall into a round."""
 SHOWN_BYTES = 1 << 20
 
@@ -126,7 +126,7 @@ def main() -> None:
         while not same or not (disturber.shown() or len(same) == MOST_ROUNDS):
             same.append(sum(a == b for a, b in zip(plain, texts(), strict=True)))
         disturber.stopped.set()
-        disturber.join(60)
+        disturber.join(300)
         told[verb] = {
             "same": min(same),
             "of": len(plain),
