@@ -48,6 +48,15 @@ def test_this_machine_is_recorded_and_replays_byte_for_byte(tmp_path, monkeypatc
     assert f"All {len(recording.turns)} decisions are the same, byte for byte." in again.stdout
 
 
+def test_without_a_turn_there_is_no_file_and_that_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(record.Governor, "start", lambda governor: None)
+    path = tmp_path / "now.jsonl"
+    refused = invoke("record", str(path), "--seconds", "0.1")
+    assert refused.exit_code == 1
+    assert "no turn came" in refused.stderr.splitlines()[-1]
+    assert not path.exists()
+
+
 def test_a_recording_can_be_simulated_too(recorded):
     result = invoke("simulate", "--trace", str(recorded), "--json")
     assert result.exit_code == 0, result.output

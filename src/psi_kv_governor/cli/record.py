@@ -74,6 +74,8 @@ def command(  # noqa: PLR0917  (one parameter an option)
             governor.observe(count)
             governor.start()
             watch(recorder, count, seconds)
+    if not count.turns and not recorder.problem:
+        raise PsiKvError(f"no turn came while it was recorded, and {file} was not written: give it longer")
     if as_json:
         report = {"file": str(file), "turns": recorder.turns, "seconds": round(count.seconds, 3)}
         click.echo(msgspec.json.encode({**report, "trims": count.trims}))
