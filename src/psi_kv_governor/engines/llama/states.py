@@ -147,8 +147,9 @@ class SavedStates:
 
 def _copy_of(scores: Any) -> Any:
     """Upstream keeps a row of logits for each token of a batch, which it fills only with `logits_all`: 100 MB
-    of zeros with every state of the demo model. Zeros are kept as one."""
-    if scores.size and not scores.any():
+    of zeros with every state of the demo model. Zeros are kept as one. They are looked at as bits: nobody
+    wrote this memory, and NumPy warns of what is no number there."""
+    if scores.size and not scores.view(np.uint32).any():
         return np.broadcast_to(np.zeros(1, dtype=np.single), scores.shape)
     return scores.copy()
 

@@ -102,7 +102,7 @@ struct recall;
 
 struct region {
     uint32_t id;
-    bool     alive;
+    bool     alive, asked;       // asked: llama.cpp is, and until it has told all the map is known in part
     ggml_backend_buffer_t buffer;
     struct lib * lib;
     struct llama_context * ctx;  // NULL until a graph of it ran

@@ -145,6 +145,16 @@ static bool save(struct llama_context * ctx, struct lib * lib, int32_t id, void 
     return n > 0;
 }
 
+// Whether all caches of `ctx` are asked. agent.lock is held.
+static void asked(const struct llama_context * ctx, bool on) {
+    for (int i = 0; i < MAX_REGIONS; i++) {
+        if (agent.regions[i].alive && agent.regions[i].ctx == ctx) {
+            agent.regions[i].asked = on;
+        }
+    }
+    pthread_cond_broadcast(&agent.graph_over);
+}
+
 // Asks for all caches of `ctx`: which rows each sequence has, and which are used at all. Not `each`: only the latter, in one
 // look at all cells and not in one for each of 128 sequences.
 static bool ask(struct llama_context * ctx, struct lib * lib, bool each) {
@@ -158,10 +168,18 @@ static bool ask(struct llama_context * ctx, struct lib * lib, bool each) {
     pthread_mutex_lock(&agent.lock);
     size_t bytes = 1 << 20;
     for (int i = 0; i < MAX_REGIONS; i++) {
+        const struct region * region = &agent.regions[i];
+        const bool ours = region->alive && region->ctx == ctx;
+        bytes += ours ? region->last - region->first + (size_t) (region->n_rows + 1) * 64 + (1 << 16) : 0;
+    }
+    void * scratch = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (scratch == MAP_FAILED) {
+        pthread_mutex_unlock(&agent.lock);
+        return false;
+    }
+    asked(ctx, true);
+    for (int i = 0; i < MAX_REGIONS; i++) {
         struct region * region = &agent.regions[i];
-        if (region->alive && region->ctx == ctx) {
-            bytes += region->last - region->first + (size_t) (region->n_rows + 1) * 64 + (1 << 16);
-        }
         if (region->alive && region->ctx == ctx && region->cells) {
             for (int32_t j = 0; each && j < region->n_sequences; j++) {
                 region->sequences[j].n       = 0;
@@ -174,10 +192,6 @@ static bool ask(struct llama_context * ctx, struct lib * lib, bool each) {
     }
     const uint64_t generation = agent.memory_generation;
     pthread_mutex_unlock(&agent.lock);
-    void * scratch = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (scratch == MAP_FAILED) {
-        return false;
-    }
     const uint32_t n = lib->n_seq_max(ctx) < MAX_SEQUENCES ? lib->n_seq_max(ctx) : MAX_SEQUENCES;
     for (uint32_t id = 0; each && id < n; id++) {
         const int32_t highest = lib->pos_max(memory, (int32_t) id);
@@ -199,6 +213,7 @@ static bool ask(struct llama_context * ctx, struct lib * lib, bool each) {
     const bool told = save(ctx, lib, -1, scratch, bytes);
     munmap(scratch, bytes);
     pthread_mutex_lock(&agent.lock);
+    asked(ctx, false);
     if (!told && !each) {
         agent.memory_generation++;  // what is used has to be asked for again
         pthread_mutex_unlock(&agent.lock);

@@ -259,6 +259,7 @@ void order_park(struct region * region, const struct request * request, double b
     (void) refresh_map(region, false);
     uint8_t * rows = region->cells ? malloc((size_t) region->n_rows) : NULL;
     pthread_mutex_lock(&agent.lock);
+    map_settle(region);
     struct sequence * sequence = rows ? map_sequence(region, request->sequence, false) : NULL;
     if (sequence) {
         const uint8_t set = masks ? ROW_MASKED | ROW_PARKED : request->op == PARK ? ROW_PARKED : 0;

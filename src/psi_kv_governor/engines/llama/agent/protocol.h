@@ -63,6 +63,7 @@ void forget_masks(struct region * region);
 
 // ---- state.c: saying what is. Each gives where its reply ends, NULL if there was no place for it -----------------
 
+void map_settle(const struct region * region);  // waits while llama.cpp is asked, for some time. agent.lock is held
 char * put(char * to, char * end, const void * from, size_t n);
 char * tell_region(struct region * region, char * to, char * end, bool count_resident);
 char * tell_sequence(struct region * region, const struct request * request, char * to, char * end, struct reply * reply);

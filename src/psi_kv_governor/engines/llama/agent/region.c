@@ -280,7 +280,7 @@ void regions_after_fork(bool child) {
         region->fd = region->direct_fd = -1;
         region->disk_failed = false;
         if (child) {
-            region->computing = false;
+            region->computing = region->asked = false;
         }
     }
     agent.forked = agent.forked || child;

@@ -1,5 +1,6 @@
 // Saying what is: the buffers, their sequences, the evidence for a policy, and the saved states.
 
+#include <errno.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -31,6 +32,14 @@ static bool frees_swap(const struct region * region) {
     return held >= used * region->cell_bytes + (uint64_t) region->n_tensors * page_bytes() + LEAST_SWAPPED;
 }
 
+// In the middle a cache seems empty. It takes milliseconds: 0.2 s is for a thread that is not let run.
+void map_settle(const struct region * region) {
+    const struct timespec until = realtime_in(0.2);
+    for (int error = 0; region->asked && error != ETIMEDOUT;) {
+        error = pthread_cond_timedwait(&agent.graph_over, &agent.lock, &until);
+    }
+}
+
 char * tell_region(struct region * region, char * to, char * end, bool count_resident) {
     const bool fresh = refresh_map(region, false);
     struct region_info info = {
@@ -43,6 +52,7 @@ char * tell_region(struct region * region, char * to, char * end, bool count_res
         .written = agent.written_bytes,
     };
     pthread_mutex_lock(&agent.lock);
+    map_settle(region);
     info.masked   = (uint64_t) region->n_masked;
     info.affected = (uint64_t) region->n_affected;
     memcpy(info.why_no_mask, region->why_no_mask, sizeof(info.why_no_mask));
@@ -77,6 +87,7 @@ char * tell_region(struct region * region, char * to, char * end, bool count_res
 char * tell_sequence(struct region * region, const struct request * request, char * to, char * end, struct reply * reply) {
     (void) refresh_map(region, false);
     pthread_mutex_lock(&agent.lock);
+    map_settle(region);
     const struct sequence * sequence = region->cells ? map_sequence(region, request->sequence, false) : NULL;
     reply->status = sequence ? 0 : 1;
     for (int32_t i = 0; sequence && i < sequence->n && to; i++) {
