@@ -22,6 +22,9 @@ from psi_kv_governor.policy.planner import SLICE_S, Planner
 _BEHIND_S = 1.0
 """Dirty pages are written so often while headroom is not plentiful: decoding makes a few MB of them in it."""
 _DAY_S = 86_400.0
+_LATE_SLICES = 20
+"""So many slices in a row may bring nothing back because they came too late: a machine that stood still for
+0.05 s had one pass. More of them, and the rest is left to the law."""
 
 
 class Acting:
@@ -101,7 +104,7 @@ class Acting:
 
     def restore_all(self, max_bytes: int | None) -> Result:
         """Bring back (up to `max_bytes` of) what is masked, slice by slice: tokens are decoded between."""
-        total, masked_bytes = Result(), 0
+        total, masked_bytes, late = Result(), 0, 0
         left = sys.maxsize if max_bytes is None else max_bytes
         while left > 0:
             snapshot = self._engine.snapshot()
@@ -112,7 +115,8 @@ class Acting:
             result = self._apply(self._planner.restore(snapshot, left))
             total = msgspec.structs.replace(total.plus(result), done=result.done)  # the last slice tells
             left -= max(1, result.bytes_back)
-            if not result.cells:
+            late = 0 if result.cells else late + 1
+            if late and _ends(result, late):
                 break
         self._tell_restored(total, masked_bytes)
         return total
@@ -139,7 +143,7 @@ class Acting:
 
     def unpark(self, sequence: int | None, pid: int | None) -> Result:
         """Read what is parked back, slice by slice, before somebody needs it. What is masked stays so."""
-        total = Result()
+        total, late = Result(), 0
         while True:
             chosen, problem = _chosen(self._engine.snapshot(), sequence, pid)
             steps = tuple(
@@ -149,7 +153,8 @@ class Acting:
             )
             result = self._apply(Plan(steps=steps, max_bytes=SLICE_BYTES, deadline_s=SLICE_S))
             total = msgspec.structs.replace(total.plus(result), done=result.done)
-            if not result.bytes_back:
+            late = 0 if result.bytes_back else late + 1
+            if late and _ends(result, late):
                 return total if total.cells else Result(problem=problem or total.problem)
 
     # -- doing ------------------------------------------------------------------------------------------
@@ -224,6 +229,11 @@ class Acting:
                 masked_bytes=max(0, masked_bytes - result.bytes_back),
             )
         )
+
+
+def _ends(slice_: Result, late: int) -> bool:
+    """Whether nothing more comes back after one that brought nothing, the `late`-th in a row."""
+    return slice_.done or bool(slice_.problem) or late > _LATE_SLICES
 
 
 def _chosen(

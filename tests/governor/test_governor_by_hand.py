@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from governor_help import of_kind, plans_of, refused, state
 
-from psi_kv_governor.cache import Capability
+from psi_kv_governor.cache import Capability, Result
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.control import SLICE_BYTES, Mode
 from psi_kv_governor.engines.simulated import CAPABLE, CELL_BYTES, SimulatedEngine
@@ -78,6 +78,29 @@ def test_a_restore_brings_back_all_or_so_many_bytes_in_slices(open_governor, eng
     assert len(plans) >= gone * CELL_BYTES / SLICE_BYTES
     assert [event.cells for event in of_kind(events, Restored)] == [640, rest.cells]
     assert [event.masked_bytes for event in of_kind(events, Restored)] == [(gone - 640) * CELL_BYTES, 0]
+
+
+@pytest.mark.parametrize("late", [1, 3, 1000])
+def test_slices_that_come_too_late_to_bring_anything_do_not_end_it(
+    open_governor, engine, sequence, monkeypatch, late
+):
+    """The machine stood still for 0.05 s, again and again."""
+    governor = open_governor()
+    masked = governor.trim(1.0).cells
+    apply, left = engine.apply, [0]
+
+    def stood_still(plan):
+        left[0] -= 1
+        return Result(done=False) if left[0] >= 0 else apply(plan)
+
+    monkeypatch.setattr(engine, "apply", stood_still)
+    left[0] = late
+    back = governor.restore()
+    assert (back.cells, back.done) == ((masked, True) if late < 1000 else (0, False))
+    sequence.running, left[0] = False, 0
+    parked = governor.park().bytes_returned
+    left[0] = late
+    assert governor.unpark().bytes_back == (parked if late < 1000 else 0)
 
 
 # -- parking -----------------------------------------------------------------------------------------------
