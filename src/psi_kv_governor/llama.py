@@ -10,7 +10,7 @@ from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from psi_kv_governor.cache import Engine
+from psi_kv_governor.cache import Domain, Engine
 from psi_kv_governor.config import GovernorConfig, load_config
 from psi_kv_governor.engines.llama import loader, process
 from psi_kv_governor.engines.llama.engine import LlamaEngine
@@ -89,6 +89,8 @@ class GovernedLlama(llama_cpp.Llama):  # type: ignore[misc]  # mypy here follows
         self, engine: Engine, config: GovernorConfig, source: PressureSource | None, policy: Policy | None
     ) -> Governor:
         """Its governor; one that does nothing where the machine lets it do nothing. Raises BadInputError."""
+        if source is None and engine.describe().domain is Domain.DEVICE:
+            source = process.Unseen("nothing: the cache is in a device's own memory")
         if not killing_calls():
             try:
                 governor = Governor(engine, config=config, source=source, policy=policy)
@@ -101,7 +103,7 @@ class GovernedLlama(llama_cpp.Llama):  # type: ignore[misc]  # mypy here follows
             except Exception as error:  # no thread, no descriptor: the model is not to suffer for it
                 _log.warning("this model is not governed: %s", error)
                 engine = process.NoEngine(f"the governor can't be started: {error}")
-        return Governor(engine, config=config, source=process.Unseen(), policy=policy)
+        return Governor(engine, config=config, source=process.Unseen("nothing"), policy=policy)
 
     def _psi_kv_engine(self, chosen: process.Chosen | None, before: int, why: str) -> Engine:
         """The engine for where this model's cache is; `before` is the newest buffer from before it."""

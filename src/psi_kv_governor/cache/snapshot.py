@@ -15,9 +15,9 @@ class Domain(str, Enum):
     HOST = "host"
     """Pages of a process: they can be parked one by one."""
     DEVICE = "device"
-    """Memory of a device: only whole buffers can be freed."""
+    """Memory of a device, and not the machine's: what is given back there helps nobody who is short here."""
     MANAGED = "managed"
-    """One memory for both (unified-memory hosts)."""
+    """One memory for both (unified-memory hosts), or it is not known: only whole buffers can be freed."""
 
 
 class Capability(msgspec.Struct, frozen=True):

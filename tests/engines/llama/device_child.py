@@ -134,7 +134,7 @@ def places(model: str, folder: str) -> dict[str, Any]:
     """Where caches are, by how much of the model is on the device. Nothing is decoded."""
     told = {}
     for name, arguments in {
-        "whole": {"n_gpu_layers": -1},
+        "whole": {"n_gpu_layers": -1, "source": None},
         "partial": {"n_gpu_layers": 20},
         "none": {"n_gpu_layers": 0},
         "host": {"n_gpu_layers": -1, "offload_kqv": False},
@@ -142,6 +142,7 @@ def places(model: str, folder: str) -> dict[str, Any]:
         llm = open_llm(model, folder, n_ctx=2048, n_batch=128, **arguments)
         description = llm.governor.engine.describe()
         told[name] = [description.domain.value, description.details.get("backing", "")]
+        told[f"{name} source"] = llm.governor.status().source
         llm.close()
     return told
 

@@ -17,6 +17,7 @@ import pytest
 
 import vulkan
 from packages_help import Unavailable
+from psi_kv_governor.engines.llama import devices
 
 # The first time the backend is compiled: four minutes of one core.
 pytestmark = [pytest.mark.llama, pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -48,6 +49,27 @@ def child(backend, demo_model, folder) -> Callable[..., dict[str, Any]]:
     return run
 
 
+GB = 1000**3
+
+
+@pytest.mark.parametrize(
+    ("kind", "device_bytes", "machine_bytes", "gives"),
+    [
+        ("GPU", 65_890_000_000, 65_893_347_328, True),  # a Jetson: a GPU for llama.cpp, and integrated
+        ("GPU", 24 * GB, 64 * GB, False),
+        ("GPU", 143 * GB, 135 * GB, True),  # a card of just the machine's size can't be told from a Jetson
+        ("GPU", 0, 64 * GB, True),  # its driver does not tell
+        ("integrated GPU", 8 * GB, 32 * GB, True),
+        ("CPU", 64 * GB, 32 * GB, True),
+    ],
+)
+def test_what_is_given_back_of_a_card_s_own_memory_is_no_help_to_the_machine(
+    kind, device_bytes, machine_bytes, gives
+):
+    device = devices.Device("CUDA0", "", kind, free_bytes=0, total_bytes=device_bytes)
+    assert devices.is_the_machine_s(device, machine_bytes) == gives
+
+
 @pytest.mark.parametrize("kind", ["f16", "q8_0"])
 def test_8192_cells_become_256_and_whole_again(child, shallow_model, kind):
     told = child(kind, shallow_model)
@@ -72,7 +94,9 @@ def test_where_a_cache_is_decides_what_it_can_give(child):
     told = child("places")
     assert told["whole"][0] == "device"
     assert "Vulkan0 (45 MiB)" in told["whole"][1]
-    assert told["partial"][0] == "device"
+    # lavapipe says that it has 2 GiB, as a card may: pressure of the machine is none of its concern.
+    assert told["whole source"] == "nothing: the cache is in a device's own memory"
+    assert told["partial"][0] == "managed"  # a part of it is pages of this process
     assert "CPU (16 MiB) and Vulkan0 (28 MiB)" in told["partial"][1]
     assert told["none"][0] == told["host"][0] == "host"
 

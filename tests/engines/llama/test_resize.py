@@ -184,7 +184,7 @@ def test_the_governor_s_own_words_drive_it(open_llm, running):
 def test_what_it_is_and_can_is_told(open_llm):
     told = open_llm().governor.status()
     description = open_llm().governor.engine.describe()
-    assert description.domain is Domain.DEVICE
+    assert description.domain is Domain.MANAGED
     assert description.capabilities.mask.able
     assert told.caches
 

@@ -53,6 +53,17 @@ def device_of(buffer_name: str) -> Device | None:
     return max(there, key=lambda device: len(device.name), default=None)
 
 
+_SAME = 0.1
+"""By how much of it a driver may tell another size for the machine's memory than the kernel."""
+
+
+def is_the_machine_s(device: Device, machine_bytes: int) -> bool:
+    """Whether what is given back of its memory is given to the machine, or may be. llama.cpp calls the GPU of
+    a Jetson no integrated one; its driver says that it has all of the machine's memory."""
+    known = device.kind == "GPU" and device.total_bytes and machine_bytes
+    return not known or abs(device.total_bytes / machine_bytes - 1.0) < _SAME
+
+
 def free_bytes(buffer_name: str) -> int:
     """What is free of the memory of this name; 0 where nobody tells."""
     device = device_of(buffer_name)

@@ -24,7 +24,7 @@ from psi_kv_governor.engines.llama.client import BufferInfo, Client, InProcess
 from psi_kv_governor.engines.llama.engine import LlamaEngine
 from psi_kv_governor.engines.llama.loader import load
 from psi_kv_governor.errors import BadInputError, EngineError
-from psi_kv_governor.pressure.reading import Reading
+from psi_kv_governor.pressure.reading import Reading, one_level
 from psi_kv_governor.residence import NO_PLACE, Place, choose_backing, find_place, swap_state
 
 
@@ -103,13 +103,17 @@ def buffers_after(number: int) -> list[BufferInfo]:
 
 
 class Unseen:
-    """A `PressureSource` that looks at nothing, for a process in which looking is death."""
+    """A `PressureSource` that looks at nothing, and so is calm: where looking is death, or what is to be seen
+    is no concern."""
 
-    name = "none"
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._last_s = time.monotonic()
 
     def read(self) -> Reading:
         """See PressureSource."""
-        return Reading(time_s=time.monotonic(), interval_s=0.0)
+        before_s, self._last_s = self._last_s, time.monotonic()
+        return one_level(time_s=self._last_s, interval_s=self._last_s - before_s, source=self.name)
 
     def close(self) -> None:
         """See PressureSource."""

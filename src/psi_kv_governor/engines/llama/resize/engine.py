@@ -39,14 +39,22 @@ class ResizingEngine:
     """An `Engine` over one context of `GovernedLlama`."""
 
     def __init__(
-        self, context: ResizableContext, *, place: str, device: str, free_bytes: Callable[[], int]
+        self,
+        context: ResizableContext,
+        *,
+        place: str,
+        device: str,
+        domain: Domain,
+        free_bytes: Callable[[], int],
     ) -> None:
-        """`device` is llama.cpp's name of the memory, `free_bytes` what is free of it (0: not told)."""
+        """`device` is llama.cpp's name of the memory, `domain` whose it is, `free_bytes` what is free of it
+        (0: not told)."""
         self.head_cells = 0
         """First positions that hold the system prompt, where the front door knows them."""
         self._context = context
         self._place = place
         self._device = device
+        self._domain = domain
         self._free_bytes = free_bytes
         self._closed = False
 
@@ -66,12 +74,15 @@ class ResizingEngine:
                 mask=to_files,
                 blobs=Capability(able=False, why="saved states are parked under psi-kv exec"),
             ),
-            domain=Domain.DEVICE,
+            domain=self._domain,
             place=self._place,
-            details={
-                "backing": f"in {self._device}, where only whole buffers can be freed: it is made smaller"
-            },
+            details={"backing": f"in {self._device}, where only whole buffers can be freed: {self._when()}"},
         )
+
+    def _when(self) -> str:
+        if self._domain is Domain.DEVICE:
+            return "it is made smaller by hand only, since what is free there is no help to the machine"
+        return "it is made smaller"
 
     def snapshot(self) -> Snapshot:
         """See Engine."""

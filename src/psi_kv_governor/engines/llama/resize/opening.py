@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,9 +12,10 @@ from typing import Any
 
 import llama_cpp
 
+from psi_kv_governor.cache import Domain
 from psi_kv_governor.config import GovernorConfig
 from psi_kv_governor.engines.llama.client import BufferInfo
-from psi_kv_governor.engines.llama.devices import free_bytes
+from psi_kv_governor.engines.llama.devices import device_of, free_bytes, is_the_machine_s
 from psi_kv_governor.engines.llama.resize.context import ResizableContext
 from psi_kv_governor.engines.llama.resize.engine import ResizingEngine
 from psi_kv_governor.engines.llama.resize.pieces import Place
@@ -83,7 +85,22 @@ def _engine(llm: Any, buffers: Sequence[BufferInfo], folder: str) -> ResizingEng
         adopted.patience_s = math.inf  # logits of earlier tokens can't be had again one by one
     device = next((one.name for one in buffers if one.name != "CPU"), buffers[0].name)
     named = elsewhere(buffers) or device
-    return ResizingEngine(adopted, place=folder, device=named, free_bytes=lambda: free_bytes(device))
+    own = llm._psi_kv_config.residence != "resize" and all(_has_its_own(one.name) for one in buffers)
+    return ResizingEngine(
+        adopted,
+        place=folder,
+        device=named,
+        domain=Domain.DEVICE if own else Domain.MANAGED,
+        free_bytes=lambda: free_bytes(device),
+    )
+
+
+def _has_its_own(buffer_name: str) -> bool:
+    """Whether the device of this buffer has memory that the machine has not."""
+    device = device_of(buffer_name)
+    return device is not None and not is_the_machine_s(
+        device, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    )
 
 
 def _decode_last_again(llm: Any) -> None:
