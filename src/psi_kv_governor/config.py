@@ -146,7 +146,8 @@ class GovernorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     or in memory. `auto`: in a file where there is no swap, since the kernel would kill there."""
     residence: Literal["auto", "pages", "resize"] = "auto"
     """How a cache of `GovernedLlama` gives memory back: page by page, or by making its context smaller and
-    whole again. `auto`: the second where it is in memory of a device, whose pages nobody can return."""
+    whole again. `auto`: the second where it is in memory of a device, whose pages nobody can return, and by
+    hand only where that memory is not the machine's. `resize`: also then."""
     place_limit_bytes: Count = 8 << 30
     """Most that parked bytes may take on disk."""
     place_reserve_bytes: Count = 512 << 20
