@@ -89,10 +89,10 @@ class GovernedLlama(llama_cpp.Llama):  # type: ignore[misc]  # mypy here follows
         self, engine: Engine, config: GovernorConfig, source: PressureSource | None, policy: Policy | None
     ) -> Governor:
         """Its governor; one that does nothing where the machine lets it do nothing. Raises BadInputError."""
-        if source is None and engine.describe().domain is Domain.DEVICE:
-            source = process.Unseen("nothing: the cache is in a device's own memory")
         if not killing_calls():
             try:
+                if source is None and engine.describe().domain is Domain.DEVICE:
+                    source = process.Unseen("nothing: the cache is in a device's own memory")
                 governor = Governor(engine, config=config, source=source, policy=policy)
                 governor.healers.append(functools.partial(_heal_weakly, weakref.ref(self)))
                 if self._psi_kv_auto:
