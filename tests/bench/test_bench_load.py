@@ -17,13 +17,10 @@ import pytest
 from psikv_bench import load
 from psikv_bench.process_memory import sample
 from sandbox_help import started
-from waiting import until
+from waiting import PATIENCE_S, until
 
 MIB = 1 << 20
 
-
-ENDS_S = 300.0
-"""For a child to start, or to end: seconds on a busy machine, and no part of what is shown."""
 
 Line = dict[str, Any]
 
@@ -64,7 +61,7 @@ def test_what_is_taken_and_touched_is_counted_to_the_end():
 
 def rest_of(process: subprocess.Popen[bytes]) -> list[Line]:
     process.terminate()
-    output, errors = process.communicate(timeout=ENDS_S)
+    output, errors = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, errors) == (0, b"")
     return [json.loads(line) for line in output.splitlines()]
 
@@ -123,13 +120,13 @@ def test_interrupted_while_it_makes_files_it_leaves_none(tmp_path, number):
     until(lambda: bytes_being_made(process.pid, tmp_path) > MIB, "it made nothing")
     assert process.poll() is None
     process.send_signal(number)
-    process.communicate(timeout=ENDS_S)
+    process.communicate(timeout=PATIENCE_S)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_used_is_one_line_and_status_1(tmp_path):
     process = start("--kind", "files", "--mib", "1", "--folder", str(tmp_path / "none"))
-    _, errors = process.communicate(timeout=ENDS_S)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
     assert errors.startswith(b"cannot use ")
     assert errors.count(b"\n") == 1
@@ -138,6 +135,6 @@ def test_a_folder_that_cannot_be_used_is_one_line_and_status_1(tmp_path):
 @pytest.mark.parametrize("arguments", [["--kind", "files"], ["--kind", "noise"]])
 def test_what_makes_no_sense_is_refused_with_one_line_and_status_2(arguments):
     process = start("--mib", "4", *arguments)
-    _, errors = process.communicate(timeout=ENDS_S)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 2
     assert b"Traceback" not in errors

@@ -16,12 +16,9 @@ from psi_kv_governor.errors import BadInputError, PsiKvError
 from psi_kv_governor.pressure.psi import PsiFile
 from psi_kv_governor.sandbox import zram
 from psi_kv_governor.sandbox.sandbox import LEAST_BYTES, Sandbox
-from waiting import until
+from waiting import PATIENCE_S, until
 
 MIB = 1 << 20
-
-ENDS_S = 300.0
-"""For a child to start and to end in a sandbox that is short: patience, and no part of what is shown."""
 
 FILL = (
     "import os, sys\n"
@@ -106,7 +103,7 @@ class TestLimit:
     def test_more_than_the_limit_is_killed_and_counted(self):
         with Sandbox(64 * MIB) as sandbox:
             child = sandbox.popen([sys.executable, "-c", FILL, "100"], stdin=subprocess.DEVNULL)
-            assert child.wait(ENDS_S) == -signal.SIGKILL
+            assert child.wait(PATIENCE_S) == -signal.SIGKILL
             assert sandbox.group.oom_kills() == 1
 
     def test_it_closes_on_programs_that_run_on(self):
@@ -162,7 +159,7 @@ class TestSwap:
             child = sandbox.popen(
                 [sys.executable, "-c", FILL, "80"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
             )
-            output, _ = child.communicate(timeout=ENDS_S)
+            output, _ = child.communicate(timeout=PATIENCE_S)
             assert (child.returncode, output) == (0, b"80\n")
             assert sandbox.group.oom_kills() == 0
             if sandbox.pressure_file is not None and sandbox.pressure_file.exists():
@@ -184,7 +181,7 @@ class TestSwap:
                 [sys.executable, "-c", code],
                 stdout=subprocess.PIPE,
             )
-            name, limit = child.communicate(timeout=ENDS_S)[0].decode().split()
+            name, limit = child.communicate(timeout=PATIENCE_S)[0].decode().split()
             assert int(limit) == 96 * MIB
             if sandbox.pressure_file is not None and sandbox.pressure_file.exists():
                 assert name == str(sandbox.pressure_file)
@@ -226,7 +223,7 @@ class TestSwap:
     def test_a_killed_parent_leaves_nothing(self, parent, number):
         process, made = parent
         process.send_signal(number)
-        assert process.wait(ENDS_S) == -number
+        assert process.wait(PATIENCE_S) == -number
         until(lambda: gone(made))
 
     def test_a_parent_killed_with_its_guardian_signalled_leaves_nothing(self, parent):

@@ -10,8 +10,7 @@ import time
 import pytest
 
 from psi_kv_governor.sandbox.children import Child
-
-TIMEOUT_S = 300.0
+from waiting import PATIENCE_S
 
 
 def start(code: str) -> Child:
@@ -22,7 +21,7 @@ def lines(child: Child) -> list[bytes]:
     """Everything until it has ended."""
     found: list[bytes] = []
     while not child.ended:
-        found += child.hear(TIMEOUT_S)
+        found += child.hear(PATIENCE_S)
     return found
 
 
@@ -63,7 +62,7 @@ def test_a_child_that_ignores_sigterm_is_killed(monkeypatch):
     monkeypatch.setattr("psi_kv_governor.sandbox.children._END_TIMEOUT_S", 0.2)
     code = "import signal, time\nsignal.signal(15, signal.SIG_IGN)\nprint(1, flush=True)\ntime.sleep(300)"
     child = start(code)
-    assert child.hear(TIMEOUT_S) == [b"1"]
+    assert child.hear(PATIENCE_S) == [b"1"]
     child.end()
     assert child.wait() == -9
 
@@ -76,15 +75,15 @@ def test_leaving_ends_it():
 
 def test_the_last_lines_of_a_child_that_is_ended_are_not_lost(monkeypatch):
     # However long a busy machine takes to let it say them, and us hear them.
-    monkeypatch.setattr("psi_kv_governor.sandbox.children._END_TIMEOUT_S", TIMEOUT_S)
-    monkeypatch.setattr("psi_kv_governor.sandbox.children._LAST_LINES_S", TIMEOUT_S)
+    monkeypatch.setattr("psi_kv_governor.sandbox.children._END_TIMEOUT_S", PATIENCE_S)
+    monkeypatch.setattr("psi_kv_governor.sandbox.children._LAST_LINES_S", PATIENCE_S)
     code = (
         "import signal, sys, time\n"
         "signal.signal(15, lambda *_: sys.exit(print('last', flush=True)))\n"
         "print('first', flush=True)\ntime.sleep(300)"
     )
     with start(code) as child:
-        assert child.hear(TIMEOUT_S) == [b"first"]
+        assert child.hear(PATIENCE_S) == [b"first"]
     assert child.hear(0.0) == [b"last"]
     assert child.ended
 
@@ -99,5 +98,5 @@ def test_ending_a_child_does_not_wait_for_who_else_holds_its_pipe():
     began_s = time.monotonic()
     child.end()
     assert time.monotonic() - began_s < 30.0
-    (line,) = child.hear(TIMEOUT_S)
+    (line,) = child.hear(PATIENCE_S)
     os.kill(int(line), signal.SIGKILL)

@@ -6,7 +6,7 @@ import threading
 
 from torture import Context
 
-WAITS_S = 300
+from waiting import PATIENCE_S
 
 
 class Pausing:
@@ -24,13 +24,13 @@ class Pausing:
         tokens = [(7, at + i, 0) for i in range(n)]
         decoding = threading.Thread(target=context.decode, args=(tokens,))
         decoding.start()
-        assert self.stopped.wait(WAITS_S)
+        assert self.stopped.wait(PATIENCE_S)
         return decoding
 
     def go_on(self, decoding: threading.Thread) -> None:
         """Let the graph end, and be ready for another one."""
         self.goes_on.set()
-        decoding.join(WAITS_S)
+        decoding.join(PATIENCE_S)
         self.stopped.clear()
         self.goes_on.clear()
 
@@ -38,6 +38,6 @@ class Pausing:
         if self.armed and not ask:
             self.armed, self.stands = False, True
             self.stopped.set()
-            self.goes_on.wait(WAITS_S)
+            self.goes_on.wait(PATIENCE_S)
             self.stands = False
         return True

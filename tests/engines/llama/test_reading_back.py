@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-from pausing import WAITS_S
 from torture import Context
 
 from major_faults import major_faults_of
 from psi_kv_governor.cache import Plan, Range, Step, Verb
 from psi_kv_governor.engines.llama.client import Client, InProcess, Op
 from psi_kv_governor.engines.llama.engine import LlamaEngine
+from waiting import PATIENCE_S
 
 pytestmark = pytest.mark.llama
 CELL_BYTES = 8192  # of LARGE
@@ -60,7 +60,7 @@ def test_what_the_running_graph_still_reads_goes_when_it_is_over(context, client
         waits = masking.is_alive()
         pausing.go_on(decoding)
         in_time = time.monotonic() - began_s < 0.9
-        masking.join(WAITS_S)
+        masking.join(PATIENCE_S)
         end += 3
         if in_time:
             break

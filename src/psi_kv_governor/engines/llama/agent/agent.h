@@ -252,7 +252,7 @@ void graph_before(struct lib * lib, ggml_backend_sched_t sched, struct ggml_cgra
 void graph_after(void);
 void graph_wait(struct region * region, double most_s);  // agent.lock is held
 void graph_note_callback(ggml_backend_sched_t sched, ggml_backend_sched_eval_callback callback, void * user);
-void graph_laid_out(const struct lib * lib, ggml_backend_sched_t sched, struct ggml_cgraph * graph);
+void graph_laid_out(const struct lib * lib, ggml_backend_sched_t sched, struct ggml_cgraph * graph);  // lib: of the graph
 void graph_forget_scheduler(ggml_backend_sched_t sched);
 void graph_call_begin(struct llama_context * ctx, const struct llama_batch * batch, bool again);
 void graph_call_end(void);

@@ -91,8 +91,8 @@ static int32_t rows_at_once(const struct region * region, const struct request *
     return rows < LEAST_ROWS ? LEAST_ROWS : rows > MOST_ROWS ? MOST_ROWS : (int32_t) rows;
 }
 
-// Reads a slice of rows back and has attention look at them again, until the time or the bytes are up: some in any case,
-// since a machine that stood still may have come late already, and who asks for slices ends with one that brought nothing.
+// Reads a slice of rows back and has attention look at them again, until the time or the bytes are up: some in any case, so
+// that slices come to an end also on a machine that stands still before each.
 void order_unpark(struct region * region, const struct request * request, double begin_s, struct reply * reply) {
     (void) refresh_map(region, false);
     pthread_mutex_lock(&agent.lock);

@@ -55,7 +55,7 @@ EXPORT bool ggml_backend_sched_alloc_graph(ggml_backend_sched_t sched, struct gg
 
 EXPORT void ggml_backend_sched_reset(ggml_backend_sched_t sched) {
     REAL(ggml_backend_sched_reset);
-    graph_laid_out(lib_of(CALLER), sched, NULL);
+    graph_laid_out(NULL, sched, NULL);
     real(sched);
 }
 
